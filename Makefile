@@ -1,0 +1,43 @@
+# make train   train the default recipe on the embedded MNIST     make test   the unit tests
+# make check   lint, format and types                             make slow-test   long tests and timings
+# make help    the options of a training                          make slurm-test  the job script on a real Slurm of three small nodes
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test slow-test slurm-test check help clean
+
+train: .venv/.installed
+	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
+
+help: .venv/.installed
+	@$(BIN)/python -m mnist_dist.train --help
+
+# Two at a time: many tests wait for processes. The other suites measure time, and run alone.
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
+
+slow-test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow $(OPTIONS)
+
+slurm-test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slurm $(OPTIONS)
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is wanted; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
