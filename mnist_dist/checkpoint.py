@@ -1,0 +1,174 @@
+"""Checkpoints: one file for the whole run, whatever its world size; whole or absent, never torn.
+
+A file's name carries its step and the SHA-256 of its bytes (`step_00001200-9f86d081884c7d65.pt`), so one rename publishes both, and
+damage to any byte shows. It is an ordinary `torch.save` file, always loaded with `weights_only=True`.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist_dist.errors import RunError, UserError
+
+FORMAT = 1
+
+_NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
+_TEMPORARY_SUFFIX = ".tmp"
+_log = logging.getLogger(__name__)
+
+
+def encode(state: dict[str, Any]) -> bytes:
+    """`state` as the bytes of a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> dict[str, Any]:
+    """The state in a checkpoint's bytes, on the CPU. Raises `RunError` for anything that is not safe and of this format."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        version = state.pop("format")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(f"the checkpoint is not one of this program: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if version != FORMAT:
+        raise UserError(f"the checkpoint has format {version}, this version of mnist_dist reads {FORMAT}: use the version that wrote it")
+    return state
+
+
+def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
+    """Write a checkpoint atomically, then delete all but the newest `keep`. Raises OSError; the older ones are then still there."""
+    path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
+    write_atomically(path, content)
+    # Never the one just written, even if the clock of steps went back (files of a higher step here failed their checksum).
+    others = [old for old in list_newest_first(folder) if old != path]
+    for old in others[max(0, keep - 1) :]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, whole. Raises OSError."""
+    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, where the file system can."""
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporary_files(*folders: Path) -> None:
+    """Delete what a killed writer left behind."""
+    for folder in folders:
+        for path in folder.glob(f"*{_TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+def list_newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` by falling step, valid or not."""
+    named = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def read_newest(folder: Path) -> bytes | None:
+    """The bytes of the newest checkpoint that is whole; None where there is no checkpoint at all.
+
+    Names on the log what it skips. Raises `RunError` if there are checkpoints but none is whole: that must not become a fresh start.
+    """
+    paths = list_newest_first(folder)
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            _log.warning("skipped checkpoint %s: it cannot be read (%s)", path, error.strerror)
+            continue
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        if _checksum(content) == match[2]:
+            return content
+        _log.warning("skipped checkpoint %s: it is damaged (%d bytes, whose checksum is not the one in its name)", path, len(content))
+    if paths:
+        raise RunError(
+            f"none of the {len(paths)} checkpoints in {folder} is whole: restore one of them, or use another run_dir to start afresh"
+        )
+    return None
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Writer:
+    """Writes checkpoints in the background, so that a slow disk does not hold up the training; one at a time."""
+
+    def __init__(self, folder: Path, keep: int, sync_record: Callable[[], None]) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._sync_record = sync_record
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[Path] | None = None
+
+    def submit(self, step: int, content: bytes) -> bool:
+        """Begin to write, unless the last one is still being written; whether it began. A failure is a warning: training goes on."""
+        if self._running is not None and not self._running.done():
+            _log.warning("no checkpoint at step %d: the disk of %s is still busy with the last one", step, self.folder)
+            return False
+        self._report()
+        self._running = self._thread.submit(self._write, step, content)
+        return True
+
+    def finish(self, step: int, content: bytes) -> Path:
+        """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
+        self.close()
+        try:
+            return self._write(step, content)
+        except OSError as error:
+            raise RunError(f"the checkpoint of step {step} could not be written: {_describe(error)}; older ones are intact") from error
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, if any. A failure is a warning."""
+        self._thread.shutdown(wait=True)
+        self._report()
+
+    def _write(self, step: int, content: bytes) -> Path:
+        self._sync_record()  # the rows up to this step must be on the disk before a checkpoint says that they are done
+        return write(self.folder, step, content, self.keep)
+
+    def _report(self) -> None:
+        if self._running is not None:
+            error = self._running.exception()
+            if isinstance(error, OSError):
+                _log.warning("a checkpoint could not be written, training goes on without it: %s", _describe(error))
+            elif error is not None:
+                raise error
+            self._running = None
+
+
+def _describe(error: OSError) -> str:
+    return f"{error.strerror or error} ({error.filename or 'while writing'})"

@@ -1,0 +1,69 @@
+"""Measures the training between two rows of the record, without waiting for the device in between."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from mnist_dist.config import Config
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError
+from mnist_dist.record import Row
+from mnist_dist.state import TrainingState
+
+_ADVICE = "the run stops here and keeps its last checkpoint (a lower learning_rate or more warmup may help)"
+
+
+class Meter:
+    """Collects the loss of each step; reads them all at once, on all ranks together."""
+
+    def __init__(self, config: Config, group: Group, step: int) -> None:
+        self.config = config
+        self.group = group
+        self._losses: list[Tensor] = []
+        self._step = step  # steps done at the last reading
+        self._since_s = time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        """Note this rank's mean loss of one step, a scalar on the device."""
+        self._losses.append(loss)
+
+    def check(self) -> float:
+        """The mean loss over the global batch of the last step; NaN if there was none since the last reading.
+
+        Raises `RunError` on all ranks if any loss since the last reading was not finite.
+        """
+        if not self._losses:
+            return math.nan
+        losses = self.group.accelerator.gather(torch.stack(self._losses).unsqueeze(0)).cpu()  # [world_size, steps]
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
+            raise RunError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1} on rank {rank}; {_ADVICE}")
+        self._step += len(self._losses)
+        self._losses.clear()
+        return losses[:, -1].double().mean().item()
+
+    def read(self, state: TrainingState, learning_rate: float) -> Row:
+        """The row of the step just done. Raises `RunError` as `check` does."""
+        steps = len(self._losses)
+        loss = self.check()
+        assert self._step == state.step
+        elapsed_s = time.perf_counter() - self._since_s
+        self.reset_clock()
+        gradient_norm = state.gradient_norm()
+        if not math.isfinite(gradient_norm):
+            raise RunError(f"the gradient norm is {gradient_norm} at step {state.step}; {_ADVICE}")
+        return {
+            "step": state.step,
+            "epoch": round(state.step / self.config.steps_per_epoch, 4),
+            "train/loss": loss,
+            "train/learning_rate": learning_rate,
+            "train/gradient_norm": gradient_norm,
+            "train/images_per_s": round(steps * self.config.batch_size / elapsed_s, 1),
+        }
+
+    def reset_clock(self) -> None:
+        """Count the time from now on, as after an evaluation."""
+        self._since_s = time.perf_counter()

@@ -1,0 +1,39 @@
+"""The optimizer, and the learning rate as a function of the step (no scheduler object: Accelerate's would step once for each process)."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mnist_dist.config import Config
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """Learning rate of the step that follows `step` done steps."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "step":
+        return config.learning_rate * (1.0 if 4 * step < 3 * config.total_steps else 0.1)
+    # One cycle after Smith & Topin, "Super-Convergence" (2018), in its common form: up, then down to zero along a half cosine. Measured at
+    # the middle of the step, so that neither the first nor the last step is lost to a rate of zero.
+    progress = (step + 0.5) / config.total_steps
+    if progress < config.warmup:
+        return config.learning_rate * progress / config.warmup
+    descent = (progress - config.warmup) / (1 - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """The optimizer of `config` in its fused form: one kernel for all parameters."""
+    parameters = list(parameters)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(parameters, config.learning_rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True)

@@ -1,0 +1,185 @@
+"""Options as frozen, typed models, and what a command line makes of them: every mistake is one message that says what is allowed.
+
+Imports no torch, so that `--help` and every mistake answer at once.
+"""
+
+import argparse
+import difflib
+import reprlib
+from collections.abc import Collection, Hashable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mnist_dist.errors import UserError
+
+_FILE_BYTES_MAX = 1 << 20
+
+
+def option(group: str, default: Any, description: str, *, recipe: bool = False, **limits: Any) -> Any:
+    """A field of an `Options` model, shown under `group` in --help. `recipe`: see `Config.recipe`."""
+    return Field(default, description=description, json_schema_extra={"group": group, "recipe": recipe}, **limits)
+
+
+class Options(BaseModel):
+    """A set of options. Immutable; raises `pydantic.ValidationError` on a value that is not allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_any(cls, value: Any, info: Any) -> Any:
+        # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are not allowed here")
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError("printable characters are wanted")
+        return value
+
+
+Model = TypeVar("Model", bound=Options)
+
+
+def make_options(model: type[Model], values: dict[str, Any], source: str = "") -> Model:
+    """Validate `values`. Raises `UserError` that names every wrong option, its value and what is allowed."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        where = f" (in {source})" if source else ""
+        raise UserError("\n".join(_explain(model, detail) + where for detail in error.errors())) from None
+
+
+def _explain(model: type[Options], detail: Any) -> str:
+    """One line for one of pydantic's error details."""
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:  # a rule about several options: its message says it all
+        return message
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return _explain_unknown(name, name, model.model_fields)
+    if detail["type"] != "value_error":  # pydantic's own words; those of our validators stay
+        message = f"allowed: {_describe_allowed(model, name)}"
+    return f"{name} is {reprlib.repr(detail['input'])}; {message}"
+
+
+def _explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
+    short = find_by_initials(name, known)
+    near = [short] if short else difflib.get_close_matches(name, known, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"there is no option {shown[:80]!r}{meant}; --help lists all"
+
+
+def find_by_initials(name: str, known: Collection[str]) -> str | None:
+    """The option whose words begin with the letters of `name`, as in lr; None where there is not exactly one."""
+    found = [option for option in known if "_" in option and "".join(word[0] for word in option.split("_")) == name]
+    return found[0] if len(found) == 1 else None
+
+
+def _describe_allowed(model: type[Options], name: str) -> str:
+    """What an option takes, such as `a whole number, at least 1` or `sgd, adamw`."""
+    field = model.model_fields[name]
+    kinds = {bool: "true, false", int: "a whole number", float: "a number", str: "text"}
+    words = [
+        ", ".join(_literals(model, name))
+        or next(words for kind, words in kinds.items() if kind in (field.annotation, *get_args(field.annotation)))
+    ]
+    for limit in field.metadata:
+        for attribute, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"), ("min_length", "not empty")):
+            if hasattr(limit, attribute):
+                words.append(f"{word} {getattr(limit, attribute):g}" if word != "not empty" else word)
+    return ", ".join([*words, "or none"] if type(None) in get_args(field.annotation) else words)
+
+
+def _literals(model: type[Options], name: str) -> list[str]:
+    annotation = model.model_fields[name].annotation
+    values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
+    return [value for value in values if isinstance(value, str)]
+
+
+def _find_metavar(model: type[Options], name: str) -> str:
+    kinds = {bool: "true|false", int: "N", float: "X"}
+    annotation = model.model_fields[name].annotation
+    return next((word for kind, word in kinds.items() if kind in (annotation, *get_args(annotation))), "DIR" if "dir" in name else "NAME")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `UserError`s, for options that are written out in full."""
+
+    def __init__(self, program: str, description: str, usage: str | None = None) -> None:
+        super().__init__(
+            prog=f"python -m {program}",
+            description=description,
+            usage=usage and f"%(prog)s {usage}",
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        )
+        self._names: list[str] = []
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`."""
+        raise UserError(f"{message}; --help lists all options")
+
+    def add_options(self, model: type[Options]) -> None:
+        """Add `--name` for each option of `model`, with its default in the help."""
+        groups: dict[str, Any] = {}
+        for name, field in model.model_fields.items():
+            assert isinstance(field.json_schema_extra, dict)
+            title = str(field.json_schema_extra["group"])
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            default = "none" if field.default is None else str(field.default).lower() if field.annotation is bool else field.default
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            groups[title].add_argument(
+                f"--{name}",
+                default=argparse.SUPPRESS,
+                metavar="|".join(_literals(model, name)) or _find_metavar(model, name),
+                help=f"{field.description} (default: {default})".replace("%", "%%"),
+                **flag,
+            )
+            self._names.append(name)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+        """The values given, as text; `none` unsets an option, as null does in YAML. Raises `UserError`; exits 0 after --help."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            shown = unknown[0].split("=")[0]
+            raise UserError(_explain_unknown(shown, shown.lstrip("-"), self._names))
+        for name, value in vars(known).items():
+            if value == [] and name in self._names:  # what argparse makes of `--option=--`
+                raise UserError(f"{name} needs a value")
+        return {name: None if value == "none" else value for name, value in vars(known).items()}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {reprlib.repr(key)} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_options_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not yet validated. Raises `UserError` on anything but a mapping of options."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_FILE_BYTES_MAX + 1)
+        if len(text) > _FILE_BYTES_MAX:
+            raise UserError(f"config file {path} has more than {_FILE_BYTES_MAX} bytes: that is no config")
+        values = yaml.load(text.decode(), Loader=_StrictLoader)  # noqa: S506  _StrictLoader is a SafeLoader
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"config file {path} is not valid YAML: {reason[:300]}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"config file {path} must hold lines of the form `option: value`")
+    return values

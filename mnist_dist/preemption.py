@@ -1,0 +1,72 @@
+"""Signals that ask a run to stop. They only set a flag; the loop acts on it at a step boundary.
+
+Imports no torch: this must stand before the seconds in which torch is imported.
+"""
+
+import contextlib
+import enum
+import os
+import signal
+import threading
+
+
+class Stop(enum.IntEnum):
+    """What a signal asks for. Where ranks received different ones, the highest wins."""
+
+    NONE = 0
+    REQUEUE = 1  # SIGUSR1, SIGUSR2: time is nearly up; save, and run on in a new job
+    TERMINATE = 2  # SIGTERM: Slurm requeues by itself where it means to
+    INTERRUPT = 3  # Ctrl-C
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status that tells the launcher why the run stopped."""
+        return {Stop.NONE: 0, Stop.REQUEUE: 85, Stop.TERMINATE: 143, Stop.INTERRUPT: 130}[self]
+
+
+_STOP_OF_SIGNAL: dict[int, Stop] = {
+    signal.SIGUSR1: Stop.REQUEUE,
+    signal.SIGUSR2: Stop.REQUEUE,
+    signal.SIGTERM: Stop.TERMINATE,
+    signal.SIGINT: Stop.INTERRUPT,
+}
+
+
+class StopSignals:
+    """The strongest stop that this process was asked for so far."""
+
+    def __init__(self) -> None:
+        self.received = Stop.NONE
+        self._deferred = False
+        self._announced = True
+
+    def install(self) -> "StopSignals":
+        """Take over the stop signals of this process (main thread only)."""
+        # A Python handler waits for the main thread, which may sit in a collective for minutes because another rank is gone. So the
+        # handlers do nothing: each signal's number is also written to this pipe at once, and a thread reads it.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in _STOP_OF_SIGNAL:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
+        return self
+
+    def defer(self, announced: bool) -> None:
+        """From here on a stop waits for a step boundary; a Ctrl-C is `announced` on the screen.
+
+        Before this call there is nothing to save and nobody to agree with: a stop ends the process.
+        """
+        self._deferred, self._announced = True, announced
+
+    def _watch(self, reading: int) -> None:
+        while numbers := os.read(reading, 64):
+            for number in numbers:
+                stop = _STOP_OF_SIGNAL.get(number, Stop.NONE)
+                again = stop == self.received == Stop.INTERRUPT
+                self.received = max(self.received, stop)
+                if stop and (again or not self._deferred):
+                    os._exit(stop.exit_code)
+                if stop == Stop.INTERRUPT and self._announced:
+                    with contextlib.suppress(OSError):  # nobody may be reading any more
+                        os.write(2, b"\nSaving and stopping as soon as the step is done; Ctrl-C again stops at once.\n")

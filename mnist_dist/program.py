@@ -1,0 +1,59 @@
+"""What the programs have in common: one-line errors, exit statuses. Imports no torch."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.world import find_world
+
+
+def run_program(work: Callable[[], int]) -> int:
+    """Call `work`; its exit status, or 2 for a user's mistake, 130 for Ctrl-C and 1 for the rest, in one line without a traceback."""
+    # When a rank is lost, torch's C++ side would print pages of stack frames before our one line. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        return work()
+    except (UserError, RunError) as error:
+        with contextlib.suppress(OSError):
+            print("\n".join(f"{_find_prefix()}error: {make_printable(line)}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def print_answer(work: Callable[[], int]) -> int:
+    """Call `work`, which prints the program's answer, as `run_program` does; a reader that goes away is no reason for a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may hold what the terminal's encoding lacks
+
+    def answer() -> int:
+        try:
+            status = work()
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # Whoever read the output has gone, as `head` does; without this Python would complain as it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return RunError.exit_code
+        except OSError as error:
+            raise RunError(f"the answer cannot be given: {error}") from error
+
+    return run_program(answer)
+
+
+def _find_prefix() -> str:
+    with contextlib.suppress(UserError):
+        world = find_world(os.environ)
+        return f"[rank {world.rank}] " if world.size > 1 else ""
+    return ""
+
+
+def make_printable(text: str) -> str:
+    """`text` without what could move a terminal's cursor or colour it: such characters become escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -1,0 +1,79 @@
+"""Does this machine, or this cluster, train right? `python -m mnist_dist.verify`, or the same under torchrun, accelerate launch or srun.
+
+Trains a few steps in float32 and compares the loss of each with a recorded curve. The loss of step k is a function of (config, k) alone, so
+any world must give the same curve up to the rounding of its sums: a wrong gradient average, order, augmentation or rank shows at once.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from mnist_dist.config import Config
+from mnist_dist.errors import RunError
+from mnist_dist.options import Parser
+from mnist_dist.program import run_program
+from mnist_dist.record import METRICS_FILE, read_run
+
+# A calm learning rate: at a high one, rounding grows tenfold every few steps.
+_OPTIONS = {
+    "steps": 40,
+    "learning_rate": 0.003,
+    "schedule": "constant",
+    "precision": "fp32",
+    "log_every": 1,
+    "test_size": 100,
+    "report": False,
+    "wandb": "disabled",
+}
+TOLERANCE = 1e-4  # worlds and thread counts differ by less than 1e-6 here; the mistakes this is for by more than 5e-4
+
+
+def make_config(run_dir: Path | str) -> Config:
+    """The config of the recorded curve: the default recipe at a calm learning rate. A batch of 64 suits worlds of 1, 2, 4 ... 64."""
+    return Config(**_OPTIONS, run_dir=str(run_dir))
+
+
+def compare(losses: list[float], reference: list[float]) -> str:
+    """One line that says how near the curve is. Raises `RunError` that names the first step that is too far off."""
+    if len(losses) != len(reference):
+        raise RunError(f"the run recorded {len(losses)} steps, the reference has {len(reference)}")
+    differences = [abs(loss - expected) / expected for loss, expected in zip(losses, reference, strict=True)]
+    for step, difference in enumerate(differences, start=1):
+        if not difference <= TOLERANCE:  # NaN, too
+            raise RunError(
+                f"the loss of step {step} is {losses[step - 1]:.6f}, the reference {reference[step - 1]:.6f}: a relative difference of "
+                f"{difference:.1e}, allowed {TOLERANCE:.0e}. This machine or this world does not train right"
+            )
+    return f"right: {len(losses)} steps, largest relative difference to the recorded curve {max(differences):.1e} (allowed {TOLERANCE:.0e})"
+
+
+def verify() -> int:
+    """Train, compare and report on rank zero; the exit status."""
+    from mnist_dist.loop import train
+
+    reference = json.loads((resources.files("mnist_dist") / "reference.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "verify"
+        result = train(make_config(run_dir))
+        if (run_dir / METRICS_FILE).exists():  # rank zero's
+            print(compare([row["train/loss"] for row in read_run(run_dir).rows], reference), f"in a world of {result.values['world_size']}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status: 0 the curve is met, 2 a user's mistake, 1 the rest."""
+
+    def run() -> int:
+        Parser("mnist_dist.verify", "Train a few steps, alone or in any world, and compare their losses with a recorded curve.").parse_args(
+            arguments
+        )
+        return verify()
+
+    return run_program(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
