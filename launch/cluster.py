@@ -1,0 +1,175 @@
+"""What Slurm offers and what it says of jobs: sinfo, squeue and scontrol in forms for machines. No slurmdbd is needed."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from launch.request import Request
+from mnist_dist.errors import RunError, UserError
+
+_ANSWER_TIMEOUT_S = 60
+# Nodes that a job would wait for until somebody mends them; `*` marks those that do not answer.
+_DOWN = re.compile(r"(down|drain|drained|draining|fail|failing|unknown|future|inval)|.*\*")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Some nodes of one partition that are alike."""
+
+    partition: str
+    is_default: bool
+    is_partition_up: bool
+    time_limit_min: float
+    most_nodes: float
+    count: int
+    state: str
+    cpus: int
+    memory_mb: int
+    gpus: int
+
+    @property
+    def are_up(self) -> bool:
+        """Whether jobs can run on them now or once other jobs have ended."""
+        return not _DOWN.fullmatch(self.state)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the user, as the queue shows it."""
+
+    name: str  # 12, or 12_3 in an array
+    number: str  # of Slurm; an array's runs have one each once they have started
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs, or is about to."""
+        return self.state in _ACTIVE
+
+
+_ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
+_ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"}
+
+
+def is_slurm_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("sinfo") is not None and shutil.which("sbatch") is not None
+
+
+def run_slurm(*command: str) -> str:
+    """What a command of Slurm prints. Raises `RunError` where it fails."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunError(f"{command[0]} gives no answer: {error}") from error
+    if answer.returncode:
+        words = " ".join((answer.stderr or answer.stdout).split())
+        raise RunError(f"{command[0]} failed with {answer.returncode}: {words[:300]}")
+    return answer.stdout
+
+
+def read_nodes() -> list[Nodes]:
+    """The nodes of all partitions. Raises `RunError`."""
+    text = run_slurm("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%T|%c|%m|%G")
+    return [_parse_nodes(line) for line in text.splitlines() if line.count("|") >= 8]
+
+
+def _parse_nodes(line: str) -> Nodes:
+    partition, available, limit, size, count, state, cpus, memory, gres = line.split("|", 8)
+    most = size.partition("-")[2] or size
+    return Nodes(
+        partition=partition.removesuffix("*"),
+        is_default=partition.endswith("*"),
+        is_partition_up=available == "up",
+        time_limit_min=parse_time(limit),
+        most_nodes=float("inf") if most == "infinite" else float(most),
+        count=int(count),
+        state=state.lower(),
+        cpus=_read_number(cpus),
+        memory_mb=_read_number(memory),
+        gpus=count_gpus(gres),
+    )
+
+
+def _read_number(text: str) -> int:
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else 0
+
+
+def parse_time(text: str) -> float:
+    """Minutes in Slurm's `days-hours:minutes:seconds`, of which the first parts may be missing."""
+    if text in ("infinite", "n/a"):
+        return float("inf")
+    days, _, clock = text.rpartition("-")
+    parts = [0, 0, *(int(part) for part in clock.split(":"))][-3:]
+    return int(days or 0) * 1440 + parts[0] * 60 + parts[1] + parts[2] / 60
+
+
+def count_gpus(gres: str) -> int:
+    """The GPUs in a node's `gpu:a100:4(S:0-1),gpu:2,shard:8`."""
+    return sum(int(number) for number in re.findall(r"(?:^|,)gpu(?::[^,:()]+)?:(\d+)", gres))
+
+
+def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
+    """Compare a request with what the cluster has. Raises `UserError` where no wait would help; returns what is worth a note."""
+    names = sorted({some.partition for some in nodes})
+    partition = request.partition or next((some.partition for some in nodes if some.is_default), None)
+    if partition is None:
+        raise UserError(f"partition is none, and this cluster has no default one; allowed: {', '.join(names) or 'there are none'}")
+    here = [some for some in nodes if some.partition == partition]
+    if not here:
+        raise UserError(f"partition is {partition!r}, which this cluster does not have; allowed: {', '.join(names)}")
+    mistakes = []
+    limit = min(some.time_limit_min for some in here)
+    if request.time > limit:
+        mistakes.append(f"time is {request.time} min; partition {partition} allows at most {limit:.0f} min")
+    cpus, gpus, memory_mb = request.tasks * (request.cpus_per_task or 1), request.gpus_per_node, (request.memory_gb or 0) * 1024
+    count, allowed = sum(some.count for some in here), min(some.most_nodes for some in here)
+    if request.nodes > min(count, allowed):
+        mistakes.append(f"nodes is {request.nodes}; partition {partition} has {count} nodes and allows {min(count, allowed):.0f} for a job")
+    for words, asked, unit, offered in (
+        (f"{request.tasks} tasks of {request.cpus_per_task or 1} CPUs", cpus, "CPUs", [some.cpus for some in here]),
+        (f"gpus_per_node {gpus}", gpus, "GPUs", [some.gpus for some in here]),
+        (f"memory_gb {request.memory_gb}", memory_mb, "MB", [some.memory_mb for some in here]),
+    ):
+        if asked > max(offered):
+            mistakes.append(f"{words} on a node are asked for; the largest node of partition {partition} has {max(offered)} {unit}")
+    fitting = [some for some in here if some.cpus >= cpus and some.gpus >= gpus and some.memory_mb >= memory_mb]
+    if not mistakes and sum(some.count for some in fitting) < request.nodes:
+        mistakes.append(
+            f"nodes is {request.nodes}; of partition {partition} only {sum(some.count for some in fitting)} are as large as asked for"
+        )
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    up = sum(some.count for some in fitting if some.are_up)
+    notes = [] if up >= request.nodes else [f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}"]
+    if not here[0].is_partition_up:
+        notes.append(f"partition {partition} is not up; the job waits until it is")
+    return notes
+
+
+def read_jobs() -> list[Job]:
+    """The user's jobs that wait, run or ended within the last minutes; none where there is no Slurm or it does not answer."""
+    if not is_slurm_here():
+        return []
+    fields = ("JobArrayID", "JobID", "State", "Reason", "NodeList", "RestartCnt")
+    try:
+        text = run_slurm("squeue", "--me", "--states=all", "--array", "--noheader", "-O", ",".join(f"{field}:|" for field in fields))
+    except RunError:
+        return []
+    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
+    return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows if len(row) > len(fields)]
+
+
+def find_log(job: str) -> str:
+    """The path of a job's log, as Slurm has it; empty where Slurm has forgotten the job."""
+    try:
+        text = run_slurm("scontrol", "--oneliner", "show", "job", job)
+    except RunError:
+        return ""
+    match = re.search(r" StdOut=(.*?)(?= [A-Z]\w+=|$)", text.splitlines()[0] if text else "")
+    return match[1].strip() if match else ""

@@ -1,0 +1,164 @@
+"""The program `python -m launch.jobs`: what runs do, the log of one, the end of one. From run folders, and Slurm where there is one."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import cluster
+from launch.runs import RunState, find_runs, find_saved_step, is_run, read_object, read_state
+from mnist_dist.console import format_duration
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.options import Parser
+from mnist_dist.program import print_answer
+
+_POLL_S = 1.0
+_SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
+_CANCEL_TIMEOUT_S = 300.0
+
+_EPILOG = """follow RUN: show the log of a run until it ends, requeues included; exit status 0 if it is finished
+cancel RUN: let a run save, and end its job"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status."""
+    return print_answer(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
+    parser = Parser("launch.jobs", "Show the runs of a folder and what they do.", usage="[RUNS_DIR] [--json] | follow RUN | cancel RUN")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("words", nargs="*", metavar="RUNS_DIR", help="folder that the runs are in (default: runs)")
+    parser.add_argument("--json", action="store_true", help="as JSON, one object a run")
+    given = parser.parse(arguments)
+    words = given["words"]
+    if words[:1] in (["follow"], ["cancel"]):
+        if len(words) != 2 or given["json"]:
+            raise UserError(f"{words[0]} takes one run folder: python -m launch.jobs {words[0]} RUN")
+        run_dir = Path(words[1])
+        if not is_run(run_dir):
+            raise UserError(f"{run_dir} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")
+        return follow(run_dir) if words[0] == "follow" else cancel(run_dir)
+    if len(words) > 1:
+        raise UserError(f"one folder of runs, follow RUN or cancel RUN is wanted, not {' '.join(words)!r}")
+    return _list(Path(words[0] if words else "runs"), given["json"])
+
+
+def _list(folder: Path, as_json: bool) -> int:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; the folder that the runs are in is wanted")
+    jobs = cluster.read_jobs()
+    runs = [read_state(path, jobs) for path in find_runs(folder)]
+    if as_json:
+        print(json.dumps([{**dataclasses.asdict(run), "path": str(run.path)} for run in runs], indent=2))
+    elif runs:
+        print(make_table([describe_run(run, folder) for run in runs], _HEADER))
+    else:
+        print(f"no runs in {folder}")
+    return 0
+
+
+_HEADER = ("run", "state", "step", "loss", "accuracy", "images/s", "left", "restarts", "job", "nodes")
+
+
+def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
+    """The cells of a run in the table."""
+    silent = f", silent for {format_duration(run.silent_s)}" if run.silent_s is not None else ""
+    return (
+        str(run.path.relative_to(folder)) if run.path != folder else str(run.path),
+        run.state + silent,
+        f"{run.step}/{run.total}" if run.total else "",
+        f"{run.loss:.4f}" if run.loss is not None else "",
+        f"{run.accuracy:.2%}" if run.accuracy is not None else "",
+        f"{run.images_per_s:,.0f}" if run.images_per_s else "",
+        format_duration(run.left_s) if run.left_s is not None else "",
+        str(run.restarts or ""),
+        run.job,
+        run.nodes,
+    )
+
+
+def make_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Rows as text in columns, without those that are empty."""
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    lines = [[line[column] for column in kept] for line in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(kept))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def follow(path: Path) -> int:
+    """Print the log of the run in `path` until the run ends. 0 if it is finished, 1 if not."""
+    log, position, ended_s = "", 0, 0.0
+    while True:
+        run = read_state(path, cluster.read_jobs())
+        newest = locate_log(run)
+        if newest != log:
+            log, position = newest, 0
+        position = _copy(log, position)
+        ended_s = 0.0 if run.is_active else ended_s + _POLL_S
+        if run.is_finished or ended_s > _SETTLE_S:
+            break
+        time.sleep(_POLL_S)
+    _copy(log, position)
+    print(f"{path}: {run.state}, step {run.step}" + (f" of {run.total}" if run.total else ""))
+    return 0 if run.is_finished else RunError.exit_code
+
+
+def locate_log(run: RunState) -> str:
+    """The log of a run's last job; empty where there is none."""
+    noted = read_object(run.path / "slurm/job.json")
+    if noted.get("log") and noted.get("job") == run.job:
+        return str(noted["log"])
+    return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
+
+
+def _copy(log: str, position: int) -> int:
+    try:
+        with open(log, "rb") as file:
+            file.seek(position)
+            for line in file:
+                sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
+            return file.tell()
+    except FileNotFoundError:  # not begun
+        return position
+
+
+def cancel(path: Path) -> int:
+    """Let the run in `path` save and end. Raises `UserError` where there is nothing to cancel."""
+    run = read_state(path, cluster.read_jobs())
+    if not run.is_active:
+        raise UserError(f"{path} does not run: it is {run.state}")
+    waited = run.is_waiting
+    if run.is_in_queue:
+        cluster.run_slurm("scancel", run.job)  # TERM to every task; KILL comes KillWait seconds later
+    elif run.pid is not None:
+        os.kill(run.pid, signal.SIGTERM)  # one rank's signal stops all at the same step
+    else:
+        raise UserError(f"{path} is {run.state} on another machine, and not in this cluster's queue: stop it there")
+    end = time.monotonic() + _CANCEL_TIMEOUT_S
+    while run.is_active:
+        if time.monotonic() > end:
+            raise RunError(f"{path} was told to stop, and is still {run.state} after {_CANCEL_TIMEOUT_S:.0f} s")
+        time.sleep(_POLL_S)
+        run = read_state(path, cluster.read_jobs())
+    saved = find_saved_step(path)
+    if run.is_finished:
+        print(f"{path} had just finished")
+    elif waited:
+        print(f"{path}: its job waited in the queue and is cancelled")
+    elif saved is None:
+        print(f"{path} is stopped before it had anything to save")
+    else:
+        print(f"{path} is stopped; saved at step {saved}. The same command goes on from there")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What a job asks a cluster for, as options, and the training's options as the job gets them. Imports no torch."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from mnist_dist.config import Config
+from mnist_dist.errors import UserError
+from mnist_dist.options import Options, option
+
+_PLACE = "The job"
+_LIMITS = "Time and restarts"
+
+
+class Request(Options):
+    """The options of a job. Immutable; raises `pydantic.ValidationError` on a value that is not allowed."""
+
+    cluster: Literal["slurm", "local"] = option(_PLACE, "slurm", "local: the same job on this machine, without Slurm")
+    nodes: int = option(_PLACE, 1, "nodes; local: their tasks all run here", ge=1, le=100_000)
+    tasks_per_node: int | None = option(_PLACE, None, "processes on a node; none: one for each GPU, else one", ge=1, le=4096)
+    gpus_per_node: int = option(_PLACE, 0, "GPUs of a node", ge=0, le=1024)
+    cpus_per_task: int | None = option(_PLACE, None, "CPUs of a process; none: Slurm's default", ge=1, le=4096)
+    memory_gb: float | None = option(_PLACE, None, "memory of a node (GB); none: Slurm's default", gt=0, le=1_000_000)
+    partition: str | None = option(_PLACE, None, "partition; none: Slurm's default")
+    account: str | None = option(_PLACE, None, "account that pays")
+    qos: str | None = option(_PLACE, None, "quality of service")
+    constraint: str | None = option(_PLACE, None, "features that the nodes must have, in Slurm's notation")
+    name: str = option(_PLACE, "mnist-dist", "name of the job")
+    dry_run: bool = option(_PLACE, False, "print the batch script and queue nothing")
+
+    time: int = option(_LIMITS, 60, "time limit of one start (minutes)", ge=1, le=1_000_000)
+    signal_delay_s: int = option(
+        _LIMITS, 120, "time before the limit at which the run saves and is requeued (seconds); Slurm may be 60 s early", ge=1
+    )
+    max_requeues: int = option(_LIMITS, 20, "times that the run is requeued, so that no mistake runs for ever", ge=0, le=10_000)
+
+    # These go into a script. They are quoted there, too.
+    @field_validator("name", "partition", "account", "qos")
+    @classmethod
+    def _check_word(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", value):
+            raise ValueError("allowed: 1 to 100 letters, digits and _ . + -")
+        return value
+
+    @field_validator("constraint")
+    @classmethod
+    def _check_constraint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_(\[][A-Za-z0-9_.:&|*,()\[\]-]{0,199}", value):
+            raise ValueError("allowed: 1 to 200 letters, digits and _ . : & | * , ( ) [ ] -")
+        return value
+
+    @model_validator(mode="after")
+    def _check_delay(self) -> "Request":
+        if self.signal_delay_s >= self.time * 60:
+            raise ValueError(
+                f"signal_delay_s is {self.signal_delay_s}, and the time limit is {self.time} min: less than {self.time * 60} s is allowed"
+            )
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Processes on one node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole job."""
+        return self.nodes * self.tasks
+
+
+def place_config(config: Config, request: Request) -> Config:
+    """`config` as the job runs it: in absolute folders, and refusing another number of processes. Raises `UserError`."""
+    config.check_world(request.world_size)
+    run_dir = check_folder(Path(config.run_dir))
+    data_dir = config.data_dir and str(Path(config.data_dir).absolute())
+    return config.model_copy(update={"run_dir": str(run_dir), "data_dir": data_dir, "world_size": request.world_size})
+
+
+def check_folder(folder: Path) -> Path:
+    """The absolute path of a run's folder. Raises `UserError` for one that Slurm would read otherwise: it has no quoting for these."""
+    path = folder.absolute()
+    if not re.fullmatch(r"[\w ./=,+@:~-]+", str(path)):
+        raise UserError(f"run_dir is {str(path)!r}; in a submitted job letters, digits, spaces and . / = , + @ : ~ _ - are allowed")
+    return path
+
+
+def list_arguments(config: Config) -> tuple[str, ...]:
+    """The command line that makes `config`, whatever the file of --config says when the job starts."""
+    values = config.model_dump()
+    return tuple(f"--{name}={value}" for name, value in values.items() if value != Config.model_fields[name].default)

@@ -1,0 +1,107 @@
+"""The program `python -m launch.submit`: one training as a job, on a Slurm cluster or on this machine.
+
+Everything that can be known to be wrong is said before a job is queued. Imports no torch, so that it answers in about a second.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import cluster
+from launch.request import Request, place_config
+from launch.runs import RunState, read_state
+from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
+from mnist_dist.config import Config, add_config_options, resolve_config
+from mnist_dist.errors import UserError
+from mnist_dist.options import Parser, make_options
+from mnist_dist.program import make_printable, print_answer
+from mnist_dist.record import check_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status: 0 submitted, or finished already, 2 a mistake, 1 anything else; locally the training's."""
+    return print_answer(lambda: _submit(arguments))
+
+
+def _submit(arguments: Sequence[str] | None) -> int:
+    parser = Parser(
+        "launch.submit", "Submit a training as a job, by submitit.", usage="[--config FILE] [--option of the job or the training value ...]"
+    )
+    add_config_options(parser)
+    parser.add_options(Request)
+    given = parser.parse(arguments)
+    file = given.pop("config")
+    request, config = collect_mistakes(
+        lambda: read_request(given),
+        lambda: resolve_config({name: value for name, value in given.items() if name in Config.model_fields}, file),
+    )
+    config, _ = collect_mistakes(lambda: place_config(config, request), lambda: compare_with_cluster(request))
+    folder = Path(config.run_dir) / "slurm"
+    if request.dry_run:
+        print(write_script(make_slurm_executor(request, folder)))
+        return 0
+    run = read_state(Path(config.run_dir), cluster.read_jobs())
+    if not check_free(run, config):
+        print(f"{run.path} is finished, {config.evaluated_on} accuracy {run.accuracy:.2%}; nothing to do")
+        return 0
+    if request.cluster == "local":
+        status = run_locally(request, [config])[config.run_dir]
+        run = read_state(Path(config.run_dir), [])
+        accuracy = f", {config.evaluated_on} accuracy {run.accuracy:.2%}" if run.is_finished else ""
+        print(f"{run.path}: {run.state} after step {run.step}{accuracy}")
+        return status
+    [(job, log)] = submit_to_slurm(request, [config], folder)
+    print(f"submitted job {job}: {request.world_size} processes on {request.nodes} nodes; log: {log}")
+    print(f"to watch it: {shlex.join(['python', '-m', 'launch.jobs', 'follow', str(run.path)])}")
+    return 0
+
+
+def read_request(given: dict[str, Any]) -> Request:
+    """The job options among those given. Raises `UserError`."""
+    return make_options(Request, {name: value for name, value in given.items() if name in Request.model_fields})
+
+
+def collect_mistakes(*works: Callable[[], Any]) -> list[Any]:
+    """What each of `works` returns. Raises one `UserError` with the mistakes of all of them, each line once."""
+    answers, mistakes = [], []
+    for work in works:
+        try:
+            answers.append(work())
+        except UserError as error:
+            mistakes += str(error).splitlines()
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+    return answers
+
+
+def compare_with_cluster(request: Request) -> None:
+    """Raise `UserError` for a request that this cluster can never grant; what may only take long is a note."""
+    if request.cluster == "local":
+        return
+    if not cluster.is_slurm_here():
+        if not request.dry_run:
+            raise UserError("cluster is 'slurm', but sinfo and sbatch are not found here: use a login node, or --cluster local")
+        say("note: there is no Slurm here, so the request is not compared with a cluster")
+        return
+    for note in cluster.check_request(request, cluster.read_nodes()):
+        say(f"note: {note}")
+
+
+def check_free(run: RunState, config: Config) -> bool:
+    """Whether `config` may begin or go on in the folder of `run`; False where it is finished. Raises `UserError` for a folder not free."""
+    check_recipe(run.path, config)
+    if run.is_active:
+        by = f"job {run.job}" if run.job else f"process {run.pid}" if run.pid else "another process"
+        raise UserError(f"run_dir {run.path} is in use by {by} ({run.state}): wait for it, or use another run_dir")
+    return not run.is_finished
+
+
+def say(text: str) -> None:
+    """A line beside the answer."""
+    print(make_printable(text), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
