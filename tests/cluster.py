@@ -1,0 +1,45 @@
+"""The development cluster for the tests: a real Slurm, and jobs on it."""
+
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "slurm/train.sh"
+
+
+class Job:
+    def __init__(self, environ, folder, options="", training="", script=TRAIN, **variables):
+        self.environ, self.folder = {**environ, **variables}, folder
+        command = ["sbatch", "--parsable", *shlex.split(options), str(script), *shlex.split(training)]
+        self.id = subprocess.run(command, env=self.environ, cwd=folder, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+    def run(self, *command):
+        return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=30)
+
+    @property
+    def log(self):
+        path = self.folder / f"mnist-dist-{self.id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def show(self, name):
+        return re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", self.id).stdout)[1]
+
+    def wait_for(self, text, times=1, timeout=120):
+        end = time.monotonic() + timeout
+        while len(re.findall(text, self.log)) < times:
+            assert time.monotonic() < end, f"no {text!r} in:\n{self.log}"
+            time.sleep(0.5)
+
+    def wait_state(self, *states, timeout=120):
+        end = time.monotonic() + timeout
+        while (state := self.show("JobState")) not in states:
+            assert time.monotonic() < end, f"{state}:\n{self.log}"
+            time.sleep(0.5)
+        return state
+
+    def cancel(self):
+        self.run("scancel", self.id)
+        self.wait_state("CANCELLED")

@@ -1,0 +1,111 @@
+"""Real processes for the tests: each rank is one, started in milliseconds by a server that has imported torch already."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
+
+TINY = ["--dataset", "synthetic", "--train_size", "50", "--test_size", "30", "--batch_size", "12", "--steps", "10"]
+TINY += ["--precision", "fp32", "--threads", "1", "--log_every", "1", "--learning_rate", "0.01", "--evaluate_every", "5"]
+TINY += ["--report", "false", "--wandb", "disabled"]
+
+Work = Callable[[], int | None]
+
+
+@dataclass
+class Rank:
+    """One process of a run."""
+
+    process: BaseProcess
+    log: Path
+
+    def wait(self, timeout_s: float = 100) -> int:
+        """Its exit status, negative for a signal, as in `subprocess`."""
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {timeout_s} s; its output:\n{self.text}")
+        return self.process.exitcode
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    @property
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
+        """Wait until `condition()` holds while this process lives."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.is_alive(), f"ended with {self.process.exitcode} before it happened; its output:\n{self.text}"
+            assert time.monotonic() < end, f"did not happen in {timeout_s} s; its output:\n{self.text}"
+            time.sleep(0.01)
+
+
+def start_ranks(folder: Path, work: Work, world: int = 1, environ: dict[str, str] | None = None) -> list[Rank]:
+    """Start `world` processes that each do `work` (a module-level callable) as one rank, with logs in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = str(find_free_port())
+    ranks = []
+    for rank in range(world):
+        variables: dict[str, object] = (
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
+        )
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+        log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
+        process = _context.Process(target=_run, args=(work, {k: str(v) for k, v in variables.items()} | (environ or {}), str(log)))
+        process.start()
+        ranks.append(Rank(process, log))
+    return ranks
+
+
+def run_ranks(folder: Path, work: Work, world: int = 1, environ: dict[str, str] | None = None, expect: int | None = 0) -> str:
+    """Like `start_ranks`, and wait: every rank must end with `expect` (None: not with 0). What they printed."""
+    ranks = start_ranks(folder, work, world, environ)
+    codes = [rank.wait() for rank in ranks]
+    text = "\n".join(rank.text for rank in ranks)
+    assert all(codes) if expect is None else codes == [expect] * world, f"exit statuses {codes}, output:\n{text}"
+    return text
+
+
+def _run(work: Work, variables: dict[str, str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # Python's own streams still point to the server's.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(variables)
+    sys.exit(work())
+
+
+@dataclass(frozen=True)
+class Train:
+    """The program with some arguments, as work for a rank."""
+
+    arguments: Sequence[str]
+
+    def __call__(self) -> int:
+        from mnist_dist.train import main
+
+        return main(self.arguments)
+
+
+def find_free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,157 @@
+"""The benchmarks' own sums, their peers, and that the loop still has what they hook into. What they measure is not tested."""
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import common, scaling, startup, stock, throughput, time_to_accuracy
+from mnist_dist import loop, run_folder
+from mnist_dist.config import Config
+from mnist_dist.data import load_dataset
+from mnist_dist.errors import UserError
+from mnist_dist.model import CNN
+from mnist_dist.program import run_program
+
+# What time_to_accuracy makes of a command line without options.
+OPTIONS = argparse.Namespace(config="mnist", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
+PROGRAMS = [scaling, startup, throughput, time_to_accuracy]
+
+
+def test_the_operations_of_a_training_step_are_counted_right():
+    model = CNN()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(4, 1, 28, 28)).sum().backward()
+    assert counter.get_total_flops() / 4 == pytest.approx(common.TRAINING_FLOP, rel=0.001)
+
+
+def test_the_loop_takes_its_batches_through_the_turns_of_a_benchmark(tmp_path):
+    seen = []
+
+    def take_turns(batches, accelerator):
+        common.make_step(common.make_model(accelerator), config, accelerator, 4)()
+        for batch in batches:
+            seen.append(batch.step)
+            yield batch
+
+    config = Config(
+        dataset="synthetic", steps=3, batch_size=4, train_size=20, test_size=5, report=False, wandb="disabled", run_dir=str(tmp_path)
+    )
+    common.run_loop(config, take_turns)
+    assert seen == [0, 1, 2]
+
+
+def test_the_names_that_the_benchmarks_time_are_those_of_the_loop():
+    for name in ("make_loader", "evaluate", "draw_transforms", "make_inputs", "join_group", "load_dataset", "TrainingState"):
+        assert hasattr(loop, name)
+    assert hasattr(run_folder, "open_tracker")
+
+
+def test_the_stock_loader_gives_the_embedded_images_as_the_loop_normalises_them(tmp_path):
+    stock.write_files(tmp_path)
+    images, labels = next(iter(stock.make_loader(tmp_path, train=False, batch_size=50, size=50)))
+    data = load_dataset(Config(test_size=50))
+    assert torch.equal(labels, data.test.labels)
+    assert torch.allclose(images[:, 0], (data.test.images / 255 - stock.MEAN) / stock.STD, atol=1e-5)
+    augmented = stock.make_loader(tmp_path, train=True, batch_size=8, size=8, augmentation=stock.make_augmentation(Config()))
+    assert next(iter(augmented))[0].shape == (8, 1, 28, 28)
+
+
+def test_the_example_has_the_parameters_of_its_description():
+    convolutions, linear = (9 * 1 + 1) * 32 + (9 * 32 + 1) * 64, (12 * 12 * 64 + 1) * 128 + (128 + 1) * 10
+    assert sum(parameter.numel() for parameter in stock.ExampleNet().parameters()) == convolutions + linear
+
+
+def test_a_ratio_is_of_medians_and_its_spread_of_pairs():
+    assert common.compare([2, 4, 9], [1, 2, 3]) == "2.00 (2.00 - 3.00)"
+
+
+def test_rows_come_back_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "results" / "x.jsonl"
+    assert common.read_rows(path) == []
+    common.append_row(path, {"a": 1})
+    assert common.read_rows(path) == [{"a": 1}]
+    path.write_text('{"a": 1}\n{"a":')
+    with pytest.raises(UserError, match="line 2 of"):
+        common.read_rows(path)
+
+
+def test_a_time_is_that_of_the_first_evaluation_that_reached_the_mark():
+    accuracies = [0.98, 0.991, 0.989, 0.9951]
+    row = {"evaluations": [{"time_s": 10.0 * number, "accuracy": value} for number, value in enumerate(accuracies)]}
+    assert time_to_accuracy.find_time(row, 0.99) == 10
+    assert time_to_accuracy.find_time(row, 0.994) == 30
+    assert time_to_accuracy.find_time(row, 0.999) == math.inf
+
+
+def test_a_ring_all_reduce_sends_all_but_the_own_share_twice():
+    link = scaling.Link("x", 0.5, 100)
+    assert link.all_reduce_s(1, 1000) == 0
+    assert link.all_reduce_s(2, 1000) == pytest.approx(2 * 0.5 + 10)
+    assert link.all_reduce_s(4, 1000) == pytest.approx(6 * 0.5 + 15)
+
+
+def test_more_processes_pay_until_the_exchange_outweighs_the_share():
+    free, slow = scaling.Link("free", 0, math.inf), scaling.Link("slow", 1, math.inf)
+    assert scaling.find_last_useful(0, 1e-3, 64, free) == 64
+    assert scaling.find_last_useful(0, 1e-3, 64, slow) == 1
+
+
+def make_row(entry, seed, settings):
+    return {
+        "benchmark": "time_to_accuracy",
+        "entry": entry,
+        "seed": seed,
+        "settings": settings,
+        "precision": "fp32",
+        "threads": 2,
+        "evaluations": [{"epoch": 1, "time_s": 5.0 if entry == "ours" else 50.0, "accuracy": 0.991}],
+        "products": [{"fp32": 1e9, "bf16": 1e9}],
+        "machine": common.describe_machine(),
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "unknown",
+    }
+
+
+def test_what_the_results_hold_is_not_measured_again_and_is_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy.subprocess, "run", lambda *_, **__: pytest.fail("started again"))
+    path = tmp_path / "x.jsonl"
+    for entry, seed in itertools.product(("ours", "course"), (0, 1)):
+        common.append_row(path, make_row(entry, seed, time_to_accuracy.describe_settings(entry, OPTIONS)))
+    arguments = ["--results", str(path), "--config", "mnist", "--entries", "ours", "course", "--seeds", "0", "1"]
+    assert time_to_accuracy.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "10.0" in table
+    assert "not reached" in table
+
+
+def test_a_row_that_is_missing_is_measured_and_a_failure_is_told(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def start(command, **_):
+        started.append(command[-2:])
+        return subprocess.CompletedProcess(command, 1, stderr="much\nerror: the reason")
+
+    monkeypatch.setattr(time_to_accuracy.subprocess, "run", start)
+    path = tmp_path / "x.jsonl"
+    common.append_row(path, make_row("course", 0, time_to_accuracy.describe_settings("course", OPTIONS)))
+    arguments = ["--results", str(path), "--config", "mnist", "--entries", "course", "example", "--seeds", "0", "1"]
+    assert run_program(lambda: time_to_accuracy.main(arguments)) == 1
+    assert started == [["example", "0"], ["course", "1"], ["example", "1"]]
+    assert "error: the reason" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_table_without_results_is_one_clear_line(program, tmp_path, capsys):
+    assert run_program(lambda: program.main(["--table", "--results", str(tmp_path / "none.jsonl")])) == 2
+    assert "holds no results yet" in capsys.readouterr().err
+
+
+def test_a_row_tells_no_host_and_no_path():
+    row = json.dumps(common.describe_machine() | common.describe_origin())
+    assert "/" not in row

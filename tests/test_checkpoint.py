@@ -1,0 +1,216 @@
+"""Checkpoints are whole or absent: killed at every stage of a save, damaged in every way."""
+
+import io
+import os
+import pickle
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TINY, Train, run_ranks
+
+from mnist_dist import checkpoint
+from mnist_dist.errors import RunError, UserError
+
+STATE = {"step": 1, "recipe": {"seed": 1}, "model": {"weight": torch.arange(1000.0)}}
+
+
+def content_of(step):
+    return checkpoint.encode({**STATE, "step": step})
+
+
+def newest_step(folder):
+    content = checkpoint.read_newest(folder)
+    return None if content is None else checkpoint.decode(content)["step"]
+
+
+def test_a_checkpoint_comes_back_and_only_the_newest_are_kept(tmp_path):
+    assert newest_step(tmp_path) is None
+    for step in (1, 20, 300, 4000):
+        path = checkpoint.write(tmp_path, step, content_of(step), keep=2)
+    assert path.name.startswith("step_00004000-")
+    assert [name.name[:13] for name in checkpoint.list_newest_first(tmp_path)] == ["step_00004000", "step_00000300"]
+    assert newest_step(tmp_path) == 4000
+    # It is an ordinary torch file for anybody else.
+    assert torch.equal(torch.load(path, weights_only=True)["model"]["weight"], STATE["model"]["weight"])
+
+
+@dataclass(frozen=True)
+class KillDuringSave:
+    """A writer that is killed at the nth thing it asks of the disk; `half` kills it in the middle of the write instead."""
+
+    folder: str
+    at: int
+    half: bool = False
+
+    def __call__(self):
+        folder = Path(self.folder)
+        for step in (1, 2, 3):
+            checkpoint.write(folder, step, content_of(step), keep=2)
+        calls = 0
+
+        def count(function):
+            def counted(*arguments, **options):
+                nonlocal calls
+                calls += 1
+                if calls == self.at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return counted
+
+        open_ = Path.open
+
+        def open_half(path, mode="r", *rest):
+            file = open_(path, mode, *rest)
+            if self.half:
+                file.write(content_of(4)[:1000])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return file
+
+        Path.open, Path.unlink = count(open_half), count(Path.unlink)
+        os.fsync, os.replace, os.open = count(os.fsync), count(os.replace), count(os.open)
+        checkpoint.write(folder, 4, content_of(4), keep=2)
+        return calls
+
+
+def test_a_writer_killed_at_any_stage_leaves_a_valid_checkpoint(tmp_path):
+    (tmp_path / "whole").mkdir()
+    run_ranks(tmp_path, KillDuringSave(str(tmp_path / "whole"), at=0), expect=6)  # open, fsync, replace, open, fsync, unlink
+    for at in range(1, 7):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        run_ranks(tmp_path, KillDuringSave(str(folder), at), expect=-signal.SIGKILL)
+        assert newest_step(folder) == (3 if at <= 3 else 4)
+        checkpoint.remove_temporary_files(folder)
+        assert len(list(folder.iterdir())) == (2 if at <= 3 else 3)
+        # The next save tidies up what the killed one could not.
+        checkpoint.write(folder, 5, content_of(5), keep=2)
+        assert newest_step(folder) == 5
+        assert len(list(folder.iterdir())) == 2
+    half = tmp_path / "half"
+    half.mkdir()
+    run_ranks(tmp_path, KillDuringSave(str(half), 0, half=True), expect=-signal.SIGKILL)
+    assert newest_step(half) == 3
+    assert [path.suffix for path in half.iterdir()].count(".tmp") == 1
+    checkpoint.remove_temporary_files(half)
+    assert len(list(half.iterdir())) == 2
+
+
+def damages(content):
+    chance = random.Random(0)
+    for length in [0, 1, 2, 100, *range(200, len(content), 450), len(content) - 1]:
+        yield f"truncated to {length}", content[:length]
+    for position in [0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(50))]:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << chance.randrange(8)
+        yield f"bit flipped at {position}", bytes(flipped)
+    yield "longer", content + b"\0"
+    yield "zeros", bytes(len(content))
+    yield "garbage", chance.randbytes(len(content))
+    yield "text", b"not a checkpoint\n"
+
+
+def test_any_damage_to_the_newest_is_seen_and_the_one_before_is_used(tmp_path, caplog):
+    checkpoint.write(tmp_path, 1, content_of(1), keep=9)
+    good = content_of(2)
+    newest = checkpoint.write(tmp_path, 2, good, keep=9)
+    for what, content in damages(good):
+        newest.write_bytes(content)
+        caplog.clear()
+        assert newest_step(tmp_path) == 1, what
+        assert str(newest) in caplog.text
+        assert "damaged" in caplog.text
+    newest.write_bytes(good)
+    assert newest_step(tmp_path) == 2
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        checkpoint.write(tmp_path, step, content_of(step), keep=9).write_bytes(b"")
+    with pytest.raises(RunError, match=r"none of the 2 checkpoints .* is whole"):
+        checkpoint.read_newest(tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/should-not-exist",))
+
+
+def test_a_file_that_holds_code_is_refused_even_with_the_right_checksum(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"format": 1, "evil": Evil()}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps(Evil()), b"", b"PK\x03\x04"):
+        with pytest.raises(RunError, match="not one of this program"):
+            checkpoint.decode(content)
+
+
+def test_a_newer_format_is_refused():
+    buffer = io.BytesIO()
+    torch.save({"format": checkpoint.FORMAT + 1}, buffer)
+    with pytest.raises(UserError, match="format 2"):
+        checkpoint.decode(buffer.getvalue())
+
+
+def test_every_load_in_the_package_is_weights_only():
+    package = Path(checkpoint.__file__).parent
+    for path in package.rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, path
+            assert "pickle.load" not in line, path
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder), "--checkpoint_every", "4"]
+    run_ranks(tmp_path, Train(arguments))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "result.json").unlink()
+    newest = checkpoint.list_newest_first(folder / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    text = run_ranks(tmp_path, Train(arguments), world=2)
+    assert f"skipped checkpoint {newest}" in text
+    assert "from step 8 of 10" in text
+    run_ranks(tmp_path, Train(arguments))  # finished: a no-op
+    (folder / "result.json").unlink()
+    for path in checkpoint.list_newest_first(folder / "checkpoints"):
+        path.write_bytes(b"")
+    rows = (folder / "metrics.jsonl").read_bytes()
+    text = run_ranks(tmp_path, Train(arguments), world=2, expect=1)
+    assert text.count("is whole: restore one of them") == 2
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    assert whole
+
+
+def edit_newest(folder, edit):
+    path = checkpoint.list_newest_first(folder / "checkpoints")[0]
+    state = checkpoint.decode(path.read_bytes())
+    edit(state)
+    path.unlink()
+    checkpoint.write(folder / "checkpoints", state["step"], checkpoint.encode(state), keep=9)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda state: state["recipe"].update(learning_rate=0.5), "learning_rate: 0.5 there, 0.01 asked for"),
+        (lambda state: state["recipe"].pop("seed"), "seed: (not there) there, 0 asked for"),
+        (lambda state: state["model"].update({"linear2.bias": torch.zeros(11)}), "linear2.bias: [11] there, [10] asked for"),
+        (lambda state: state["model"].pop("conv1.weight"), "conv1.weight: (not there) there"),
+        (lambda state: state.update(data="0123"), "the checkpoint was trained on other data"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(tmp_path, edit, words):
+    folder = tmp_path / "run"
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder)]))
+    (folder / "result.json").unlink()
+    edit_newest(folder, edit)
+    rows = (folder / "metrics.jsonl").read_bytes()
+    text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder)]), expect=2)
+    assert words in text
+    assert "Traceback" not in text
+    assert (folder / "metrics.jsonl").read_bytes() == rows

@@ -1,0 +1,225 @@
+import random
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mnist_dist.config import Config, find_config_file, make_config, parse_command_line
+from mnist_dist.errors import UserError
+from mnist_dist.options import read_options_file
+from mnist_dist.train import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def write(folder, text):
+    path = folder / "given.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_command_line_beats_file_beats_defaults_wherever_config_stands(tmp_path):
+    file = write(tmp_path, "batch_size: 32\nlearning_rate: 1e-3\n")
+    for arguments in (["--config", file, "--batch_size", "16"], ["--batch_size", "16", "--config", file]):
+        config = parse_command_line(arguments)
+        assert (config.batch_size, config.learning_rate, config.epochs) == (16, 0.001, Config().epochs)
+
+
+def test_the_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1
+
+
+def test_print_config_can_be_read_back(tmp_path, capfdbinary):
+    arguments = ["--learning_rate", "0.123", "--dataset", "kmnist", "--data_dir", "my data", "--download"]
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line([*arguments, "--print_config"])
+    assert exit_.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_bytes(capfdbinary.readouterr().out)
+    assert make_config(read_options_file(printed)) == parse_command_line(arguments)
+
+
+def test_help_names_every_option_in_under_a_second_without_torch():
+    start = time.perf_counter()
+    text = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mnist_dist.train", "--help"], capture_output=True, text=True, check=True
+    )
+    elapsed_s = time.perf_counter() - start
+    for name, field in Config.model_fields.items():
+        assert f"--{name} " in text.stdout
+        assert field.description
+    assert "torch" not in text.stderr
+    assert "accelerate" not in text.stderr
+    assert elapsed_s < 1.5  # 0.3 s alone; the margin is for a machine that is busy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batchsize", "3"], ["--batchsize", "did you mean 'batch_size'"]),
+        (["--lr", "3"], ["--lr", "did you mean 'learning_rate'"]),
+        (["--train_size", "x"], ["train_size is 'x'; allowed: a whole number, at least 1, or none"]),
+        (["--batch_size", "0"], ["batch_size is '0'", "allowed: a whole number, at least 1"]),
+        (["--batch_size", "many"], ["batch_size is 'many'; allowed: a whole number"]),
+        (["--batch_size", "1.5"], ["batch_size is '1.5'; allowed: a whole number"]),
+        (["--batch_size"], ["batch_size"]),
+        (["--learning_rate", "nan"], ["learning_rate is 'nan'; allowed: a number, above 0, at most 100"]),
+        (["--learning_rate", "-1"], ["learning_rate is '-1'; allowed: a number, above 0, at most 100"]),
+        (["--dataset", "cifar"], ["dataset is 'cifar'; allowed: mnist, fashion_mnist, kmnist, qmnist, synthetic"]),
+        (["--dataset", "fashion_mnist"], ["needs data_dir", "--download"]),
+        (["--data_dir", "x"], ["data_dir", "no use"]),
+        (["--train_size", "70000"], ["train_size is 70000", "at most 60000"]),
+        (["--train_size", "10"], ["batch_size is 64", "10 training images"]),
+        (["--holdout", "60000"], ["holdout is 60000; allowed: less than the 60000"]),
+        (["--holdout", "5000", "--test_size", "9"], ["test_size has no use with holdout"]),
+        (["--run_dir", "a\nb"], ["run_dir", "printable"]),
+        (["--seed", "-1", "--epochs", "0"], ["seed is '-1'", "epochs is '0'"]),
+        (["stray"], ["stray"]),
+        (["--config", "absent.yaml"], ["'absent.yaml'", "course, mnist, smoke"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'"]),
+        ("batch_size: yes", ["batch_size is True", "not allowed"]),
+        ("seed: 1\nseed: 2", ["'seed' stands there twice"]),
+        ("epochs: [1, 2]", ["epochs is [1, 2]; allowed: a whole number"]),
+        ("run_dir: 2020-01-01", ["run_dir is", "allowed: text, not empty"]),
+        ("- 1\n- 2", ["option: value"]),
+        ("just words", ["option: value"]),
+        ("3: 4", ["option: value"]),
+        ("a: [", ["not valid YAML"]),
+        ("a: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
+        (b"\xff\xfe\x00", ["not valid YAML"]),
+        ("a: " + "9" * 5000, ["not valid YAML"]),
+        ("[" * 100_000, ["not valid YAML"]),
+        ("# " + "x" * (1 << 20), ["bytes"]),
+        ("seed: &a [*a]", ["seed is"]),
+    ],
+)
+def test_a_mistake_in_a_file_gets_one_message_and_exit_2(tmp_path, text, words, capsys):
+    assert main(["--config", write(tmp_path, text)]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert len(message) < 1000
+
+
+def test_an_empty_file_means_the_defaults(tmp_path):
+    assert parse_command_line(["--config", write(tmp_path, "# nothing\n")]) == Config()
+
+
+def test_fuzzed_options_give_a_config_or_a_user_error(tmp_path):
+    chance = random.Random(0)
+    names = [*Config.model_fields, "config", "print", "x", ""]
+    values = [
+        "",
+        "-",
+        "--",
+        "=",
+        "1",
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        "none",
+        "null",
+        "true",
+        "mnist",
+        "\u202e",
+        "é",
+        "a b",
+        "%s",
+        "{}",
+        "/",
+        "1_0",
+    ]
+    values += ["\udcff", "9" * 400, "9" * 5000, "0x10", "'", '"', "\t", "\\"]
+    wrong = 0
+    for _ in range(2000):
+        arguments = []
+        for _ in range(chance.randrange(5)):
+            name, value = chance.choice(names), chance.choice([*values, "".join(chance.choices(string.printable, k=4))])
+            arguments += chance.choice([[f"--{name}", value], [f"--{name}={value}"], [value], [f"--{name}"]])
+        if any(argument in ("-h", "--help", "--print_config") for argument in arguments):
+            continue
+        try:
+            assert isinstance(parse_command_line(arguments), Config)
+        except UserError as error:
+            wrong += 1
+            assert str(error)
+            assert len(str(error)) < 3000
+    assert wrong > 500
+
+
+def test_fuzzed_files_give_a_config_or_a_user_error(tmp_path):
+    chance = random.Random(1)
+    good = Config().to_yaml().encode()
+    for _ in range(300):
+        text = bytearray(good)
+        for _ in range(chance.randrange(1, 6)):
+            at = chance.randrange(len(text))
+            text[at : at + chance.randrange(3)] = bytes(chance.choices(b"[]{}:,&*!|>%@`'\"\n\t -#\x00\xff0aZ", k=chance.randrange(4)))
+        try:
+            assert isinstance(parse_command_line(["--config", write(tmp_path, bytes(text))]), Config)
+        except UserError as error:
+            assert len(str(error)) < 5000
+
+
+@pytest.mark.parametrize(("world_size", "right"), [(1, True), (2, True), (3, False), (4, True), (64, True), (128, False)])
+def test_the_world_must_divide_the_batch(world_size, right):
+    config = Config(batch_size=64)
+    if right:
+        config.check_world(world_size)
+    else:
+        with pytest.raises(UserError, match=f"batch_size is 64.*multiples of {world_size}"):
+            config.check_world(world_size)
+
+
+def test_a_world_that_was_not_asked_for_is_refused():
+    with pytest.raises(UserError, match="world_size is 1, but 2 was asked for"):
+        Config(world_size=2).check_world(1)
+
+
+def test_two_starts_of_a_run_may_differ_in_settings_but_not_in_the_recipe():
+    assert Config(threads=1, run_dir="x", checkpoint_every=7, precision="fp32").recipe() == Config().recipe()
+    for changed in (Config(seed=1), Config(batch_size=32), Config(rotation=1), Config(epochs=4), Config(train_size=100)):
+        assert changed.recipe() != Config().recipe()
+
+
+@pytest.mark.parametrize("path", sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "sweep.yaml"}), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_states_its_command(path):
+    make_config(read_options_file(path))
+    assert f"--config configs/{path.name}" in path.read_text().split("\nrun_dir")[0]
+
+
+def test_the_default_recipe_is_the_defaults():
+    assert make_config(read_options_file(CONFIGS / "mnist.yaml")) == Config()
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smoke", "smoke.yaml", "configs/smoke.yaml"):
+        assert find_config_file(name).read_bytes() == (CONFIGS / "smoke.yaml").read_bytes()
+    (tmp_path / "smoke").write_text(yaml.safe_dump({"seed": 5}))
+    assert find_config_file("smoke") == Path("smoke")  # a file of one's own comes first
+
+
+def test_steps_override_epochs_and_an_incomplete_batch_is_left_out():
+    config = Config(dataset="synthetic", train_size=100, batch_size=30, epochs=2)
+    assert (config.steps_per_epoch, config.total_steps) == (3, 6)
+    assert Config(steps=7).total_steps == 7
+    assert [step for step in range(1, 7) if config.is_evaluation_due(step)] == [3, 6]
+    assert [step for step in range(1, 8) if Config(steps=7, evaluate_every=3).is_evaluation_due(step)] == [3, 6, 7]

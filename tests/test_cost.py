@@ -1,0 +1,132 @@
+"""What the loop costs beside the bare training step, measured step by step in turn: the machine may be busy with other things."""
+
+import itertools
+import json
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from processes import Train, run_ranks
+from torch.nn import functional as F
+
+from mnist_dist import loop, run_folder, tracking
+from mnist_dist.config import Config
+from mnist_dist.distributed import count_usable_cores
+from mnist_dist.model import build_model
+from mnist_dist.optimization import build_optimizer
+
+
+def make_bare_step(config, accelerator):
+    """Forward, backward and optimizer step on one fixed batch, in the precision and layout of the loop."""
+    model = build_model(0).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model.parameters(), config)
+    images, labels = torch.randn(config.batch_size, 1, 28, 28), torch.arange(config.batch_size) % 10
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def step():
+        loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path, monkeypatch):
+    make_loader, times = loop.make_loader, {"loop": [], "bare": []}
+
+    def take_turns(split, config, accelerator, first_step):
+        """The loader; after each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
+        bare_step = make_bare_step(config, accelerator)
+        begin = time.perf_counter()
+        for batch in make_loader(split, config, accelerator, first_step):
+            yield batch
+            times["loop"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            bare_step()
+            times["bare"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+
+    monkeypatch.setattr(loop, "make_loader", take_turns)
+    loop.train(Config(steps=200, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)))
+    medians = {name: statistics.median(spent[10:]) for name, spent in times.items()}
+    print(f"loop {medians['loop'] * 1e3:.2f} ms, bare {medians['bare'] * 1e3:.2f} ms, ratio {medians['loop'] / medians['bare']:.3f}")
+    assert medians["loop"] <= 1.05 * medians["bare"]
+
+
+@dataclass(frozen=True)
+class TimeAgreement(Train):
+    """A rank that measures how long it is held up by the agreement on stop signals."""
+
+    def __call__(self):
+        exchange, spent, ends = loop.Agreement.exchange, [], []
+
+        def timed(agreement, value):
+            start = time.perf_counter()
+            agreed = exchange(agreement, value)
+            ends.append(time.perf_counter())
+            spent.append(ends[-1] - start)
+            return agreed
+
+        loop.Agreement.exchange = timed
+        code = super().__call__()
+        steps = [end - begin for begin, end in itertools.pairwise(ends)]
+        print(json.dumps({"agreement_s": statistics.median(spent), "step_s": statistics.median(steps)}))
+        return code
+
+
+@pytest.mark.slow
+def test_agreeing_on_stop_signals_costs_less_than_one_percent_of_a_step(tmp_path):
+    text = run_ranks(
+        tmp_path,
+        TimeAgreement(
+            ["--report", "false", "--wandb", "disabled", "--steps", "60", "--test_size", "100", "--run_dir", str(tmp_path / "run")]
+        ),
+        2,
+    )
+    for line in text.splitlines():
+        if line.startswith("{"):
+            cost = json.loads(line)
+            print(f"agreement {cost['agreement_s'] * 1e3:.3f} ms of a step of {cost['step_s'] * 1e3:.1f} ms")
+            assert cost["agreement_s"] < 0.01 * cost["step_s"]
+    assert text.count("agreement_s") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tracking_costs_less_than_one_percent_of_a_default_run(tmp_path, monkeypatch):
+    """What a whole run with as many rows as the default recipe writes spends on the mirror, against the time that recipe trains."""
+    spent = []
+
+    def timed(function):
+        def call(*arguments, **named):
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                spent.append(time.perf_counter() - start)
+
+        return call
+
+    monkeypatch.setattr(run_folder, "open_tracker", timed(run_folder.open_tracker))
+    for name in ("log", "log_images", "finish"):
+        monkeypatch.setattr(tracking.WandbTracker, name, timed(getattr(tracking.WandbTracker, name)))
+    default, steps = Config(), 200
+    log_every = steps // (default.total_steps // default.log_every)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loop.train(Config(steps=steps, log_every=log_every, test_size=100, wandb="offline", run_dir=str(tmp_path)))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # The mirror's process takes its time from the training's cores.
+    stolen_s = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / count_usable_cores()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    training_s = default.total_steps * default.batch_size / statistics.median(row["train/images_per_s"] for row in rows)
+    print(
+        f"{len(rows)} rows: {sum(spent):.2f} s in calls, {stolen_s:.2f} s of the mirror's process; a default run trains {training_s:.0f} s"
+    )
+    assert len(spent) > len(rows) >= default.total_steps // default.log_every
+    assert sum(spent) + stolen_s < 0.01 * training_s

@@ -1,0 +1,296 @@
+import gzip
+import json
+import lzma
+import multiprocessing
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist_dist
+from mnist_dist import data
+from mnist_dist.augment import _make_grid, augment, draw_transforms, make_inputs
+from mnist_dist.config import Config, make_config
+from mnist_dist.data import StepSampler, load_dataset, make_loader
+from mnist_dist.distributed import join_group
+from mnist_dist.errors import UserError
+from mnist_dist.world import World
+
+EMBEDDED = Path(mnist_dist.__file__).parent / "mnist"
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return load_dataset(Config())
+
+
+def test_mnist_is_whole_and_quick_to_load(mnist):
+    start = time.perf_counter()
+    load_dataset(Config())
+    assert time.perf_counter() - start < 5  # 0.7 s on an idle machine
+    assert mnist.train.images.shape == (60_000, 28, 28)
+    assert mnist.train.images.dtype == torch.uint8
+    assert mnist.test.labels.dtype == torch.int64
+    assert mnist.train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert mnist.test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert (round(mnist.mean, 4), round(mnist.std, 4)) == (0.1307, 0.3081)
+    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_the_package_keeps_mnist_small_and_states_its_licence():
+    assert sum(path.stat().st_size for path in EMBEDDED.glob("*.xz")) < 10_000_000
+    assert "Attribution-ShareAlike 3.0" in " ".join((EMBEDDED / "LICENSE").read_text().split())
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "other data"])
+def test_a_damaged_embedded_file_is_refused(tmp_path, damage):
+    shutil.copytree(EMBEDDED, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "t10k-labels-idx1-ubyte.xz"
+    content = bytearray(file.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncated":
+        file.write_bytes(content[:1000])
+    elif damage == "missing":
+        file.unlink()
+    else:  # whole as a file, but not MNIST
+        raw = bytearray(lzma.decompress(content))
+        raw[100] ^= 1
+        file.write_bytes(lzma.compress(raw))
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.xz is .*install the package again"):
+        data._load_embedded_mnist(tmp_path)
+
+
+def test_the_packing_script_makes_what_the_package_holds(tmp_path):
+    from mnist_dist.mnist import pack
+
+    tiny = {name: struct.pack(">II", 0x801, 3) + bytes([1, 2, index]) for index, name in enumerate(pack.NAMES)}
+    for name, raw in tiny.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(raw))
+    pack.pack(tmp_path, tmp_path)
+    assert {name: lzma.decompress((tmp_path / f"{name}.xz").read_bytes()) for name in tiny} == tiny
+    assert set(json.loads((tmp_path / "checksums.json").read_text())) == set(json.loads((EMBEDDED / "checksums.json").read_text()))
+
+
+def test_subsets_and_the_synthetic_set():
+    small = load_dataset(Config(dataset="synthetic", train_size=100, test_size=7))
+    assert (len(small.train), len(small.test)) == (100, 7)
+    whole = load_dataset(Config(dataset="synthetic"))
+    assert torch.equal(whole.train.images[:100], small.train.images)
+    assert whole.fingerprint() != small.fingerprint()
+    assert small.fingerprint() == load_dataset(Config(dataset="synthetic", train_size=100)).fingerprint()
+
+
+# Files of torchvision's data sets, made here: nothing can be fetched in a test.
+
+
+def write_idx_files(folder, train=60_000, test=10_000, mark=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, size in (("train", train), ("t10k", test)):
+        images = struct.pack(">IIII", 0x803, size, 28, 28) + bytes([mark]) * (size * 784)
+        labels = struct.pack(">II", 0x801, size) + bytes(i % 10 for i in range(size))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_files_of_torchvision_data_sets_are_used(tmp_path, name, folder):
+    write_idx_files(tmp_path / folder / "raw", mark=7)
+    dataset = load_dataset(make_config({"dataset": name, "data_dir": str(tmp_path)}))
+    assert dataset.train.images.shape == (60_000, 28, 28)
+    assert int(dataset.test.images[0, 0, 0]) == 7
+    assert dataset.test.labels[:12].tolist() == [*range(10), 0, 1]
+
+
+def test_qmnist_takes_the_label_of_its_eight_numbers(tmp_path):
+    folder = tmp_path / "QMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        images = struct.pack(">IIII", 0x803, 60_000, 28, 28) + bytes(60_000 * 784)
+        rows = b"".join(struct.pack(">8i", i % 10, *[99] * 7) for i in range(60_000))
+        (folder / f"qmnist-{part}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(struct.pack(">III", 0xC02, 60_000, 8) + rows)
+    dataset = load_dataset(make_config({"dataset": "qmnist", "data_dir": str(tmp_path)}))
+    assert dataset.test.images.shape == (60_000, 28, 28)
+    assert dataset.train.labels[:3].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "wrong size", "garbage"])
+def test_a_missing_or_damaged_torchvision_file_says_what_to_do(tmp_path, fault):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    if fault != "missing":
+        write_idx_files(raw, **({"test": 9} if fault == "wrong size" else {}))
+    file = raw / "train-images-idx3-ubyte"
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif fault == "garbage":
+        file.write_bytes(b"no idx file")
+    with pytest.raises(UserError) as error:
+        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+    message = str(error.value)
+    assert "fashion_mnist" in message
+    assert ("expected [10000, 28, 28]" if fault == "wrong size" else "--download") in message
+    assert "\n" not in message
+
+
+def _download(folder):
+    from torchvision import datasets
+
+    class Fetched(datasets.FashionMNIST):
+        def download(self):
+            if not self._check_exists():
+                with (folder / "downloads").open("a") as file:
+                    file.write("x")
+                time.sleep(0.3)
+                write_idx_files(folder / "FashionMNIST" / "raw")
+
+    Fetched.__name__ = "FashionMNIST"
+    datasets.FashionMNIST = Fetched
+    load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(folder), "download": True}))
+
+
+def test_only_one_process_downloads(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=_download, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "downloads").read_text() == "x"
+
+
+# The order of the training images.
+
+
+def shares(config, world_size, start_step=0):
+    split = load_dataset(config).train
+    return [list(StepSampler(split, config, rank, world_size, start_step)) for rank in range(world_size)]
+
+
+def synthetic(**values):
+    return Config(dataset="synthetic", train_size=50, batch_size=12, **values)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
+def test_the_global_batch_does_not_depend_on_the_world(world_size):
+    config = synthetic(steps=10)
+    alone = [share.indices for share in shares(config, 1)[0]]
+    ranks = shares(config, world_size)
+    for step, batch in enumerate(alone):
+        assert all(rank[step].step == step for rank in ranks)
+        # Rank r holds every world_size-th index of the batch, as DistributedSampler deals them.
+        for r, rank in enumerate(ranks):
+            assert torch.equal(rank[step].indices, batch[r::world_size])
+
+
+def test_no_index_is_seen_twice_in_an_epoch_and_what_is_left_out_is_the_same_in_every_world():
+    config = synthetic(epochs=3)
+    seen = {}
+    for world_size in (1, 2, 4):
+        ranks = shares(config, world_size)
+        for epoch in range(3):
+            steps = range(epoch * 4, epoch * 4 + 4)
+            indices = torch.cat([rank[step].indices for rank in ranks for step in steps]).tolist()
+            assert len(indices) == len(set(indices)) == 48
+            assert set(indices) == seen.setdefault(epoch, set(indices))
+    assert len({frozenset(epoch) for epoch in seen.values()}) == 3  # another two are left out each time
+
+
+def test_the_order_starts_at_any_step():
+    config = synthetic(steps=11)
+    whole = shares(config, 2)
+    for start in range(12):
+        part = shares(config, 2, start)
+        for rank in range(2):
+            assert [share.step for share in part[rank]] == list(range(start, 11))
+            assert all(torch.equal(a.indices, b.indices) for a, b in zip(part[rank], whole[rank][start:], strict=True))
+
+
+def test_the_order_follows_from_the_seed_and_no_epoch_repeats_another_seeds():
+    first = [share.indices.tolist() for share in shares(synthetic(epochs=3), 1)[0]]
+    other = [share.indices.tolist() for share in shares(synthetic(epochs=3, seed=1), 1)[0]]
+    assert not any(batch in first for batch in other)
+
+
+def test_the_loader_gives_the_samplers_shares_through_accelerate():
+    config = synthetic(steps=9)
+    dataset = load_dataset(config)
+    with join_group(World(), config) as group:
+        batches = list(make_loader(dataset.train, config, group.accelerator, 4))
+    expected = shares(config, 1, 4)[0]
+    assert [batch.step for batch in batches] == list(range(4, 9))
+    for batch, share in zip(batches, expected, strict=True):
+        assert torch.equal(batch.indices, share.indices)
+        assert torch.equal(batch.images, dataset.train.images[share.indices])
+        assert torch.equal(batch.labels, dataset.train.labels[share.indices])
+
+
+# Augmentation.
+
+
+def test_each_sample_gets_the_same_augmentation_in_every_world():
+    config = synthetic()
+    images = load_dataset(config).train.images[:12]
+    transforms = draw_transforms(config, 5)
+    whole = make_inputs(images, 0.1, 0.3, transforms)
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            mine = slice(rank, None, world_size)
+            assert torch.equal(make_inputs(images[mine], 0.1, 0.3, draw_transforms(config, 5)[mine]), whole[mine])
+    assert not torch.equal(draw_transforms(config, 6), transforms)
+    assert not torch.equal(draw_transforms(synthetic(seed=1), 5), transforms)
+
+
+def test_the_transforms_stay_within_the_options():
+    config = Config(rotation=0, shear=0, scale=0.1, shift=0, batch_size=1000)
+    scales = 1 / draw_transforms(config, 0)[:, 0, 0]
+    assert 0.9 <= scales.min() < 0.91
+    assert 1.09 < scales.max() <= 1.1001
+    config = Config(rotation=10, shear=0, scale=0, shift=3, batch_size=1000)
+    transforms = draw_transforms(config, 0)
+    degrees = torch.rad2deg(torch.atan2(transforms[:, 1, 0], transforms[:, 0, 0]))
+    assert 9.8 < degrees.abs().max() <= 10.001
+    pixels = transforms[:, :, 2] * 14
+    assert 2.9 < pixels.abs().max() <= 3.0001
+    shear = draw_transforms(Config(rotation=0, shear=20, scale=0, shift=0, batch_size=1000), 0)[:, 0, 1]
+    assert 19.5 < torch.rad2deg(torch.atan(shear)).abs().max() <= 20.001
+
+
+def test_no_augmentation_leaves_the_images_alone():
+    config = Config(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0, batch_size=4)
+    images = load_dataset(config).train.images[:4]
+    torch.testing.assert_close(augment(images, draw_transforms(config, 0)), images.unsqueeze(1) / 255, rtol=0, atol=1e-4)
+
+
+def test_the_sampling_grid_is_that_of_torch():
+    transforms = draw_transforms(Config(batch_size=5), 3)
+    torch.testing.assert_close(_make_grid(transforms), torch.nn.functional.affine_grid(transforms, [5, 1, 28, 28], align_corners=False))
+
+
+def test_a_shift_moves_whole_pixels_and_leaves_black():
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[0, 10, 10] = 255
+    two_right = torch.tensor([[[1.0, 0, -2 * 2 / 28], [0, 1.0, 0]]])
+    moved = augment(image, two_right)
+    assert moved[0, 0, 10, 12] > 0.99
+    assert moved.sum() < 1.01
+
+
+def test_held_out_images_are_evenly_spread_the_same_for_every_seed_and_not_trained_on():
+    whole = load_dataset(Config(dataset="synthetic"))
+    held = [load_dataset(Config(dataset="synthetic", holdout=96, seed=seed)) for seed in (0, 1)]
+    positions = torch.arange(96) * 4_096 // 96
+    for dataset in held:
+        assert dataset.evaluated is dataset.holdout
+        assert torch.equal(dataset.holdout.images, whole.train.images[positions])
+        assert torch.equal(dataset.holdout.labels, whole.train.labels[positions])
+        assert len(dataset.train) == 4_000 == Config(dataset="synthetic", holdout=96).training_images
+        assert dataset.fingerprint() != whole.fingerprint()
+    assert len(torch.cat([held[0].train.images, held[0].holdout.images]).unique(dim=0)) == len(whole.train.images.unique(dim=0))
+    assert whole.holdout is None
+    assert whole.evaluated is whole.test

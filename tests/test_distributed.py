@@ -1,0 +1,224 @@
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from processes import find_free_port, run_ranks, start_ranks
+
+from mnist_dist.config import Config
+from mnist_dist.distributed import count_usable_cores, join_group
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.world import World, find_world, first_host
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+SRUN = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_NTASKS": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+}
+SUBMITIT = {"SUBMITIT_LOCAL_JOB_ID": "9", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1"}
+
+
+def test_ranks_come_from_the_launcher():
+    assert find_world({}) == World(0, 1, 0, 1)
+    assert find_world(TORCHRUN) == World(3, 4, 1, 2, "torchrun", "a", 5)
+    srun = find_world(SRUN)
+    assert (srun.rank, srun.size, srun.local_rank, srun.local_size, srun.address) == (3, 5, 1, 2, "gpu07")
+    assert find_world(SRUN | {"SLURM_NODEID": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "0"}).local_size == 1
+    assert find_world(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "6"}).address == "b"
+    assert find_world(SRUN | TORCHRUN).launcher == "torchrun"  # torchrun inside a job step
+    submitit = find_world(SUBMITIT)
+    assert (submitit.rank, submitit.size, submitit.local_rank, submitit.local_size) == (1, 2, 1, 2)
+
+
+def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():
+    ports = [find_world(SRUN | {"SLURM_JOB_ID": str(job)}).port for job in range(500, 600)]
+    assert len(set(ports)) == len(ports)
+    assert all(10_000 < port < 32_768 for port in ports)
+    assert find_world(SRUN | {"SLURM_STEP_ID": "1"}).port != find_world(SRUN).port
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],cpu1", "gpu03"), ("n[7]", "n7"), ("r[1-2]n[3-4],x", "r1n3"), ("a-b[10-12]", "a-b10")],
+)
+def test_the_first_host_of_slurms_compressed_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0"}, "RANK but not WORLD_SIZE, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE but not RANK"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_PORT"}, "but not MASTER_PORT"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
+        (TORCHRUN | {"RANK": "x"}, "RANK is 'x'"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2 of 2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, "of 8"),
+        (SRUN | {"SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "start it with srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun is not supported"),
+    ],
+)
+def test_a_half_set_or_contradictory_environment_is_refused(environ, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        find_world(environ)
+
+
+def test_a_batch_script_of_one_task_is_one_process():
+    assert find_world({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed precision fp16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "allowed: 1"),
+    ],
+)
+def test_what_accelerate_was_told_and_we_cannot_do_is_refused(monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=words), join_group(World(), Config()):
+        pass
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="device is cuda"), join_group(World(), Config(device="cuda")):
+        pass
+
+
+def test_a_second_rank_that_never_comes_is_waited_for_only_so_long():
+    world = World(0, 2, 0, 2, "torchrun", port=find_free_port())
+    with pytest.raises(RunError, match=r"rank 0 of 2 could not join .* within 2 s"), join_group(world, Config(timeout_s=2)):
+        pass
+
+
+@dataclass(frozen=True)
+class Join:
+    """A rank that starts the group and says what came of it."""
+
+    threads: int = 0
+    lone: bool = False
+
+    def __call__(self):
+        if self.lone:  # the planted fault: Accelerate finds no group, and each rank would train alone
+            import accelerate.state
+
+            accelerate.state.PartialState._prepare_backend = lambda *_: (None, accelerate.state.DistributedType.NO)
+        try:
+            with join_group(find_world(os.environ), Config(threads=self.threads)) as group:
+                assert group.broadcast(f"from {group.rank}") == "from 0"
+                assert group.on_main(lambda: f"on {group.rank}") == "on 0"
+                assert group.sum(torch.tensor(group.rank + 1.0)) == group.size * (group.size + 1) / 2
+                print("joined", group.rank, group.size, torch.get_num_threads(), group.precision)
+        except UserError as error:
+            print("refused:", error)
+            return 2
+
+
+@pytest.mark.parametrize("launched_with", ["1", "64", None])
+def test_each_process_takes_its_share_of_the_cores_whatever_the_launcher_set(tmp_path, launched_with):
+    environ = {"OMP_NUM_THREADS": launched_with} if launched_with else {}
+    for world in (1, 2):
+        text = run_ranks(tmp_path, Join(), world, environ)
+        assert text.count(f"{world} {max(1, count_usable_cores() // world)} ") == world
+        assert "Warning" not in text
+    assert " 1 3 " in run_ranks(tmp_path, Join(threads=3), 1, environ)
+
+
+def test_a_world_of_two_singles_is_refused_by_every_rank(tmp_path):
+    text = run_ranks(tmp_path, Join(lone=True), 2, expect=2)
+    assert text.count("Accelerate found rank 0 of 1: each process would train alone") == 2
+
+
+@dataclass(frozen=True)
+class Fail:
+    """A rank zero whose own work fails."""
+
+    def __call__(self):
+        def work():
+            raise UserError("the disk of rank zero")
+
+        with join_group(find_world(os.environ), Config()) as group:
+            try:
+                group.on_main(work)
+            except UserError as error:
+                print("told:", error)
+
+
+def test_every_rank_is_told_what_failed_on_rank_zero(tmp_path):
+    assert run_ranks(tmp_path, Fail(), 3).count("told: the disk of rank zero") == 3
+
+
+def test_a_world_that_was_not_asked_for_is_refused_before_any_file_is_opened(tmp_path):
+    from processes import TINY, Train
+
+    folder = tmp_path / "run"
+    text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--world_size", "3"]), 2, expect=2)
+    assert text.count("world_size is 2, but 3 was asked for") == 2
+    text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--batch_size", "11"]), 2, expect=2)
+    assert text.count("multiples of 2, such as 10 or 12") == 2
+    assert not folder.exists()
+
+
+def test_ranks_that_were_given_different_options_are_refused(tmp_path):
+    from processes import TINY, Train
+
+    port = str(find_free_port())
+    ranks = []
+    for rank in range(2):
+        environ = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        work = Train([*TINY, "--run_dir", str(tmp_path / "run"), "--seed", str(rank)])
+        ranks += start_ranks(tmp_path / str(rank), work, 1, {name: str(value) for name, value in environ.items()})
+    assert [rank.wait() != 0 for rank in ranks] == [True, True]
+    assert "this rank was given other options than rank zero" in ranks[1].text
+
+
+def launch(tmp_path, *command):
+    from processes import TINY
+
+    folder = tmp_path / "run"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+    done = subprocess.run([*command, "mnist_dist.train", *TINY, "--run_dir", str(folder)], capture_output=True, text=True, env=environ)
+    return done, folder
+
+
+def test_torchrun_starts_two_ranks_of_one_run(tmp_path):
+    done, folder = launch(
+        tmp_path, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(find_free_port()), "-m"
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"world_size": 2' in (folder / "result.json").read_text()
+    assert "[rank 0] finished" in done.stderr
+    assert "[rank 1]" not in done.stderr
+
+
+def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    done, folder = launch(tmp_path, *command, "--num_processes", "2", "-m")
+    assert "was asked for 2 processes but started one" in done.stderr
+    assert done.returncode != 0
+    assert not folder.exists()
+    done, folder = launch(tmp_path, *command, "--num_processes", "1", "-m")
+    assert done.returncode == 0, done.stderr
+    assert '"world_size": 1' in (folder / "result.json").read_text()

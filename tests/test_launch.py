@@ -1,0 +1,346 @@
+"""Jobs without a cluster: what is refused, what a script and a pickle hold, and the same job on this machine."""
+
+import json
+import os
+import pickletools
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import TINY
+
+from launch import cluster, jobs, submit, sweep
+from launch.request import Request, list_arguments
+from launch.runs import RunState, read_state
+from mnist_dist.config import make_config, parse_command_line
+from mnist_dist.errors import UserError
+from mnist_dist.world import find_world
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+KEY = "c0ffee" * 6 + "abcd"
+SINFO = """\
+main*|up|1:00:00|1-infinite|3|idle|2|65536|gpu:2
+main*|up|1:00:00|1-infinite|1|down*|2|65536|gpu:2
+gpu|up|2-00:00:00|1-4|6|mixed|64|512000+|gpu:a100:4(S:0-1),gpu:h100:4
+gpu|up|2-00:00:00|1-4|2|drained|64|512000|gpu:a100:8(S:0-1)
+long|inact|infinite|1-infinite|8|allocated|64|512000|(null)
+"""
+
+
+@pytest.fixture
+def no_slurm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*command, **variables):
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run([sys.executable, "-m", *map(str, command)], env=environ, text=True, capture_output=True, timeout=60)
+
+
+def read_starts(folder):
+    path = folder / "starts.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(condition, timeout_s=40):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def test_no_program_imports_torch():
+    code = "import sys, launch.submit, launch.sweep, launch.jobs, launch.training; print({'torch', 'accelerate'} & {*sys.modules})"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert answer.stdout == "set()\n", answer.stderr
+
+
+@pytest.mark.parametrize("name", ["submit", "sweep"])
+def test_the_script_is_the_one_that_was_looked_at(no_slurm, tmp_path, capsys, name):
+    job = "--config smoke --nodes 2 --tasks_per_node 2 --gpus_per_node 2 --cpus_per_task 8 --memory_gb 64 --time 90 --partition gpu"
+    job += " --account team --qos high --constraint a100&ib --name digits --signal_delay_s 300 --max_requeues 5 --dry_run"
+    words = ["lr=0.05,0.1", "seed=0,1,2", "--parallel", "2"] if name == "sweep" else ["--run_dir", "runs/a b"]
+    assert sys.modules[f"launch.{name}"].main([*words, *job.split()]) == 0
+    answer = capsys.readouterr()
+    assert "no Slurm here" in answer.err
+    text = answer.out.replace(sys.executable, "PYTHON").replace(str(ROOT), "CHECKOUT").replace(str(tmp_path), "/FOLDER")
+    assert text == (GOLDEN / f"{name}.sh").read_text()
+    assert subprocess.run(["/bin/bash", "-n"], input=answer.out, text=True).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+DOCUMENTS = ["README.md", "docs/cluster.md", "configs/sweep.yaml"]
+COMMANDS = [
+    line.strip("# ") for name in DOCUMENTS for line in (ROOT / name).read_text().splitlines() if re.match("[ #]+python -m launch", line)
+]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if " launch.jobs" not in line])
+def test_the_commands_of_the_documents_are_right(no_slurm, monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    _, _, program, *words = shlex.split(command, comments=True)
+    assert sys.modules[program].main([*words, "--dry_run"]) == 0
+
+
+HOSTILE = ["a\nb", "a;b", "a b", "$(id)", "`id`", 'a"b', "a'b", "-x", "", "ä", "a" * 101, "a\\b", "a#b"]
+
+
+@pytest.mark.parametrize("option", ["name", "partition", "account", "qos", "constraint"])
+def test_a_hostile_value_is_refused(no_slurm, tmp_path, capsys, option):
+    for value in HOSTILE:
+        if option == "constraint" and value == "a" * 101:
+            continue
+        assert submit.main(["--config", "smoke", "--dry_run", f"--{option}={value}"]) == 2, value
+        answer = capsys.readouterr()
+        assert answer.out == ""
+        assert re.fullmatch(rf"error: {option} is .*\n", answer.err), answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["runs/100%j", "runs/a'b", 'runs/a"b', "runs/a\\b", "runs/$HOME", "runs/a;b", "runs/a#b"])
+def test_a_folder_that_slurm_would_misread_is_refused(no_slurm, tmp_path, capsys, folder):
+    assert submit.main(["--config", "smoke", "--dry_run", "--run_dir", folder]) == 2
+    assert "letters, digits, spaces" in capsys.readouterr().err
+
+
+def test_every_mistake_is_named_before_anything_is_made(no_slurm, tmp_path, capsys):
+    def refuse(*arguments):
+        assert submit.main(["--config", "smoke", *arguments]) == 2
+        assert list(tmp_path.iterdir()) == []
+        return capsys.readouterr().err
+
+    error = refuse("--nodes", "0", "--batch_size", "x", "--time", "1", "--cluster", "local")
+    assert [line.split(" is ")[0] for line in error.splitlines()] == ["error: nodes", "error: batch_size"]
+    assert "multiples of 3" in refuse("--nodes", "3", "--cluster", "local")
+    assert "less than 60 s" in refuse("--time", "1", "--cluster", "local")
+    assert "world_size is 4, but 2" in refuse("--nodes", "4", "--world_size", "2", "--cluster", "local")
+    assert "did you mean 'partition'" in refuse("--partiton", "x")
+    assert "--cluster local" in refuse()
+
+
+def nodes():
+    return [cluster._parse_nodes(line) for line in SINFO.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"partition": "gpus"}, "partition is 'gpus', which this cluster does not have; allowed: gpu, long, main"),
+        ({"time": 61}, "time is 61 min; partition main allows at most 60 min"),
+        ({"nodes": 5}, "nodes is 5; partition main has 4 nodes and allows 4 for a job"),
+        ({"nodes": 5, "partition": "gpu"}, "partition gpu has 8 nodes and allows 4 for a job"),
+        ({"tasks_per_node": 3}, "3 tasks of 1 CPUs on a node are asked for; the largest node of partition main has 2 CPUs"),
+        ({"cpus_per_task": 4}, "1 tasks of 4 CPUs"),
+        ({"gpus_per_node": 9, "partition": "gpu"}, "gpus_per_node 9 on a node are asked for; the largest node of partition gpu has 8 GPUs"),
+        ({"gpus_per_node": 1, "partition": "long"}, "has 0 GPUs"),
+        ({"memory_gb": 65}, "memory_gb 65.0 on a node are asked for"),
+    ],
+)
+def test_a_request_that_the_cluster_can_never_grant_is_refused(request_, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        cluster.check_request(Request(**request_), nodes())
+
+
+def test_a_request_that_only_has_to_wait_is_a_note():
+    assert cluster.check_request(Request(nodes=3), nodes()) == []
+    assert cluster.check_request(Request(nodes=4), nodes()) == ["only 3 of the nodes that this job can use are up; it waits for 4"]
+    assert cluster.check_request(Request(gpus_per_node=8, nodes=4, partition="gpu"), nodes()) == []
+    assert cluster.check_request(Request(time=10_000, partition="long"), nodes()) == ["partition long is not up; the job waits until it is"]
+    with pytest.raises(UserError, match="no default one; allowed: gpu, long"):
+        cluster.check_request(Request(), nodes()[2:])
+
+
+def test_slurms_times_and_counts_are_read():
+    times = {"30:00": 30, "1:30": 1.5, "2:00:00": 120, "1-12:00:00": 2160, "infinite": float("inf")}
+    assert {text: cluster.parse_time(text) for text in times} == times
+    counts = {"(null)": 0, "gpu:2": 2, "gpu:a100:4(S:0-1),gpu:h100:4": 8, "shard:8,gpu:1": 1, "mygpu:3": 0, "gpu:v100-16:2(IDX:0,1)": 2}
+    assert {text: cluster.count_gpus(text) for text in counts} == counts
+
+
+def test_a_job_gets_the_very_config_that_was_checked():
+    values = {
+        "run_dir": "/a b/c",
+        "dataset": "synthetic",
+        "steps": 7,
+        "report": False,
+        "warmup": 1e-7,
+        "wandb_project": "x y",
+        "seed": 2**62,
+    }
+    config = make_config(values)
+    assert parse_command_line(list_arguments(config)) == config
+    assert list_arguments(make_config({})) == ()
+
+
+@pytest.mark.timeout(90)
+def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_path):
+    folder = tmp_path / "runs/a b"
+    command = ["launch.submit", "--cluster", "local", "--tasks_per_node", "2", *TINY, "--steps", "100000", "--run_dir", str(folder)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": KEY, "SLURM_JOB_ID": "7", "SLURM_NTASKS": "9"}
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        state = wait_for(lambda: (now := read_state(folder, [])).pid and now.step and now)
+        assert (state.state, state.total, state.restarts) == ("running", 100_000, 0)
+        assert run(*command[:-1], folder).stderr.endswith("(running): wait for it, or use another run_dir\n")
+
+        os.kill(state.pid, signal.SIGSTOP)
+        old = time.time() - 300
+        for name in ("metrics.jsonl", "starts.jsonl"):
+            os.utime(folder / name, (old, old))
+        listing = run("launch.jobs", tmp_path / "runs").stdout
+        os.kill(state.pid, signal.SIGCONT)
+        assert re.search(r"^a b +running, silent for 5 min \d\d s +\d+/100000 ", listing, re.MULTILINE), listing
+
+        os.kill(state.pid, signal.SIGUSR1)  # as before a time limit: saved, and started again
+        wait_for(lambda: len(read_starts(folder)) == 2)
+        assert read_starts(folder)[1] > 0
+        wait_for(lambda: read_state(folder, []).step > read_starts(folder)[1])
+
+        answer = run("launch.jobs", "cancel", folder)
+        saved = re.search(r"is stopped; saved at step (\d+)\. The same command", answer.stdout)
+        assert saved, answer
+        assert process.wait(20) == 143
+        assert process.stdout.read().endswith(f"{folder}: stopped, saved after step {saved[1]}\n")
+    finally:
+        process.terminate()  # it hands this on to its ranks
+        process.wait(20)
+    assert run("launch.jobs", "cancel", folder).returncode == 2
+
+    again = [*command[:-1], str(folder), "--steps", str(int(saved[1]) + 5)]
+    assert "steps: 100000 there" in run(*again).stderr
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert (folder / "slurm").stat().st_mode & 0o777 == 0o700
+    pickles = list((folder / "slurm").glob("*.pkl"))
+    assert len(pickles) == 2
+    for path in pickles:
+        assert path.stat().st_mode & 0o777 == 0o600
+        names = [argument for operation, argument, _ in pickletools.genops(path.read_bytes()) if operation.name.endswith("UNICODE")]
+        assert {name for name in names if name.startswith(("launch", "submitit", "mnist_dist", "cloudpickle"))} == {
+            "launch.training",
+            "submitit.core.utils",
+        }
+
+
+@pytest.mark.slow
+def test_a_sweep_on_this_machine_shows_what_failed_and_repeats_only_that(tmp_path):
+    folder = tmp_path / "sweep"
+    rest = [*TINY, "--steps", "4", "--optimizer", "sgd", "--schedule", "constant", "--momentum", "0", "--run_dir", str(folder)]
+    rest = [*[word for word in rest if word not in ("--learning_rate", "0.01")], "--cluster", "local", "--parallel", "2"]
+    answer = run("launch.sweep", "lr=0.01,100", *rest)
+    assert answer.returncode == 1, answer
+    assert answer.stdout.count("started here") == 2
+    table = [line.split() for line in answer.stdout.splitlines()[-2:]]
+    assert table[0][0] == "0.01"
+    assert table[0][-2:] == ["1/1", "finished"]
+    assert table[1] == ["100.0", "0/1", "failed", "(exit", "status", "1)"]
+    answer = run("launch.sweep", "lr=0.01,100", *rest)
+    assert re.findall("learning_rate=(.*): started here", answer.stdout) == ["100.0"]
+    assert run("launch.sweep", "lr=0.01", *rest).stderr.endswith("1 of 1 runs are finished and 0 queued or running\n")
+
+
+def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path, capsys):
+    def refuse(*words):
+        assert sweep.main([*words, "--config", "smoke", "--cluster", "local"]) == 2
+        return capsys.readouterr().err
+
+    error = refuse("lr=0.05,-1,x", "batch_size=32,0")
+    assert [line for line in error.splitlines() if "learning_rate" in line] == [
+        "error: learning_rate is '-1'; allowed: a number, above 0, at most 100",
+        "error: learning_rate is 'x'; allowed: a number, above 0, at most 100",
+    ]
+    assert error.count("batch_size is '0'") == 1
+    assert "did you mean 'learning_rate'" in refuse("learning_rat=1")
+    assert "swept and also given" in refuse("seed=0,1", "--seed", "2")
+    assert "run_dir cannot stand" in refuse("run_dir=a,b")
+    assert "nothing to sweep" in refuse()
+    assert "at most 1000" in refuse("seed=" + ",".join(map(str, range(1001))))
+    assert "multiples of 3" in refuse("seed=0,1", "--tasks_per_node", "3")
+    for text, words in (
+        ("sweep: {seed: 3}", "seed needs a list"),
+        ("swep: {seed: [3]}", "has 'swep'; allowed: config, sweep, fixed"),
+        ("sweep: {seed: [true]}", "seed is True"),
+        ("sweep: {}", "nothing to sweep"),
+        ("sweep: [1]", "must hold lines"),
+        ("sweep: {seed: [1], seed: [2]}", "stands there twice"),
+        ("!!python/object/apply:os.system ['id']", "is not valid YAML"),
+    ):
+        (tmp_path / "s.yaml").write_text(text)
+        assert words in refuse("s.yaml"), text
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def test_a_sweep_of_a_file_and_of_words_is_the_same(no_slurm, tmp_path):
+    (tmp_path / "s.yaml").write_text("config: smoke\nsweep: {learning_rate: [0.1, 0.10, 1e-3], seed: [0, 1]}\nfixed: {steps: 3}\n")
+    given = {"words": ["s.yaml"], "config": None}
+    file, fixed, axes, name = sweep.read_axes(given)
+    configs = sweep.combine(axes, fixed, file, name)
+    assert [config.run_dir for config in configs] == [
+        f"runs/s/learning_rate={rate},seed={seed}" for rate in ("0.1", "0.001") for seed in (0, 1)
+    ]
+    file, _, axes, _ = sweep.read_axes({"words": ["lr=0.1,1e-3", "seed=0,1"], "config": "smoke"})
+    assert sweep.combine(axes, {"steps": "3"}, file, "s") == configs
+
+
+def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first():
+    configs = [make_config({"learning_rate": rate, "seed": seed}) for rate in (0.1, 0.2, 0.3) for seed in (0, 1)]
+    accuracies = [0.90, 0.92, 0.95, 0.97, None, 0.99]
+    states = ["finished"] * 4 + ["failed (exit status 1)", "running"]
+    runs = [
+        RunState(Path("x"), state, accuracy=accuracy, is_finished=state == "finished")
+        for state, accuracy in zip(states, accuracies, strict=True)
+    ]
+    table = [line.split() for line in sweep.make_results(["learning_rate", "seed"], configs, runs).splitlines()]
+    assert table[1:3] == [["0.2", "96.00%", "1.41%", "2/2", "finished"], ["0.1", "91.00%", "1.41%", "2/2", "finished"]]
+    assert " ".join(table[3]) == "0.3 0/2 failed (exit status 1) (seed 0); running (seed 1)"
+
+
+def test_the_state_of_a_run_is_what_its_folder_and_the_queue_say(tmp_path):
+    def state(*queue, **files):
+        folder = tmp_path / str(time.monotonic_ns())
+        (folder / "slurm").mkdir(parents=True)
+        for name, value in files.items():
+            path = folder / {"lock": "lock"}.get(name, f"slurm/{name}.json")
+            path.write_text(value if name == "lock" else json.dumps(value))
+        return read_state(folder, [cluster.Job(*words) for words in queue]).state
+
+    job = {"job": "12_1"}
+    assert state() == "not started"
+    assert state(("12_1", "12", "PENDING", "Resources", "", 0), job=job) == "pending (Resources)"
+    assert state(("12_1", "14", "RUNNING", "None", "n1", 0), job=job) == "running"
+    assert state(("12_1", "14", "COMPLETING", "None", "n1", 1), job=job) == "completing"
+    assert state(("12_1", "14", "TIMEOUT", "None", "n1", 1), job=job) == "out of time"
+    assert state(("12_1", "14", "CANCELLED", "None", "n1", 1), job=job, end={"job": "12_1", "status": 143}) == "cancelled, saved"
+    assert state(job=job, end={"job": "12_1", "status": 1}) == "failed (exit status 1)"
+    assert state(job=job, end={"job": "11", "status": 1}) == "not started"
+    assert state(("15", "15", "RUNNING", "None", "n1", 0), lock="process 1 on elsewhere (Slurm job 15)") == "running"
+    assert state(lock=f"process {os.getpid()} on {os.uname().nodename}") == "not started"  # lives, but does not hold it
+
+
+def test_jobs_lists_and_refuses(no_slurm, tmp_path, capsys):
+    assert jobs.main([]) == 2
+    (tmp_path / "runs/x/slurm").mkdir(parents=True)
+    assert jobs.main([]) == 0
+    assert capsys.readouterr().out == "no runs in runs\n"
+    (tmp_path / "runs/x/lock").touch()
+    assert jobs.main(["--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["path"], row["state"]) == ("runs/x", "not started")
+    assert jobs.main(["cancel", "runs/x"]) == 2
+    assert "runs/x does not run: it is not started" in capsys.readouterr().err
+    assert jobs.main(["follow", "nowhere"]) == 2
+    assert jobs.main(["a", "b"]) == 2
+
+
+def test_ranks_of_a_local_job_find_their_world():
+    world = find_world({"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "1"})
+    assert (world.rank, world.size) == (1, 2)

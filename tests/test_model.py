@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import torch
+
+from mnist_dist.model import PARAMETERS, build_model
+
+
+def test_the_program_prints_the_table():
+    table = subprocess.run([sys.executable, "-m", "mnist_dist.model"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    layers = [(row[0], "".join(row[2:6]), row[-1]) for row in rows if row and row[0].startswith(("conv", "linear"))]
+    assert layers == [
+        ("conv1", "[-1,32,26,26]", "320"),
+        ("conv2", "[-1,64,24,24]", "18,496"),
+        ("conv3", "[-1,128,10,10]", "73,856"),
+        ("conv4", "[-1,256,8,8]", "295,168"),
+        ("linear1", "[-1,50]204,850", "204,850"),
+        ("linear2", "[-1,10]510", "510"),
+    ]
+    assert ["total", "parameters", "593,200"] in rows
+    assert ["trainable", "parameters", "593,200"] in rows
+
+
+def test_the_parameters_are_as_many_as_promised_and_follow_from_the_seed():
+    model = build_model(0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS == 593_200
+    before = torch.random.get_rng_state()
+    again, other = build_model(0).state_dict(), build_model(1).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(again["conv1.weight"], other["conv1.weight"])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_samples_do_not_see_each_other():
+    images = torch.rand(4, 1, 28, 28)
+    model = build_model(0)
+    torch.testing.assert_close(model(images)[2:3], model(images[2:3]), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,421 @@
+"""The pictures and the report of a run: made from its folder alone, complete, legible, and with one clear message where that cannot be."""
+
+import base64
+import io
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import TINY, Train, run_ranks
+
+from mnist_dist import plots, report
+from mnist_dist.augment import augment, draw_transforms
+from mnist_dist.config import Config
+from mnist_dist.data import Split, load_dataset
+from mnist_dist.errors import UserError
+from mnist_dist.plots import (
+    Predictions,
+    draw_augmented_sample,
+    draw_confusion,
+    draw_correct,
+    draw_curves,
+    draw_data_sample,
+    draw_grid,
+    draw_incorrect,
+    find_hardest,
+    predict,
+)
+from mnist_dist.record import read_run
+from mnist_dist.weights import load_model
+
+FASHION = Config(dataset="fashion_mnist", data_dir="files").class_names
+NAMES = {"curves", "confusion_matrix", "data_sample", "augmented_sample", "correct_classification", "incorrect_classification"}
+
+
+@dataclass(frozen=True)
+class TrainAndReport(Train):
+    """A training whose process then writes the report, and tells whether that imported pyplot."""
+
+    folder: Path
+
+    def __call__(self):
+        code = super().__call__()
+        report.write_report(self.folder)
+        (self.folder.parent / "has_pyplot").write_text(str("matplotlib.pyplot" in sys.modules))
+        return code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny run, with its pictures and its report. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_ranks(folder.parent, TrainAndReport([*TINY, "--run_dir", str(folder)], folder))
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the same run, without pictures and report."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("plots", "report.html"))
+    return folder
+
+
+def render(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.array(Image.open(buffer).convert("RGB"))
+
+
+def read_texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_a_finished_run_gets_all_pictures_and_none_is_blank(finished):
+    paths = sorted((finished / "plots").iterdir())
+    assert {path.name for path in paths} == {f"{name}.png" for name in NAMES}
+    for path in paths:
+        image = Image.open(path)
+        assert image.format == "PNG"
+        assert 1000 <= image.width <= 1500
+        assert 250 <= image.height <= 1500
+        pixels = np.array(image.convert("L"))
+        assert 0.05 < (pixels < 250).mean() < 0.95
+        assert len(np.unique(pixels)) > 20
+
+
+def test_no_global_state_of_matplotlib_is_used(finished):
+    assert (finished.parent / "has_pyplot").read_text() == "False"
+
+
+def test_the_pictures_come_from_the_weights_and_the_data_of_the_run(finished):
+    run = read_run(finished)
+    data = load_dataset(run.config)
+    trained = load_model(finished)
+    predictions = predict(trained.model, data.test.images, data.mean, data.std)
+    counts = torch.zeros(10, 10, dtype=torch.int64)
+    counts.index_put_((data.test.labels, predictions.classes), torch.tensor(1), accumulate=True)
+    assert counts.tolist() == run.result["test/confusion_matrix"]
+    picture = np.array(Image.open(finished / "plots" / "incorrect_classification.png").convert("RGB"))
+    assert (picture == render(draw_incorrect(data.test, predictions))).all()
+
+
+def test_predicting_leaves_the_model_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.Dropout(0.99))
+    images = torch.randint(256, (700, 28, 28), dtype=torch.uint8)
+    predictions = predict(model, images, 0.5, 0.5)
+    assert model.training
+    expected = model[:2]((images.unsqueeze(1) / 255 - 0.5) / 0.5).softmax(dim=1).max(dim=1)
+    assert torch.equal(predictions.classes, expected.indices)
+    torch.testing.assert_close(predictions.probabilities, expected.values)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_a_grid_shows_every_pixel(kind):
+    # Neither black nor white is in them: a grid that stretched their contrast would show other greys.
+    images = torch.randint(40, 200, (13, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = render(draw_grid(images if kind == "uint8" else images.float() / 255, ["a"] * 13, "title"))
+    cell = picture[18 * 4 :, 6 * 4 :][: 28 * 4, : 28 * 4, 0]
+    for row in range(4):
+        assert np.abs(cell[row::4, ::4].astype(int) - images[0].numpy().astype(int)).max() <= 1
+    cell = picture[18 * 4 :, (6 + 2 * 34) * 4 :][: 28 * 4, : 28 * 4, 0]
+    assert np.abs(cell[1::4, 2::4].astype(int) - images[2].numpy().astype(int)).max() <= 1
+
+
+def test_a_grid_needs_a_caption_for_each_image():
+    with pytest.raises(ValueError):
+        draw_grid(torch.zeros(3, 28, 28), ["one", "two"], "title")
+
+
+def test_the_data_sample_shows_each_class_and_copes_with_missing_ones():
+    split = load_dataset(Config(dataset="synthetic")).train
+    assert read_texts(draw_data_sample(split))[:-2] == [str(i % 10) for i in range(50)]
+    few = Split(split.images[:4], torch.tensor([7, 2, 7, 2]))
+    figure = draw_data_sample(few, FASHION)
+    assert read_texts(figure)[:4] == ["Pullover", "Sneaker", "Pullover", "Sneaker"]
+    assert (figure.axes[0].images[1].get_array() == split.images[0].numpy()).all()
+
+
+def test_the_augmented_sample_is_what_the_augmentation_of_the_config_makes():
+    split = load_dataset(Config(dataset="synthetic")).train
+    config = Config(dataset="synthetic", batch_size=1, rotation=30)
+    images = [image.get_array() for image in draw_augmented_sample(split, config).axes[0].images]
+    expected = augment(split.images[1:2].expand(10, -1, -1), draw_transforms(config.model_copy(update={"batch_size": 50}), 0)[10:20])
+    assert (images[10] == split.images[1].numpy() / np.float32(255)).all()
+    assert all((image == variant.numpy()).all() for image, variant in zip(images[11:20], expected[1:, 0], strict=True))
+    plain = Config(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0)
+    images = [image.get_array() for image in draw_augmented_sample(split, plain).axes[0].images]
+    assert np.abs(images[19] - images[10]).max() < 1e-4
+
+
+def make_split(size):
+    return Split(torch.arange(size, dtype=torch.uint8).reshape(-1, 1, 1).expand(-1, 28, 28), torch.arange(size) % 10)
+
+
+def test_wrong_predictions_come_hardest_first():
+    split = make_split(8)
+    predictions = Predictions(torch.tensor([0, 9, 2, 9, 9, 9, 6, 9]), torch.tensor([0.99, 0.5, 0.98, 0.9, 0.3, 0.9, 0.97, 0.7]))
+    assert find_hardest(split.labels, predictions).tolist() == [3, 5, 7, 1, 4]  # of equal ones, the first first
+    figure = draw_incorrect(split, predictions)
+    assert read_texts(figure)[:5] == ["3 → 9\n90.0%", "5 → 9\n90.0%", "7 → 9\n70.0%", "1 → 9\n50.0%", "4 → 9\n30.0%"]
+    assert [image.get_array()[0, 0] for image in figure.axes[0].images] == [3, 5, 7, 1, 4]
+    assert "5 of 8" in read_texts(figure)[-1]
+    figure = draw_correct(split, predictions)
+    assert read_texts(figure)[:3] == ["0\n99.0%", "2\n98.0%", "6\n97.0%"]
+    assert [image.get_array()[0, 0] for image in figure.axes[0].images] == [0, 2, 6]
+    assert read_texts(draw_incorrect(split, predictions, FASHION))[0] == "Dress\n→ Boot\n90.0%"
+
+
+def test_of_many_wrong_predictions_the_hardest_are_shown():
+    split = make_split(120)
+    figure = draw_incorrect(split, Predictions((split.labels + 1) % 10, torch.arange(120) / 120))
+    assert [image.get_array()[0, 0] for image in figure.axes[0].images] == list(range(119, 69, -1))
+    assert "120 of 120, of which the 50 most confident" in read_texts(figure)[-1]
+
+
+def test_no_wrong_or_no_right_prediction_is_said():
+    split = make_split(5)
+    all_right, all_wrong = Predictions(split.labels, torch.ones(5)), Predictions(split.labels + 1, torch.ones(5))
+    assert read_texts(draw_incorrect(split, all_right)) == ["Wrong predictions", "None: all 5 are right."]
+    assert read_texts(draw_correct(split, all_wrong)) == ["Right predictions", "None: all 5 are wrong."]
+    assert (render(draw_incorrect(split, all_right)) < 250).any()
+
+
+def test_the_curves_show_the_rows():
+    rows = [{"step": step, "train/loss": 2.0 / step, "train/learning_rate": 0.1} for step in (50, 100, 150)]
+    rows[1] |= {"test/loss": 0.5, "test/accuracy": 0.75}
+    figure = draw_curves(rows)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Training loss", "Test loss", "Test accuracy", "Learning rate"]
+    lines = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
+    assert lines[0] == [[50, 2 / 50], [100, 2 / 100], [150, 2 / 150]]
+    assert lines[1:3] == [[[100, 0.5]], [[100, 0.75]]]
+    assert figure.axes[1].lines[0].get_marker() == "o"  # a line of one point would be invisible
+    assert figure.axes[2].get_title(loc="right") == "last 75.00%"
+    assert read_texts(figure) == []
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 7, "train/loss": float("nan"), "train/learning_rate": 1e-7}]])
+def test_few_or_odd_rows_are_drawn_all_the_same(rows):
+    figure = draw_curves(rows)
+    assert render(figure).std() > 0
+    assert read_texts(figure) == ["not measured yet"] * (2 if rows else 4)
+
+
+def test_one_error_is_seen_beside_a_large_diagonal():
+    confusion = [[10_000 * (true == predicted) for predicted in range(10)] for true in range(10)]
+    confusion[5][3], confusion[9][4] = 1, 2
+    colours = draw_confusion(confusion).axes[0].images[0].get_array()
+    assert len({tuple(colours[i, i]) for i in range(10)}) == 1
+    zero, one, two, right = (colours[cell][:3].sum() for cell in ((3, 5), (5, 3), (9, 4), (5, 5)))
+    assert zero == 3  # white
+    assert two < one < zero - 0.3
+    assert two < right - 0.3
+    assert colours[5, 5][2] > colours[5, 5][0]  # bluish: no shade of the errors
+    texts = read_texts(draw_confusion(confusion))
+    assert (texts[5 * 10 + 3], texts[3 * 10 + 5], texts[55]) == ("1", "", "10,000")
+
+
+def test_the_program_prints_what_it_wrote(run_dir, capsys):
+    assert plots.main([str(run_dir)]) == 0
+    output = capsys.readouterr()
+    assert sorted(output.out.split()) == sorted(str(run_dir / "plots" / f"{name}.png") for name in NAMES)
+    assert output.err == ""
+
+
+def test_of_an_unfinished_run_the_rest_is_drawn(run_dir, capsys):
+    (run_dir / "result.json").unlink()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "tra')  # the row that is being written
+    assert [row["step"] for row in read_run(run_dir).rows] == list(range(1, 11))
+    assert report.main([str(run_dir)]) == 0
+    output = capsys.readouterr()
+    assert output.out.split() == [str(run_dir / "report.html")]
+    assert output.err == "left out confusion_matrix, correct_classification, incorrect_classification: the run is not finished\n"
+    assert {path.stem for path in (run_dir / "plots").iterdir()} == {"curves", "data_sample", "augmented_sample"}
+    page = Page((run_dir / "report.html").read_text())
+    assert "Not finished: the record ends at step 10 of 10." in page.text
+    assert "the run is not finished" in page.text
+    assert len(page.pictures) == 3
+
+
+def test_where_the_data_set_is_not_there_the_rest_is_drawn_and_nothing_is_fetched(run_dir, capsys, monkeypatch):
+    asked = []
+
+    def load(config):
+        asked.append(config)
+        raise UserError("no such files")
+
+    monkeypatch.setattr(plots, "load_dataset", load)
+    (run_dir / "config.yaml").write_text("dataset: fashion_mnist\ndata_dir: nowhere\ndownload: true\n")
+    assert plots.main([str(run_dir)]) == 0
+    assert not asked[0].download
+    assert "no such files" in capsys.readouterr().err
+    assert {path.stem for path in (run_dir / "plots").iterdir()} == {"curves", "confusion_matrix"}
+    (run_dir / "result.json").unlink()
+    (run_dir / "metrics.jsonl").unlink()
+    assert plots.main([str(run_dir)]) == 2
+    assert "error: left out curves: metrics.jsonl has no rows yet" in capsys.readouterr().err
+
+
+def without(path, name):
+    values = json.loads(path.read_text())
+    del values[name]
+    return json.dumps(values)
+
+
+DAMAGES = {
+    "no config": ("config.yaml", lambda path: None, "is not a run folder"),
+    "an unknown option": ("config.yaml", lambda path: "epoch: 3\n", "no option 'epoch'"),
+    "a row that is no JSON": ("metrics.jsonl", lambda path: path.read_text().replace("}", "", 1), "line 1 "),
+    "a row without a step": ("metrics.jsonl", lambda path: '{"step": 1}\n{"loss": 1}\n', "line 2 "),
+    "a start that is no object": ("starts.jsonl", lambda path: "[]\n", "line 1 "),
+    "an empty result": ("result.json", lambda path: "", "no valid step"),
+    "a result without its loss": ("result.json", lambda path: without(path, "test/loss"), "no valid test/loss"),
+    "a result without its matrix": ("result.json", lambda path: without(path, "test/confusion_matrix"), "no valid test/confusion_matrix"),
+    "no weights": ("model.safetensors", lambda path: None, "holds no model.safetensors"),
+    "torn weights": ("model.safetensors", lambda path: "torn", "is no whole .safetensors file"),
+}
+
+
+@pytest.mark.parametrize("main", [plots.main, report.main], ids=["plots", "report"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_message_and_nothing_is_written(run_dir, capsys, damage, main):
+    name, change, message = DAMAGES[damage]
+    content = change(run_dir / name)
+    (run_dir / name).unlink()
+    if content is not None:
+        (run_dir / name).write_text(content)
+    before = sorted(run_dir.rglob("*"))
+    assert main([str(run_dir)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert name in output.err
+    assert message in output.err
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "a\0b"])
+def test_a_folder_that_is_none_is_a_users_mistake(tmp_path, capsys, name):
+    assert plots.main([str(tmp_path / name)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [plots.main, report.main], ids=["plots", "report"])
+def test_a_wrong_command_line_is_a_users_mistake(capsys, main):
+    assert main([]) == main(["one", "--two"]) == 2
+    assert "RUN_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("main", "in_the_way"), [(plots.main, "plots"), (report.main, "report.html/folder")])
+def test_a_place_that_cannot_be_written_is_one_message(run_dir, capsys, monkeypatch, main, in_the_way):
+    monkeypatch.setattr(plots, "draw_run", lambda run, device: plots.Drawing({"curves": draw_curves(run.rows)}, []))
+    monkeypatch.setattr(report, "draw_run", plots.draw_run)
+    path = run_dir / in_the_way
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert main([str(run_dir)]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert str(run_dir / in_the_way.split("/")[0]) in output.err
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page, as far as the tests ask."""
+
+    VOID = ("meta", "img", "br", "hr")
+
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.open, self.tags, self.sources, self.texts, self.rows = html, [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action", "poster")]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+    @property
+    def pictures(self):
+        prefix = "data:image/png;base64,"
+        assert all(source.startswith(prefix) for source in self.sources)
+        return [base64.b64decode(source.removeprefix(prefix), validate=True) for source in self.sources]
+
+
+def test_the_report_is_whole_and_loads_nothing(finished):
+    html = (finished / "report.html").read_text()
+    page = Page(html)
+    assert sorted(page.pictures) == sorted(path.read_bytes() for path in (finished / "plots").iterdir())
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not [word for word in ("http:", "https:", "url(", "@import", "src=//") if word in html]
+    assert "default-src 'none'" in html
+    result = json.loads((finished / "result.json").read_text())
+    for word in (f"{result['test/accuracy']:.2%}", f"{result['test/loss']:.4f}", f"{result['test/errors']} of 30 test images are wrong"):
+        assert word in page.text
+    assert ["torch", result["versions"]["torch"]] in page.rows
+    assert ["train_size", "50"] in [row[:2] for row in page.rows]
+    assert ["data_dir", "none"] in [row[:2] for row in page.rows]
+    assert ["download", "false"] in [row[:2] for row in page.rows]
+
+
+def test_the_report_counts_each_class_and_each_start(run_dir):
+    confusion = [[0] * 10 for _ in range(10)]
+    confusion[0][0], confusion[1][1], confusion[1][8], confusion[1][7] = 5, 1000, 12, 3
+    result = json.loads((run_dir / "result.json").read_text()) | {"test/confusion_matrix": confusion}
+    (run_dir / "result.json").write_text(json.dumps(result))
+    (run_dir / "starts.jsonl").write_text('{"time": "early", "step": 0}\n{"time": "late", "step": 6, "host": "node7"}\n')
+    rows = Page(report.make_page(read_run(run_dir), {}, [])).rows
+    assert ["0", "5", "0", "100.00%", "none"] in rows
+    assert ["1", "1015", "15", "98.52%", "8 (12)"] in rows
+    assert ["2", "0", "0", "no images", "none"] in rows
+    assert rows[rows.index(["time", "step", "host"]) :][1:3] == [["early", "0", ""], ["late", "6", "node7"]]
+
+
+def test_what_comes_from_files_is_text_in_the_report(run_dir):
+    nasty = "<script>alert('1')</script>&amp;\"$title"
+    folder = run_dir.rename(run_dir.parent / "<b>&\"'")
+    config = (folder / "config.yaml").read_text().splitlines()
+    (folder / "config.yaml").write_text("\n".join([f"run_dir: {json.dumps(nasty)}", *config[1:]]))
+    result = json.loads((folder / "result.json").read_text()) | {"versions": {nasty: nasty}, "device": nasty, "precision": nasty}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "starts.jsonl").write_text(json.dumps({"step": 0, nasty: nasty}) + "\n")
+    page = Page(report.make_page(read_run(folder), {"curves": b"png"}, [nasty]))
+    assert not {"script", "b"} & set(page.tags)
+    assert page.text.count(nasty) == 8  # the option, name and value of a version, device, precision, name and value of a start, left out
+    assert "<b>&\"'" in page.text
+
+
+def test_the_same_run_gives_the_same_report(run_dir, finished):
+    html = report.write_report(run_dir).read_text()
+    assert html.replace(str(run_dir), str(finished)) == (finished / "report.html").read_text()

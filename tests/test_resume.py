@@ -1,0 +1,293 @@
+"""Nothing is lost: stopped anywhere, by anything, a run ends as if it had never been stopped."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TINY, Train, run_ranks, start_ranks
+from safetensors.torch import load_file
+
+from mnist_dist import checkpoint
+from mnist_dist.config import parse_command_line
+from mnist_dist.preemption import Stop, StopSignals
+
+CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
+
+
+def read_rows(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "train/images_per_s"} for row in rows]
+
+
+def read_weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(folder, expected, exactly):
+    assert read_result(folder)["test/images"] == read_result(expected)["test/images"]
+    rows, expected_rows = read_rows(folder), read_rows(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    if exactly:
+        assert rows == expected_rows
+        assert read_result(folder)["test/confusion_matrix"] == read_result(expected)["test/confusion_matrix"]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row.pop("test/class_accuracy", None) == expected_row.pop("test/class_accuracy", None)
+        assert row.pop("train/gradient_norm") == pytest.approx(
+            expected_row.pop("train/gradient_norm"), rel=0.05
+        )  # jumps where a ReLU flips
+        assert row == pytest.approx(expected_row, rel=1e-4)
+    weights = read_weights(expected)
+    for name, value in read_weights(folder).items():
+        assert torch.equal(value, weights[name]) if exactly else float((value - weights[name]).abs().max()) < 1e-4, name
+
+
+def read_result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+class StopAt(StopSignals):
+    """A signal that comes in the course of one step."""
+
+    def __init__(self, step):
+        self.step, self.asked = step, 0
+
+    @property
+    def received(self):
+        self.asked += 1
+        return Stop.REQUEUE if self.asked >= self.step else Stop.NONE
+
+    def defer(self, announced):
+        pass
+
+
+@dataclass(frozen=True)
+class TrainUntil:
+    """One rank that trains until it is stopped in the course of a given step of this start, then goes on in further starts."""
+
+    arguments: list[str]
+    stops: list[int] = field(default_factory=list)
+
+    def __call__(self):
+        from mnist_dist.loop import train
+
+        for step in self.stops:
+            result = train(parse_command_line(self.arguments), StopAt(step))
+            assert (result.stop, result.step) != (Stop.NONE, 10) or step >= 10
+        return train(parse_command_line(self.arguments)).stop.exit_code
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The tiny run, never stopped, in worlds of one and two."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for world in (1, 2):
+        run_ranks(folder, Train([*TINY, *CALM, "--run_dir", str(folder / str(world))]), world)
+    return folder
+
+
+@dataclass(frozen=True)
+class StopAtEveryStep:
+    """A process that stops and resumes at each step of the run, in a folder for each."""
+
+    folder: str
+
+    def __call__(self):
+        for step in range(1, 10):
+            TrainUntil([*TINY, *CALM, "--run_dir", f"{self.folder}/{step}"], [step])()
+
+
+def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, unbroken):
+    run_ranks(tmp_path, StopAtEveryStep(str(tmp_path)))
+    for step in range(1, 10):
+        starts = [json.loads(line)["step"] for line in (tmp_path / str(step) / "starts.jsonl").read_text().splitlines()]
+        assert starts == [0, step]  # no step is done twice
+        assert_same_run(tmp_path / str(step), unbroken / "1", exactly=True)
+
+
+def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    run_ranks(tmp_path, TrainUntil([*TINY, *CALM, "--run_dir", str(folder)], [1] * 9), 1)
+    assert_same_run(folder, unbroken / "1", exactly=True)
+    for step in (1, 4, 5, 8):
+        folder = tmp_path / f"two {step}"
+        arguments = [*TINY, *CALM, "--run_dir", str(folder)]
+        run_ranks(tmp_path, TrainOnce(arguments, step), 2, expect=85)
+        run_ranks(tmp_path, Train(arguments), 2)
+        assert_same_run(folder, unbroken / "2", exactly=True)
+
+
+@dataclass(frozen=True)
+class TrainOnce(TrainUntil):
+    """One start that is stopped in the course of a step."""
+
+    step: int = 0
+
+    def __init__(self, arguments, step):
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "step", step)
+
+    def __call__(self):
+        from mnist_dist.loop import train
+
+        return train(parse_command_line(self.arguments), StopAt(self.step)).stop.exit_code
+
+
+def test_resumed_on_other_worlds_the_run_is_the_same_up_to_rounding(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *CALM, "--run_dir", str(folder)]
+    run_ranks(tmp_path, TrainOnce(arguments, 2), 2, expect=85)
+    run_ranks(tmp_path, TrainOnce(arguments, 4), 1, expect=85)
+    run_ranks(tmp_path, Train(arguments), 4)
+    assert [json.loads(line)["world_size"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 1, 4]
+    assert_same_run(folder, unbroken / "1", exactly=False)
+
+
+def test_the_tolerance_would_see_a_step_that_is_lost(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *CALM, "--run_dir", str(folder)]
+    run_ranks(tmp_path, TrainOnce(arguments, 4), 1, expect=85)
+    path = checkpoint.list_newest_first(folder / "checkpoints")[0]
+    state = checkpoint.decode(path.read_bytes())
+    path.unlink()
+    checkpoint.write(path.parent, 5, checkpoint.encode({**state, "step": 5}), keep=1)  # the planted fault
+    run_ranks(tmp_path, Train(arguments))
+    with pytest.raises(AssertionError):
+        assert_same_run(folder, unbroken / "1", exactly=False)
+
+
+def test_a_killed_run_repeats_no_more_than_to_its_last_checkpoint(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *CALM, "--run_dir", str(folder), "--checkpoint_every", "3"]
+    ranks = start_ranks(tmp_path, Train(arguments), 2)
+    ranks[0].wait_for(lambda: any((folder / "checkpoints").glob("step_00000006-*.pt")))
+    for rank in ranks:
+        rank.kill(signal.SIGKILL)
+    text = run_ranks(tmp_path, Train(arguments), 2)
+    assert "from step 6 of 10" in text or "from step 9 of 10" in text
+    assert_same_run(folder, unbroken / "2", exactly=True)
+
+
+@dataclass(frozen=True)
+class KillBeforeResult(Train):
+    """A rank that is killed between the last checkpoint and the result."""
+
+    def __call__(self):
+        from mnist_dist import run_folder
+
+        run_folder.RunFolder.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__()
+
+
+def test_a_run_killed_before_its_result_needs_no_further_step(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *CALM, "--run_dir", str(folder)]
+    run_ranks(tmp_path, KillBeforeResult(arguments), expect=-signal.SIGKILL)
+    assert not (folder / "result.json").exists()
+    assert "from step 10 of 10" in run_ranks(tmp_path, Train(arguments))
+    assert_same_run(folder, unbroken / "1", exactly=True)
+
+
+# The run folder is the identity.
+
+
+def test_a_finished_run_is_a_no_op(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder)]
+    run_ranks(tmp_path, Train(arguments), 2)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock"}
+    text = run_ranks(tmp_path, Train([*arguments, "--threads", "2"]), 2)
+    assert text.count("is finished: test accuracy") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock"} == before
+
+
+def test_another_config_in_the_folder_is_an_error_that_shows_the_difference(tmp_path):
+    folder = tmp_path / "run"
+    run_ranks(tmp_path, TrainOnce([*TINY, "--run_dir", str(folder)], 3), expect=85)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--seed", "5", "--batch_size", "10"]), 2, expect=2)
+    assert "batch_size: 12 there, 10 asked for" in text
+    assert "seed: 0 there, 5 asked for" in text
+    assert "learning_rate" not in text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"} == {
+        path: content for path, content in files.items() if path.name != "lock"
+    }
+
+
+def test_a_second_live_job_in_the_folder_is_refused_and_a_dead_one_does_not_hold_it(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder), "--steps", "5000"]
+    first = start_ranks(tmp_path, Train(arguments))[0]
+    first.wait_for(lambda: (folder / "metrics.jsonl").exists())
+    text = run_ranks(tmp_path, Train(arguments), 2, expect=2)
+    assert f"is in use by process {first.process.pid} on " in text
+    first.kill(signal.SIGKILL)
+    first.wait()
+    again = start_ranks(tmp_path, Train(arguments))[0]
+    again.wait_for(lambda: "from step 0" in again.text)
+    again.kill(signal.SIGTERM)
+    assert again.wait() == 143
+
+
+def test_rows_after_the_checkpoint_and_a_torn_row_are_cut_off(tmp_path, unbroken):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *CALM, "--run_dir", str(folder)]
+    run_ranks(tmp_path, TrainOnce(arguments, 4), expect=85)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/loss": 9.0}\n{"step": 6, "tra')
+    run_ranks(tmp_path, Train(arguments))
+    assert_same_run(folder, unbroken / "1", exactly=True)
+
+
+@pytest.mark.parametrize("content", ['{"step": 10', "{}", "[]"])
+def test_a_damaged_result_is_named_and_nothing_is_lost(tmp_path, content):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder)]
+    run_ranks(tmp_path, Train(arguments))
+    (folder / "result.json").write_text(content)
+    assert "result.json is damaged" in run_ranks(tmp_path, Train(arguments), expect=2)
+    assert len(read_rows(folder)) == 10
+
+
+# The random soak.
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [int(os.environ.get("SOAK_SEED", "0"))])
+def test_a_run_that_is_stopped_at_random_fifty_times_ends_right(tmp_path, seed):
+    chance = random.Random(seed)
+    steps = ["--learning_rate", "0.0005", "--steps", "600", "--evaluate_every", "25", "--checkpoint_every", "3", "--timeout_s", "20"]
+    expected, folder = tmp_path / "expected", tmp_path / "run"
+    run_ranks(tmp_path, Train([*TINY, *CALM, *steps, "--run_dir", str(expected)]))
+    arguments = [*TINY, *CALM, *steps, "--run_dir", str(folder)]
+    interruptions = 0
+    while interruptions < 50:
+        ranks = start_ranks(tmp_path, Train(arguments), chance.choice([1, 2, 3, 4]))
+        if chance.random() < 0.85:  # let it come to the training; otherwise stop it anywhere before
+            begun = time.monotonic()
+            while ranks[0].process.is_alive() and "from step" not in ranks[0].text and time.monotonic() - begun < 60:
+                time.sleep(0.005)
+        time.sleep(chance.random() * 0.15)
+        number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        for rank in ranks if chance.random() < 0.6 else [chance.choice(ranks)]:
+            if rank.process.is_alive():
+                rank.kill(number)
+        codes = [rank.wait(90) for rank in ranks]
+        assert set(codes) <= {0, 1, 85, 143, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT}, ranks[0].text
+        if set(codes) != {0}:
+            interruptions += 1
+        if (folder / "result.json").exists():
+            break
+    assert interruptions >= 50, "the run is too short for this soak"
+    run_ranks(tmp_path, Train(arguments), 2)
+    assert_same_run(folder, expected, exactly=False)
+    assert not list(folder.rglob("*.tmp"))
+    assert len(checkpoint.list_newest_first(folder / "checkpoints")) <= 3
+    assert len((folder / "starts.jsonl").read_text().splitlines()) > 30
+    assert isinstance(folder, Path)

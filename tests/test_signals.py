@@ -1,0 +1,451 @@
+"""Each row of the table of signals and exits, and the failures that are no signals: real signals to real processes."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+from processes import TINY, Train, run_ranks, start_ranks
+
+from mnist_dist import checkpoint
+from mnist_dist.preemption import Stop
+from mnist_dist.run_folder import Record
+
+LONG = [*TINY, "--steps", "5000"]
+CODES = {signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def count_rows(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def saved_steps(folder):
+    return [int(path.name[5:13]) for path in checkpoint.list_newest_first(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("to", ["alone", "one", "all"])
+def test_a_signal_while_training_saves_and_stops_every_rank(tmp_path, number, to):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder)]), 1 if to == "alone" else 3)
+    ranks[0].wait_for(lambda: count_rows(folder) >= 2)
+    for rank in ranks[-1:] if to == "one" else ranks:
+        rank.kill(number)
+    assert [rank.wait(10) for rank in ranks] == [CODES[number]] * len(ranks)
+    [step] = saved_steps(folder)
+    assert count_rows(folder) == step  # the checkpoint and the record end at the same step
+    assert f"stopped by a signal after step {step} of 5000; saved {folder}" in ranks[0].text
+    assert not any("Traceback" in rank.text or "error" in rank.text for rank in ranks)
+    assert not (folder / "result.json").exists()
+
+
+def test_of_different_signals_the_strongest_wins_on_every_rank(tmp_path):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder)]), 2)
+    ranks[0].wait_for(lambda: count_rows(folder) >= 2)
+    for rank in ranks:  # both are in before the next step boundary
+        rank.kill(signal.SIGSTOP)
+    ranks[0].kill(signal.SIGUSR1)
+    ranks[1].kill(signal.SIGTERM)
+    for rank in ranks:
+        rank.kill(signal.SIGCONT)
+    codes = [rank.wait(10) for rank in ranks]
+    assert codes in ([143, 143], [85, 85])  # 85 where one rank was a step ahead
+    assert Stop.INTERRUPT > Stop.TERMINATE > Stop.REQUEUE > Stop.NONE
+
+
+def test_a_second_ctrl_c_stops_at_once_even_in_a_collective(tmp_path):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder)]), 2)
+    ranks[0].wait_for(lambda: count_rows(folder) >= 2)
+    ranks[1].kill(signal.SIGSTOP)  # rank zero now waits for it inside a collective
+    time.sleep(0.3)
+    ranks[0].kill(signal.SIGINT)
+    ranks[0].wait_for(lambda: "Ctrl-C again stops at once" in ranks[0].text, 5)
+    time.sleep(0.1)
+    start = time.monotonic()
+    ranks[0].kill(signal.SIGINT)
+    assert ranks[0].wait(5) == 130
+    assert time.monotonic() - start < 1
+    ranks[1].kill(signal.SIGKILL)
+    ranks[1].wait()
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_during_start_up_ends_the_process_with_its_code_and_leaves_nothing(tmp_path, number):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "mnist_dist.train", *LONG, "--run_dir", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)  # it imports torch now, for seconds
+    start = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(10) == CODES[number]
+    assert time.monotonic() - start < 1
+    assert process.stderr.read() == ""
+    assert not folder.exists()
+
+
+@dataclass(frozen=True)
+class Dawdle(Train):
+    """A rank that sleeps in one of the places where a signal may reach it."""
+
+    where: str
+    marker: str
+
+    def __call__(self):
+        from mnist_dist import checkpoint, loop, run_folder
+
+        def slow(function):
+            def slowly(*arguments, **options):
+                with open(self.marker, "w"):
+                    pass
+                time.sleep(1)
+                return function(*arguments, **options)
+
+            return slowly
+
+        if self.where == "evaluation":
+            loop.evaluate = slow(loop.evaluate)
+        elif self.where == "set-up":
+            loop.load_dataset = slow(loop.load_dataset)
+        elif self.where == "saving":
+            checkpoint.write_atomically = slow(checkpoint.write_atomically)
+        else:
+            run_folder.RunFolder.finish = slow(run_folder.RunFolder.finish)
+        return super().__call__()
+
+
+@pytest.mark.parametrize("where", ["set-up", "evaluation", "saving"])
+def test_a_signal_at_another_time_waits_for_the_step_boundary(tmp_path, where):
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    arguments = [*LONG, "--run_dir", str(folder), "--checkpoint_every", "3"]
+    ranks = start_ranks(tmp_path, Dawdle(arguments, where, str(marker)), 2)
+    ranks[0].wait_for(marker.exists)
+    time.sleep(0.2)
+    ranks[1].kill(signal.SIGUSR1)
+    assert [rank.wait(20) for rank in ranks] == [85, 85]
+    assert count_rows(folder) == saved_steps(folder)[0]
+
+
+def test_a_signal_after_the_last_step_does_not_keep_the_run_from_finishing(tmp_path):
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    ranks = start_ranks(tmp_path, Dawdle([*TINY, "--run_dir", str(folder)], "finish", str(marker)), 2)
+    ranks[0].wait_for(marker.exists)
+    for rank in ranks:
+        rank.kill(signal.SIGTERM)
+    assert [rank.wait(20) for rank in ranks] == [0, 0]
+    assert (folder / "result.json").exists()
+
+
+def run_in_shell(redirect, folder, *arguments):
+    command = f'exec "$@" {redirect}'
+    program = [sys.executable, "-m", "mnist_dist.train", *TINY, "--run_dir", str(folder), *arguments]
+    return subprocess.Popen(["bash", "-c", command, "bash", *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    ["2>/dev/full", *(pytest.param(rest, marks=pytest.mark.slow) for rest in (">&- 2>&-", "2> >(head -1 >/dev/null)", "2>&-"))],
+)
+def test_a_screen_that_is_gone_does_not_stop_the_training(tmp_path, redirect):
+    folder = tmp_path / "run"
+    assert run_in_shell(redirect, folder).wait(60) == 0
+    assert (folder / "result.json").exists()
+
+
+def test_ctrl_c_saves_even_if_it_ended_the_reader_of_the_log_first(tmp_path):
+    folder = tmp_path / "run"
+    process = run_in_shell("2>&1 | cat", folder, "--steps", "5000")
+    # The shell runs a pipeline here: find the training by its lock.
+    end = time.monotonic() + 60
+    while count_rows(folder) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    training = int((folder / "lock").read_text().split()[1])
+    process.stdout.close()  # the reader of the log is gone
+    time.sleep(0.2)
+    os.kill(training, signal.SIGINT)
+    process.wait(20)
+    end = time.monotonic() + 20
+    while not saved_steps(folder):
+        assert time.monotonic() < end, "nothing was saved"
+        time.sleep(0.05)
+    assert count_rows(folder) == saved_steps(folder)[0]
+
+
+# Failures that are not signals.
+
+
+def test_rows_from_the_loop_and_syncs_from_the_writer_do_not_mix(tmp_path):
+    record = Record(tmp_path / "metrics.jsonl")
+    over = threading.Event()
+
+    def sync_all_the_time():
+        while not over.is_set():
+            record.sync()
+
+    syncing = threading.Thread(target=sync_all_the_time)
+    syncing.start()
+    for step in range(1, 2001):
+        record.append({"step": step})
+    over.set()
+    syncing.join()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()] == list(range(1, 2001))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "allowed: 1"), ("ACCELERATE_MIXED_PRECISION", "1 of 2 ranks would compute in bf16")],
+)
+def test_ranks_that_were_set_up_differently_are_refused_together(tmp_path, rank, variable, words):
+    work = SetUpDifferently([*TINY, "--precision", "auto", "--run_dir", str(tmp_path / "run")], rank, variable)
+    text = run_ranks(tmp_path, work, 2, expect=None)
+    assert words in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class SetUpDifferently(Train):
+    """Ranks of which one has a variable of its own."""
+
+    rank: int
+    variable: str
+
+    def __call__(self):
+        from mnist_dist import distributed
+
+        distributed.has_native_bfloat16 = lambda: False
+        if os.environ["RANK"] == str(self.rank):
+            os.environ[self.variable] = "bf16" if "PRECISION" in self.variable else "2"
+        return super().__call__()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_weights_that_are_no_numbers_are_neither_saved_nor_a_result(tmp_path, stopped):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder), "--learning_rate", "100", "--schedule", "constant", "--log_every", "1000"]
+    arguments += ["--evaluate_every", "1000", "--checkpoint_every", "1"]
+    text = run_ranks(tmp_path, TurnNaNAtLast(arguments, stopped), 2, expect=1)
+    assert "not finite" in text or "the loss is" in text
+    assert "Traceback" not in text
+    assert not (folder / "result.json").exists()
+    for path in checkpoint.list_newest_first(folder / "checkpoints"):
+        assert all(value.isfinite().all() for value in checkpoint.decode(path.read_bytes())["model"].values())
+
+
+@dataclass(frozen=True)
+class TurnNaNAtLast(Train):
+    """Ranks whose weights turn NaN in one update: the last one, or one during which a signal comes."""
+
+    stopped: bool
+
+    def __call__(self):
+        from mnist_dist import loop
+
+        step_of_fault, exchange = 4 if self.stopped else 9, loop.Agreement.exchange
+
+        def poison(agreement, value):
+            state = sys._getframe(1).f_locals["state"]
+            if state.step == step_of_fault + 1:
+                for parameter in state.bare_model.parameters():
+                    parameter.data.fill_(float("nan"))
+                return 1 if self.stopped else exchange(agreement, value)
+            return exchange(agreement, value)
+
+        loop.Agreement.exchange = poison
+        return super().__call__()
+
+
+@dataclass(frozen=True)
+class FailAt(Train):
+    """A rank that fails in a way of its own at one step."""
+
+    how: str
+    rank: int
+
+    def __call__(self):
+        from mnist_dist import loop
+
+        draw = loop.draw_transforms
+
+        def fail(config, step):
+            if step == 4 and os.environ["RANK"] == str(self.rank):
+                if self.how == "raises":
+                    raise ZeroDivisionError("the planted fault")
+                if self.how == "exits":
+                    sys.exit(0)
+                os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
+            return draw(config, step)
+
+        loop.draw_transforms = fail
+        return super().__call__()
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["raises", "exits", "killed", "stopped"])
+def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path, how, rank):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, FailAt([*LONG, "--run_dir", str(folder), "--timeout_s", "3"], how, rank), 3)
+    begun = time.monotonic()
+    others = [other for index, other in enumerate(ranks) if index != rank]
+    codes = [other.wait(20) for other in others]
+    elapsed_s = time.monotonic() - begun
+    if how == "stopped":
+        ranks[rank].kill(signal.SIGKILL)
+    code = ranks[rank].wait(20)
+    assert codes == [1, 1]
+    assert code == {"raises": 1, "exits": 0, "killed": -9, "stopped": -9}[how]
+    assert elapsed_s < 15
+    last_lines = [other.text.strip().splitlines()[-1] for other in others]
+    for line in last_lines:
+        if how == "raises":
+            assert line.endswith(f"error: rank {rank} failed: ZeroDivisionError: the planted fault")
+        elif how == "stopped":
+            assert "another rank was silent for 3 s" in line or "gone without a word" in line
+        else:
+            assert line.endswith("another rank is gone without a word (killed, or its node went down)")
+    assert any("silent for 3 s" in line for line in last_lines) == (how == "stopped")
+    if how == "raises":
+        assert "ZeroDivisionError: the planted fault" in ranks[rank].text.strip().splitlines()[-1]
+
+
+# Disks.
+
+
+@dataclass(frozen=True)
+class WithSmallDisk(Train):
+    """A rank whose files may not grow beyond some bytes: a checkpoint does not fit, a row of the record does."""
+
+    limit: int
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+        return super().__call__()
+
+
+def test_a_full_disk_costs_a_warning_while_training_and_the_exit_status_at_the_end(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--run_dir", str(folder), "--checkpoint_every", "2"]
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(tmp_path / "expected")]), 2)
+    ranks = start_ranks(tmp_path, WithSmallDisk(arguments, 1_000_000), 2)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    text = ranks[0].text
+    assert text.count("a checkpoint could not be written, training goes on without it: File too large") >= 1
+    assert "step 10/10" in text
+    assert all("the checkpoint of step 10 could not be written: File too large" in rank.text for rank in ranks)
+    assert not any("Traceback" in rank.text for rank in ranks)
+    assert not list(folder.rglob("*.tmp"))
+    # With room again, the same command ends well.
+    run_ranks(tmp_path, Train(arguments), 2)
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "expected" / "model.safetensors").read_bytes()
+
+
+@dataclass(frozen=True)
+class WithFullDisk(Train):
+    """A rank whose disk has no room while a marker exists."""
+
+    marker: str
+
+    def __call__(self):
+        def refuse_while_full(function):
+            def refusing(*arguments):
+                if os.path.exists(self.marker):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return function(*arguments)
+
+            return refusing
+
+        os.pwrite, os.fsync = refuse_while_full(os.pwrite), refuse_while_full(os.fsync)
+        return super().__call__()
+
+
+def test_rows_wait_while_the_disk_is_full_and_older_checkpoints_stay(tmp_path):
+    folder, marker = tmp_path / "run", tmp_path / "full"
+    arguments = [*LONG, "--run_dir", str(folder), "--checkpoint_every", "2"]
+    ranks = start_ranks(tmp_path, WithFullDisk(arguments, str(marker)), 2)
+    ranks[0].wait_for(lambda: len(saved_steps(folder)) == 3)
+    marker.touch()
+    ranks[0].wait_for(lambda: "training goes on without it: No space left on device" in ranks[0].text)
+    assert "its rows wait in memory: No space left on device" in ranks[0].text
+    assert len(saved_steps(folder)) == 3
+    marker.unlink()
+    before = saved_steps(folder)
+    ranks[0].wait_for(lambda: saved_steps(folder) != before)
+    ranks[0].kill(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [143, 143]
+    rows = [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, saved_steps(folder)[0] + 1))
+
+
+def test_a_stop_that_cannot_be_saved_ends_with_an_error(tmp_path):
+    folder, marker = tmp_path / "run", tmp_path / "full"
+    ranks = start_ranks(tmp_path, WithFullDisk([*LONG, "--run_dir", str(folder), "--checkpoint_every", "2"], str(marker)), 2)
+    ranks[0].wait_for(lambda: saved_steps(folder))
+    marker.touch()
+    before = saved_steps(folder)
+    ranks[1].kill(signal.SIGUSR1)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert saved_steps(folder)[-1] == before[-1]
+    assert all("could not be written: No space left on device" in rank.text for rank in ranks)
+
+
+@pytest.mark.parametrize("fault", ["read-only", "a file", "below a file"])
+def test_a_run_folder_that_cannot_be_used_is_refused(tmp_path, fault):
+    folder = tmp_path / "run"
+    if fault == "read-only":
+        if os.geteuid() == 0:
+            folder = type(folder)("/proc/run")  # for root, few folders are read-only
+        else:
+            tmp_path.chmod(0o500)
+    else:
+        folder.write_text("in the way")
+        folder = folder / "below" if fault == "below a file" else folder
+    text = run_ranks(tmp_path / "logs", Train([*TINY, "--run_dir", str(folder)]), 2, expect=2)
+    assert text.count(f"run_dir {folder} cannot be used") == 2
+    assert "Traceback" not in text
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_with_an_error(tmp_path):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder), "--checkpoint_every", "3"]), 2)
+    ranks[0].wait_for(lambda: saved_steps(folder))
+    folder.rename(tmp_path / "gone")
+    ranks[0].wait_for(lambda: "training goes on without it" in ranks[0].text)
+    ranks[0].kill(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert "could not be written: No such file or directory" in ranks[1].text
+
+
+@dataclass(frozen=True)
+class WithSlowDisk(Train):
+    """A rank whose disk takes a second for every checkpoint."""
+
+    def __call__(self):
+        write = checkpoint.write
+
+        def slowly(*arguments):
+            time.sleep(1)
+            return write(*arguments)
+
+        checkpoint.write = slowly
+        return super().__call__()
+
+
+def test_a_slow_disk_does_not_hold_up_the_training(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "40", "--evaluate_every", "40", "--run_dir", str(folder), "--checkpoint_every", "1"]
+    start = time.monotonic()
+    text = run_ranks(tmp_path, WithSlowDisk(arguments))
+    assert time.monotonic() - start < 20  # 40 checkpoints one after the other would take 40 s
+    assert "is still busy with the last one" in text
+    assert saved_steps(folder)[0] == 40

@@ -1,0 +1,140 @@
+"""slurm/train.sh on the development cluster: real Slurm, real signals."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from cluster import ROOT, Job
+
+ENDLESS = "--dataset synthetic --steps 100000 --batch_size 32 --threads 1 --log_every 20 --checkpoint_every 0 --run_dir run"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+
+def starts(folder):
+    return [json.loads(line)["step"] for line in (folder / "run/starts.jsonl").read_text().splitlines()]
+
+
+def saved(job):
+    return [int(step) for step in re.findall(r"stopped by a signal after step (\d+)", job.log)]
+
+
+def test_two_nodes_of_two_tasks(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=2", "--config smoke --threads 1 --run_dir 'runs/a b'")
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert job.show("ExitCode") == "0:0"
+    result = json.loads((tmp_path / "runs/a b/result.json").read_text())
+    assert (result["world_size"], result["step"]) == (4, 60)
+
+
+def test_time_limit_saves_requeues_and_continues(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1 --time=10 --signal=USR1@5", ENDLESS)
+    # Slurm may send the signal 60 s early: with a limit of a minute from the beginning, before the processes have started.
+    job.wait_for("step 20/")
+    job.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    job.wait_for("train.sh: requeued")
+    job.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    job.wait_for("from step", 2)
+    assert saved(job)[0] > 0
+    assert "Exited with exit code 85" in job.log
+    assert starts(tmp_path)[:2] == [0, saved(job)[0]]
+    assert job.show("Restarts") == "1"
+    job.cancel()
+
+
+def test_scontrol_requeue_and_scancel(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1", ENDLESS)
+    job.wait_for("step 20/")
+    job.run("scontrol", "requeue", job.id)
+    job.wait_for("from step", 2)
+    assert starts(tmp_path) == [0, saved(job)[0]]
+    time.sleep(3)
+    job.cancel()
+    assert job.show("ExitCode") == "143:0"
+    assert len(saved(job)) == 2
+    assert job.show("Restarts") == "1"
+
+
+@pytest.mark.parametrize(("grace", "code", "requeued"), [(30, 85, True), (0, 143, False)])
+def test_preemption(cluster, tmp_path, grace, code, requeued):
+    subprocess.run(["scontrol", "update", "PartitionName=main", f"GraceTime={grace}"], env=cluster, check=True)
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1", ENDLESS)
+    job.wait_for("step 20/")
+    subprocess.run(
+        ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"],
+        env=cluster,
+        check=True,
+        cwd=tmp_path,
+    )
+    job.wait_state("PENDING")
+    job.wait_for("from step", 2)
+    assert f"Exited with exit code {code}" in job.log
+    assert ("train.sh: requeued" in job.log) == requeued
+    assert starts(tmp_path) == [0, saved(job)[0]]
+    job.cancel()
+    subprocess.run(["scontrol", "update", "PartitionName=main", "GraceTime=30"], env=cluster, check=True)
+
+
+def test_requeues_are_counted(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=1", ENDLESS, MAX_REQUEUES="1")
+    for start in (1, 2):
+        job.wait_for("step 20/" if start == 1 else "from step", start if start == 2 else 1)
+        time.sleep(1)
+        job.run("scancel", "--signal=USR1", job.id)
+    assert job.wait_state("FAILED") == "FAILED"
+    assert job.show("ExitCode") == "85:0"
+    assert "not requeued again (MAX_REQUEUES is 1)" in job.log
+
+
+def test_user_mistake_is_not_requeued(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=2", "--config smoke --batch_size 33")
+    job.wait_state("FAILED")
+    assert job.show("ExitCode") == "2:0"
+    assert "multiples of 4" in job.log
+
+
+def test_two_jobs_share_nodes(cluster, tmp_path):
+    jobs = [
+        Job(cluster, tmp_path, "--nodes=2 '--nodelist=127.0.0.[1-2]' --ntasks-per-node=1", f"--config smoke --threads 1 --run_dir {name}")
+        for name in "ab"
+    ]
+    for job in jobs:
+        assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    times = [{name: job.show(name) for name in ("StartTime", "EndTime", "NodeList")} for job in jobs]
+    assert times[0]["NodeList"] == times[1]["NodeList"]
+    assert max(t["StartTime"] for t in times) < min(t["EndTime"] for t in times), "they did not run at once"
+
+
+def test_one_task_for_each_gpu(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --gpus-per-node=2 --cpus-per-gpu=1", "--config smoke --threads 1 --run_dir run --device cpu")
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert json.loads((tmp_path / "run/result.json").read_text())["world_size"] == 4
+
+
+def test_lost_rank_ends_the_job(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1", ENDLESS)
+    job.wait_for("step 20/")
+    pid = job.run("scontrol", "listpids", f"{job.id}.0", "127.0.0.2").stdout.splitlines()[1].split()[0]
+    os.kill(int(pid), 9)
+    job.wait_state("FAILED", timeout=60)
+    assert job.show("ExitCode") == "137:0"
+    assert job.show("Restarts") == "0"
+
+
+def test_checkout_and_folder_with_spaces(cluster, tmp_path):
+    checkout = tmp_path / "a b/co"
+    checkout.mkdir(parents=True)
+    for name in ("mnist_dist", "configs", "slurm"):
+        shutil.copytree(ROOT / name, checkout / name)
+    (checkout / "mnist_dist/train.py").write_text("print(__file__)")
+    python = str(ROOT / ".venv/bin/python")
+    for script in (checkout / "slurm/train.sh", "../a b/co/slurm/train.sh", "./co/slurm/train.sh"):
+        job = Job(cluster, tmp_path / "a b", "", script=script, PYTHON=python)
+        job.wait_state("COMPLETED")
+        assert str(checkout / "mnist_dist/train.py") in job.log
+    job = Job(cluster, tmp_path / "a b", "", script=script, CONDA_PREFIX=str(ROOT / ".venv"))  # as `conda activate` leaves it
+    job.wait_state("COMPLETED")
+    assert f"with {python}" in job.log

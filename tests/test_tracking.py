@@ -1,0 +1,542 @@
+"""Whatever happens to Weights & Biases, training goes on, and what it logged can be read."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import processes
+import psutil
+import pytest
+from bad_server import BadServer
+from PIL import Image
+from processes import TINY, Rank, run_ranks, start_ranks
+
+from mnist_dist.config import Config
+from mnist_dist.console import set_up_logging
+from mnist_dist.distributed import join_group
+from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, open_tracker
+from mnist_dist.world import World
+
+KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
+WANDB = Path(sys.executable).with_name("wandb")
+WANDB_CORE = Path(importlib.util.find_spec("wandb").origin).with_name("bin") / "wandb-core"
+RESULT = {"step": 40, "test/accuracy": 0.5, "test/confusion_matrix": [[1, 2], [3, 4]]}
+
+
+@dataclass(frozen=True)
+class Train:
+    """A training process: rows `first` to `middle`, a pause until the file `go` is there, rows to `last`, the end."""
+
+    folder: Path
+    environ: dict[str, str]
+    first: int = 1
+    middle: int = 20
+    last: int = 40
+    result: dict | None = field(default_factory=lambda: RESULT)
+    file_bytes_max: int = 0
+
+    def __call__(self):
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]
+        os.environ.update({"HOME": str(self.folder / "home"), "SOME_TOKEN": KEY, **self.environ})
+        if self.file_bytes_max:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes_max, self.file_bytes_max))
+        set_up_logging(0, 1)
+        before = dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake"}
+        start = time.perf_counter()
+        tracker = open_tracker("auto", self.folder / "run", config)
+        seconds = {"open": time.perf_counter() - start}
+        assert isinstance(tracker, WandbTracker)
+        print("mirror", tracker._process.pid)
+        logs = []
+        for step in range(self.first, self.last + 1):
+            row = {
+                "step": step,
+                "epoch": step / 10,
+                "train/loss": 1 / step,
+                "test/accuracy": step / 100,
+                "test/class_accuracy": [0.5, 0.25],
+            }
+            start = time.perf_counter()
+            tracker.log(row)
+            logs.append(time.perf_counter() - start)
+            if step == self.middle:
+                tracker.log_images(step, {"images/data_sample": self.folder / "sample.png"})
+                print("middle")
+                while not (self.folder / "go").exists():
+                    time.sleep(0.02)
+                    tracker._exchange()  # as the rows of a longer run would
+        start = time.perf_counter()
+        tracker.finish(self.result)
+        seconds |= {"finish": time.perf_counter() - start, "log": sorted(logs)[len(logs) // 2], "longest log": max(logs)}
+        tracker.log({"step": self.last + 1})  # too late, and no harm
+        assert before == (dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        assert "wandb" not in sys.modules
+        print("seconds", json.dumps(seconds))
+        return 0
+
+
+@dataclass
+class Play:
+    """A training process, its server, and what they leave behind."""
+
+    folder: Path
+    server: BadServer
+    key: bool = True
+    rank: Rank = None
+
+    def start(self, **changes) -> None:
+        self.folder.mkdir(exist_ok=True)
+        Image.new("L", (28, 28), 200).save(self.folder / "sample.png")
+        (self.folder / "go").unlink(missing_ok=True)
+        environ = {"WANDB_BASE_URL": self.server.url, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"} | (
+            {"WANDB_API_KEY": KEY} if self.key else {}
+        )
+        (self.rank,) = start_ranks(self.folder, replace(Train(self.folder, environ), **changes))
+
+    def wait_for(self, text: str) -> None:
+        self.rank.wait_for(lambda: text in self.rank.text)
+
+    def wait_for_upload(self, step: int) -> None:
+        self.rank.wait_for(lambda: any(row["step"] == step for row in self.server.rows))
+
+    def wait_for_flush(self) -> None:
+        def is_flushed() -> bool:
+            with contextlib.suppress(subprocess.CalledProcessError, ValueError):  # no file yet, or nothing in it
+                return any(piece.steps[-1:] == [20] for piece in self.pieces)
+            return False
+
+        self.wait_for("middle")
+        self.rank.wait_for(is_flushed)
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def end(self) -> None:
+        self.go()
+        assert self.rank.wait() == 0, self.rank.text
+
+    @property
+    def mirror(self) -> psutil.Process:
+        self.wait_for("mirror ")
+        return psutil.Process(int(self.rank.text.split("mirror ")[1].split()[0]))
+
+    @property
+    def helper(self) -> psutil.Process:
+        return next(child for child in self.mirror.children() if child.name().startswith("wandb-core"))
+
+    @property
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+    @property
+    def warnings(self) -> int:
+        return self.logs.count("metrics.jsonl has everything; upload what W&B has later with: wandb sync --include-online ")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return json.loads(self.rank.text.split("seconds ")[1])
+
+    @property
+    def pieces(self) -> list["Piece"]:
+        return [read_piece(path) for path in sorted((self.folder / "run" / "wandb").glob("*run-*"), key=lambda path: path.stat().st_ctime)]
+
+
+@dataclass
+class Piece:
+    """What W&B's own reader finds in one of its folders."""
+
+    name: str
+    steps: list[int]
+    images: list[Path]
+    config: dict
+    ended: bool
+
+
+def read_records(path: Path) -> list[dict]:
+    (file,) = path.glob("*.wandb")
+    # What `wandb leet inspect` runs, without the second that it takes to find that out.
+    command = [WANDB_CORE, "leet", "inspect", "--no-observability", "--json", "--run-file", file]
+    return [json.loads(line) for line in subprocess.run(command, capture_output=True, check=True).stdout.splitlines()]
+
+
+def read_piece(path: Path) -> Piece:
+    records = read_records(path)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    paths = [path / "files" / value for row in rows for name, value in row.items() if name == "images/data_sample.path"]
+    config = {name: value for record in records if record["type"] == "run" for name, value in record["run"]["config"]["update"].items()}
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    return Piece(path.name, steps, paths, config, any(record["type"] == "exit" for record in records))
+
+
+PLAYS: dict[str, Callable[[Play], None]] = {}
+
+
+def play(function):
+    PLAYS[function.__name__] = function
+    return function
+
+
+@pytest.fixture(scope="module")
+def plays(tmp_path_factory):
+    """All plays, played side by side: they mostly wait. Those of slow tests are played when they are asked for."""
+    folder = tmp_path_factory.mktemp("plays")
+
+    def perform(name: str, act: Callable[[Play], None]) -> Play:
+        with BadServer() as server:
+            performed = Play(folder / name, server)
+            try:
+                act(performed)
+            finally:
+                if performed.rank is not None and performed.rank.process.is_alive():
+                    performed.rank.process.kill()
+        return performed
+
+    with ThreadPoolExecutor(6) as pool:
+        performances = {name: pool.submit(perform, name, act) for name, act in PLAYS.items() if name not in SLOW_PLAYS}
+
+        def get(name: str) -> Play:
+            if name not in performances:
+                performances[name] = pool.submit(perform, name, PLAYS[name])
+            return performances[name].result()
+
+        yield get
+
+
+def play_bad_start(mode):
+    def act(play: Play) -> None:
+        play.server.refuse() if mode == "refuse" else setattr(play.server, "mode", mode)
+        play.start()
+        play.wait_for("keeps this run offline")
+        play.end()
+
+    return act
+
+
+def play_bad_end(mode):
+    def act(play: Play) -> None:
+        play.start()
+        play.wait_for_upload(20)
+        play.server.refuse() if mode == "refuse" else setattr(play.server, "mode", mode)
+        play.end()
+
+    return act
+
+
+FAULTS = ("refuse", "hang", "401", "429", "500")
+PLAYS |= {f"{mode} at the start": play_bad_start(mode) for mode in FAULTS}
+PLAYS |= {f"{mode} in the middle": play_bad_end(mode) for mode in FAULTS}
+SLOW_FAULTS = ("429", "500")  # to wandb they are like a server that hangs
+SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")}
+mark_faults = pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW_FAULTS else f for f in FAULTS])
+
+
+@mark_faults
+def test_a_server_that_fails_at_the_start_leaves_an_offline_run(plays, fault):
+    play = plays(f"{fault} at the start")
+    (piece,) = play.pieces
+    assert piece.name.startswith("offline-run-")
+    assert (piece.steps, piece.ended) == ([*range(1, 41)], True)
+    assert [image.stat().st_size > 50 for image in piece.images] == [True]
+    assert play.warnings == 1, play.logs
+    assert play.seconds["open"] < 1
+    assert play.seconds["finish"] < 5
+
+
+@mark_faults
+def test_a_server_that_fails_in_the_middle_costs_nothing_but_its_own_copy(plays, fault):
+    play = plays(f"{fault} in the middle")
+    (piece,) = play.pieces
+    assert piece.name.startswith("run-")
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.warnings == 1, play.logs
+    assert play.seconds["finish"] < 10
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 21)]
+
+
+@play
+def immediate_end_while_the_server_hangs(play):
+    play.server.mode = "hang"
+    play.start()
+    play.end()
+
+
+def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(plays):
+    play = plays("immediate_end_while_the_server_hangs")
+    assert play.seconds["finish"] < 11.5
+    assert play.warnings == 1, play.logs
+
+
+@play
+def without_a_key(play):
+    play.key = False
+    play.start()
+    play.end()
+
+
+def test_without_a_key_the_run_is_offline_and_one_line_says_so(plays):
+    play = plays("without_a_key")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    lines = [line for line in play.logs.splitlines() if "W&B" in line]
+    command = f"wandb sync --include-online {shlex.quote(str(play.folder / 'run' / 'wandb'))}"
+    assert lines == [f"W&B keeps this run offline, because there is no API key; upload it later with: {command}"]
+    assert piece.config["learning_rate"] == 0.1
+    assert piece.config["api_key"] == "(hidden)"
+    assert piece.config["note"] == "pasted (hidden) by mistake"
+    assert not play.server.bodies
+    assert not (play.folder / "home").exists()
+    assert play.seconds["log"] < 0.001
+
+
+@play
+def with_a_good_server(play):
+    play.start(last=25, result=None)
+    play.end()
+    play.key = False
+    (play.folder / "home").mkdir()
+    (play.folder / "home" / ".netrc").write_text(f"machine {play.server.url.removeprefix('http://')} login user password {KEY}\n")
+    play.start(first=21, middle=30)  # from a checkpoint older than the last row, as after a SIGKILL
+    play.end()
+
+
+def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
+    play = plays("with_a_good_server")
+    (run_id,) = play.server.run_ids
+    assert [piece.name.split("-")[-1] for piece in play.pieces] == [run_id, run_id]
+    assert run_id == (play.folder / "run" / "wandb" / "run_id").read_text().strip()
+    steps = [row["step"] for row in play.server.rows if "train/loss" in row]
+    assert steps in ([*range(1, 41)], [*range(1, 26), *range(25, 41)])
+    assert play.warnings == 0, play.logs
+    assert play.logs.count(f"W&B mirrors this run: {play.server.url}/someone/mnist-dist/runs/{run_id}") == 2
+    assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
+    assert play.server.summary["result/test/accuracy"] == 0.5
+    assert play.server.summary["test/accuracy"] == {"last": 0.4, "max": 0.4}
+    assert play.server.summary["test/class_accuracy/1"] == 0.25
+    assert play.seconds["finish"] < 9
+
+
+@play
+def offline_twice_then_uploaded(play):
+    play.key = False
+    play.start(last=25, result=None)
+    play.end()
+    play.start(first=26, middle=30)
+    play.end()
+    command = next(line for line in play.logs.splitlines() if "wandb sync" in line).split("with: wandb ")[1]
+    environ = os.environ | {
+        "HOME": str(play.folder),
+        "WANDB_API_KEY": KEY,
+        "WANDB_BASE_URL": play.server.url,
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    subprocess.run(f"{WANDB} {command}", shell=True, env=environ, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_the_command_in_the_log_uploads_all_pieces_of_a_requeued_run(plays):
+    play = plays("offline_twice_then_uploaded")
+    assert len(play.pieces) == 2
+    assert len(play.server.run_ids) == 1
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
+    assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
+
+
+@play
+def helper_killed_offline(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.helper.kill()
+    play.end()
+
+
+@play
+def everything_signalled_online(play):
+    play.start()
+    play.wait_for_upload(20)
+    for process in (play.helper, play.mirror):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+    play.end()
+
+
+def test_a_dead_helper_is_replaced_and_gets_everything_again(plays):
+    play = plays("helper_killed_offline")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.logs.count("W&B's helper process died and is started again") == 1
+    assert play.seconds["finish"] < 9
+
+
+def test_a_signal_to_all_processes_of_the_job_does_not_end_the_mirror(plays):
+    play = plays("everything_signalled_online")
+    steps = [row["step"] for row in play.server.rows if "train/loss" in row]
+    assert steps in ([*range(1, 41)], [*range(1, 21), *range(20, 41)])
+    assert play.warnings == 0, play.logs
+
+
+@play
+def mirror_killed(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    play.mirror.kill()
+    play.end()
+
+
+@play
+def mirror_stopped(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    play.mirror.suspend()
+    play.end()
+
+
+@play
+def training_killed(play):
+    play.start()
+    play.wait_for_upload(20)
+    mirror = play.mirror
+    scratch = mirror.environ()["TMPDIR"]
+    play.rank.process.kill()
+    psutil.wait_procs([mirror], 11)
+    assert not mirror.is_running()
+    shutil.rmtree(scratch)  # all that is left behind
+
+
+def test_a_dead_mirror_is_given_up(plays):
+    play = plays("mirror_killed")
+    assert [piece.steps for piece in play.pieces] == [[*range(1, 21)]]
+    assert play.warnings == 1, play.logs
+    assert play.seconds["finish"] < 1
+
+
+@pytest.mark.slow
+def test_a_mirror_that_stands_still_is_left_behind(plays):
+    play = plays("mirror_stopped")
+    assert [piece.steps for piece in play.pieces] == [[*range(1, 21)]]
+    assert play.warnings == 1, play.logs
+    assert 9 < play.seconds["finish"] < 11.5
+
+
+def test_the_mirror_outlives_a_killed_training_by_as_long_as_it_needs_to_finish(plays):
+    play = plays("training_killed")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended) == ([*range(1, 21)], True)
+
+
+@play
+def full_disk(play):
+    play.key = False
+    play.start(middle=2, last=400, file_bytes_max=20_000)
+    play.end()
+
+
+def test_a_full_disk_costs_rows_of_the_mirror_and_nothing_else(plays):
+    play = plays("full_disk")
+    (piece,) = play.pieces
+    assert piece.steps == [*range(1, len(piece.steps) + 1)]
+    assert 10 < len(piece.steps) < 400
+    assert play.warnings == 1, play.logs
+
+
+def test_no_key_is_written_printed_or_sent_in_a_body(plays):
+    for name in PLAYS.keys() - SLOW_PLAYS:
+        play = plays(name)
+        for path in play.folder.rglob("*"):
+            if path.is_file() and path.name != ".netrc":
+                content = path.read_bytes()
+                assert KEY.encode() not in content, path
+                assert b"hush-hush" not in content, path
+        assert not any(KEY.encode() in body or b"hush-hush" in body for body in play.server.bodies)
+
+
+PICTURES = {"augmented_sample", "confusion_matrix", "correct_classification", "curves", "data_sample", "incorrect_classification"}
+METRICS = {f"train/{name}" for name in ("loss", "learning_rate", "gradient_norm", "images_per_s")} | {"epoch", "step"}
+METRICS |= {"test/loss", "test/accuracy", *(f"test/class_accuracy/{digit}" for digit in range(10))}
+
+
+def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*TINY, "--report", "true", "--wandb", "offline", "--wandb_model", "--log_with", "tensorboard", "--run_dir", str(run)]
+    run_ranks(tmp_path / "logs", processes.Train(arguments), 2)
+
+    (path,) = (run / "wandb").glob("*run-*")
+    records = read_records(path)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [row["step"] for row in rows] == [*range(1, 11), 10]
+    last_row, images = rows[-2:]
+    assert {name for name in last_row if not name.startswith("_")} == METRICS
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last_row["test/accuracy"] == record["test/accuracy"]
+    assert {name for name in PICTURES if (path / "files" / images[f"images/{name}.path"]).stat().st_size > 5_000} == PICTURES
+    config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
+    assert config["learning_rate"] == 0.01
+    summary = {name: value for record in records if record["type"] == "summary" for name, value in record["summary"]["update"].items()}
+    assert summary["test/accuracy"]["max"] == max(row.get("test/accuracy", 0) for row in rows)
+    assert "result/test/confusion_matrix" in summary
+    (artifact,) = [record["artifact"] for record in records if record["type"] == "artifact"]
+    assert [entry["path"] for entry in artifact["manifest"]["contents"]] == ["model.safetensors"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard/run"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == METRICS
+    assert [event.step for event in events.Scalars("train/loss")] == [*range(1, 11)]
+    assert {name.removeprefix("images/") for name in events.Tags()["images"]} == PICTURES
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
+    arguments = [*TINY, "--log_with", "aim", "--run_dir", str(tmp_path / "run")]
+    assert "log_with is aim, whose package is not installed" in run_ranks(tmp_path, processes.Train(arguments), expect=2)
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    with join_group(World(), Config()):
+        tracker = AccelerateTracker("tensorboard", tmp_path, Config().model_dump(), 0)
+        monkeypatch.setattr(tracker._tracker, "log", lambda *_, **__: 1 / 0)
+        for step in (1, 2):
+            tracker.log({"step": step})
+        tracker.log_images(2, {"images/none": tmp_path / "none.png"})
+        tracker.finish({})
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "tensorboard failed and is left out from here on (ZeroDivisionError: division by zero)"
+    ]
+
+
+def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
+    for mode, is_main in (("disabled", True), ("online", False)):
+        with open_tracker(mode, tmp_path / "run", {}, is_main=is_main) as tracker:
+            tracker.log({"step": 1})
+            tracker.log_images(1, {"images/none": tmp_path / "none.png"})
+            assert type(tracker) is NoTracker
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    (tmp_path / "wandb").write_text("a file where a folder is wanted")
+    assert type(open_tracker("offline", tmp_path, {})) is NoTracker
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
+    assert type(open_tracker("offline", tmp_path / "run", {})) is NoTracker
+    assert [record.message.split(": ")[0] for record in caplog.records] == ["this run is not mirrored to W&B"] * 2
