@@ -1,0 +1,299 @@
+"""What the benchmarks share: facts of the machine, its matrix-product rate, the real loop with turns in it, result rows, tables."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from mnist_dist import loop
+from mnist_dist.config import Config
+from mnist_dist.data import Batch
+from mnist_dist.distributed import count_usable_cores, has_native_bfloat16
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.model import build_model
+from mnist_dist.optimization import build_optimizer
+
+Row = dict[str, Any]
+Step = Callable[[], None]
+Turns = Callable[[Iterator[Batch], Accelerator], Iterator[Batch]]
+
+ROOT = Path(__file__).resolve().parents[1]
+# Floating-point operations of one training step of the CNN, for one image: forward, and backward without the gradient of the input.
+TRAINING_FLOP = 223.2e6
+
+
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has: where the results are, and --table."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = Path(os.path.relpath(ROOT / "benchmarks" / "results" / f"{name}.jsonl"))
+    parser.add_argument("--results", type=Path, default=default, metavar="FILE", help="JSON lines: rows are appended and read here")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the tables of the results file as markdown")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number, zero allowed, for argparse."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, zero or above")
+    return int(text)
+
+
+def name_recipe(config: str) -> str:
+    """The name of a recipe for a row of results: without the folder of a file."""
+    return Path(config).stem
+
+
+def describe_machine() -> Row:
+    """Facts that belong beside every number. No host name and no path."""
+    facts: Row = {
+        "cpu": _read_cpu_model(),
+        "cores": count_usable_cores(),
+        "bfloat16": has_native_bfloat16(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return facts
+
+
+def describe_origin() -> Row:
+    """When, and with which code, a row was measured."""
+    return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": _read_commit()}
+
+
+def _read_cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read_commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # New results do not make the code another one.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Let the work given to `device` end, so that the clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_products(device: torch.device, budget_s: float = 0.3) -> Row:
+    """FLOP/s of a product of two square matrices in float32 and bfloat16: what this machine could do at this moment."""
+    size = 8192 if device.type == "cuda" else 2048
+    # Without units for it, bfloat16 is emulated, hundreds of times slower: a small product tells as much.
+    bf16_size = size if device.type == "cuda" or has_native_bfloat16() else 256
+    return {
+        "fp32": _measure_product(torch.float32, device, size, budget_s),
+        "bf16": _measure_product(torch.bfloat16, device, bf16_size, budget_s),
+    }
+
+
+def _measure_product(dtype: torch.dtype, device: torch.device, size: int, budget_s: float) -> float:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = left @ right
+    wait_for_device(device)
+    best_s, spent_s = math.inf, 0.0
+    while spent_s < budget_s:
+        start = time.perf_counter()
+        torch.matmul(left, right, out=out)
+        wait_for_device(device)
+        elapsed_s = time.perf_counter() - start
+        best_s, spent_s = min(best_s, elapsed_s), spent_s + elapsed_s
+    return 2 * size**3 / best_s
+
+
+def name_precision(accelerator: Accelerator) -> str:
+    """What the loop computes in: fp32 or bf16."""
+    return "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+
+
+def make_step(model: nn.Module, config: Config, accelerator: Accelerator, batch_size: int) -> Step:
+    """Forward, backward and optimizer step of `model` on one fixed batch, in the precision of the loop."""
+    optimizer = build_optimizer(model.parameters(), config)
+    images = torch.randn(batch_size, 1, 28, 28, device=accelerator.device)
+    labels = torch.arange(batch_size, device=accelerator.device) % 10
+
+    def step() -> None:
+        with accelerator.autocast():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def make_model(accelerator: Accelerator) -> nn.Module:
+    """The CNN in the layout of the loop, on the device."""
+    return build_model(0).to(accelerator.device).to(memory_format=torch.channels_last)
+
+
+def run_loop(config: Config, turns: Turns, **replaced: Any) -> None:
+    """Run the real training loop with `turns` between it and its loader; `replaced`: other names of `mnist_dist.loop`.
+
+    `turns` gets the loop's batches and its Accelerator, hands the batches on, and may measure something else in between. The loop asks
+    for a batch when all of the step before is done. After the last step it does not ask again.
+    """
+    make_loader = getattr(loop, "make_loader", None)
+
+    def make_turns(*arguments: Any) -> Iterator[Batch]:
+        assert make_loader is not None, "checked below"
+        accelerator = next(value for value in arguments if isinstance(value, Accelerator))
+        return turns(iter(make_loader(*arguments)), accelerator)
+
+    replaced = {"set_up_logging": lambda *_: None, "make_loader": make_turns} | replaced
+    missing = [name for name in replaced if not hasattr(loop, name)]
+    if missing:
+        raise RunError(f"mnist_dist.loop has no {', '.join(missing)} any more: this benchmark has to be brought up to date")
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch.object(loop, name, value))
+        loop.train(config)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that goes when it is no longer needed."""
+    with tempfile.TemporaryDirectory(prefix="benchmark", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add a row to a results file. Raises `UserError` where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"results {path} cannot be written: {error.strerror}") from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file; none if there is no such file. Raises `UserError` for a damaged one."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"results {path} cannot be read: {error.strerror}") from error
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is no JSON: mend or remove it") from error
+    return rows
+
+
+def find_rows(path: Path) -> list[Row]:
+    """As `read_rows`, but raises `UserError` if there is none."""
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} holds no results yet: run the benchmark without --table first")
+    return rows
+
+
+def newest_of_each(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[Row]:
+    """The last of the rows with the same key, in the order of the keys' first appearance."""
+    newest: dict[str, Row] = {}
+    for row in rows:
+        newest[json.dumps(key(row), sort_keys=True)] = row
+    return list(newest.values())
+
+
+def describe_row(row: Row) -> str:
+    """One line: the machine, the code and the date of a row."""
+    machine = row["machine"]
+    where = f"{machine['gpu']}, " if machine["gpu"] else ""
+    where += f"{machine['cpu']}, {machine['cores']} cores"
+    words = [where, f"torch {machine['torch']}"]
+    if "precision" in row:
+        words.append(f"precision {row['precision']}")
+    return ", ".join([*words, f"commit {row['commit']}", row["date"][:10]])
+
+
+def describe_products(rounds: Sequence[Row]) -> str:
+    """One line: the matrix-product rates measured in the rounds, as median (lowest - highest)."""
+    words = []
+    for name in ("fp32", "bf16"):
+        rates = [round_["products"][name] / 1e9 for round_ in rounds]
+        words.append(f"{name} {statistics.median(rates):,.0f} ({min(rates):,.0f} - {max(rates):,.0f})")
+    return f"matrix products, GFLOP/s: {', '.join(words)}"
+
+
+def compare(above: Sequence[float], below: Sequence[float]) -> str:
+    """The ratio of the medians, and the lowest and highest ratio of two values of the same round."""
+    pairs = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{statistics.median(above) / statistics.median(below):.2f} ({min(pairs):.2f} - {max(pairs):.2f})"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose columns stand under each other; the first column is text, the others are numbers."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+
+    def write(line: Sequence[str]) -> str:
+        cells = [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|".join(("-" * (width + 1) + ":") if column else "-" * (width + 2) for column, width in enumerate(widths))
+    return "\n".join([write(header), f"|{rule}|", *map(write, rows)])
+
+
+def measure_or_show(options: argparse.Namespace, measure: Callable[[], Row], format_row: Callable[[Row], str]) -> int:
+    """Measure a row, keep it and print its tables; with --table, those of the newest row of each machine and settings. The exit status."""
+    if options.table:
+        rows = newest_of_each(
+            find_rows(options.results),
+            lambda row: [row["machine"]["cpu"], row["machine"]["gpu"], row.get("precision"), row["settings"]],
+        )
+        print("\n\n".join(map(format_row, rows)))
+    else:
+        row = measure()
+        append_row(options.results, row)
+        print(format_row(row))
+    return 0
+
+
+def tell(text: str) -> None:
+    """A line about the progress of a benchmark, on standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,369 @@
+"""Time to 99.0 % and 99.4 % test accuracy: the training loop beside three stock ways, over seeds.
+
+`python -m benchmarks.time_to_accuracy`; how to read it: benchmarks/README.md. Each entry and seed is a process of its own and a row of
+the results file; the same command goes on where it was stopped.
+"""
+
+import argparse
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from benchmarks import common, stock
+from benchmarks.common import Row
+from mnist_dist import loop
+from mnist_dist.config import Config, find_config_file, resolve_config
+from mnist_dist.data import Batch
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.model import CNN
+from mnist_dist.program import run_program
+
+_NAMES = {
+    "ours": "the loop",
+    "course": "the course's recipe, stock",
+    "example": "PyTorch's MNIST example",
+    "lightning": "the CNN under Lightning",
+}
+_STOCK_RECIPES = {"course": (20, 512), "example": (14, 64), "lightning": (14, 64)}  # epochs, batch size
+_MARKS = (0.990, 0.994)
+
+
+class Clock:
+    """Counts the time of training; stands still while a model is evaluated."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._spent_s = 0.0
+        self._since_s: float | None = None
+
+    def start(self) -> None:
+        """Go on."""
+        self._since_s = time.perf_counter()
+
+    def stop(self) -> float:
+        """Stand still, once the device has done its work; the seconds so far."""
+        assert self._since_s is not None
+        common.wait_for_device(self.device)
+        self._spent_s += time.perf_counter() - self._since_s
+        self._since_s = None
+        return self._spent_s
+
+
+def make_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
+    """The options of the loop: the recipe, evaluated several times an epoch, with its record and no mirror."""
+    given: Row = {"seed": seed, "run_dir": run_dir, "report": False, "wandb": "disabled"}
+    given |= {name: getattr(options, name) for name in ("train_size", "test_size", "epochs") if getattr(options, name) is not None}
+    config = resolve_config(given, options.config)
+    if getattr(config, "holdout", 0):
+        raise UserError(f"the recipe {options.config} holds training images out and is evaluated on them; here the test images are wanted")
+    return config.model_copy(update={"evaluate_every": max(1, config.steps_per_epoch // options.evaluations)})
+
+
+def describe_settings(entry: str, options: argparse.Namespace) -> Row:
+    """What decides about an entry's rows, beside seed and machine."""
+    if entry == "ours":
+        recipe = {name: value for name, value in make_config(options, 0, "unused").recipe().items() if name != "seed"}
+        return {
+            "config": common.name_recipe(options.config),
+            "evaluations": options.evaluations,
+            "recipe": recipe,
+        }  # the recipe has the sizes
+    epochs, batch_size = _STOCK_RECIPES[entry]
+    return {
+        "epochs": options.epochs or epochs,
+        "batch_size": batch_size,
+        "workers": options.workers,
+        "train_size": options.train_size,
+        "test_size": options.test_size,
+    }
+
+
+def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
+    """Train by the loop. What it took and reached."""
+    config = make_config(options, seed, str(folder / "run"))
+    clock, step, precision = Clock(), 0, ""
+    evaluations: list[Row] = []
+    evaluate = getattr(loop, "evaluate", None)
+
+    def take_turns(batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+        nonlocal step, precision
+        precision = common.name_precision(accelerator)
+        clock.start()
+        for batch in batches:
+            step += 1
+            yield batch
+
+    def evaluate_off_the_clock(*arguments: Any, **named: Any) -> Any:
+        assert evaluate is not None
+        time_s = clock.stop()
+        evaluation = evaluate(*arguments, **named)
+        evaluations.append({"epoch": step / config.steps_per_epoch, "time_s": time_s, "accuracy": evaluation.accuracy})
+        clock.start()
+        return evaluation
+
+    common.run_loop(config, take_turns, evaluate=evaluate_off_the_clock)
+    return {"precision": precision, "evaluations": evaluations}
+
+
+def train_stock(entry: str, options: argparse.Namespace, seed: int, folder: Path) -> Row:
+    """Train the course's or the example's way. What it took and reached."""
+    settings = describe_settings(entry, options)
+    train_loader, test_loader = _make_loaders(settings, folder, stock.make_course_augmentation() if entry == "course" else None)
+    clock = Clock()
+    torch.manual_seed(seed)
+    model, optimizer, scheduler = (stock.build_course if entry == "course" else stock.build_example)(clock.device)
+    evaluations: list[Row] = []
+    clock.start()
+    for epoch in range(1, settings["epochs"] + 1):
+        for images, labels in train_loader:
+            stock.train_batch(model, optimizer, images, labels)
+        scheduler.step()
+        time_s = clock.stop()
+        evaluations.append({"epoch": epoch, "time_s": time_s, "accuracy": stock.measure_accuracy(model, test_loader)})
+        clock.start()
+    return {"precision": "fp32", "evaluations": evaluations}
+
+
+def _make_loaders(settings: Row, folder: Path, augmentation: Any = None) -> tuple[Any, Any]:
+    stock.write_files(folder)
+    workers, size = settings["workers"], settings["train_size"]
+    train_loader = stock.make_loader(
+        folder, train=True, batch_size=settings["batch_size"], workers=workers, augmentation=augmentation, size=size
+    )
+    return train_loader, stock.make_loader(folder, train=False, batch_size=500, workers=workers, size=settings["test_size"])
+
+
+def train_lightning(options: argparse.Namespace, seed: int, folder: Path) -> Row:
+    """Train the CNN as a user of Lightning would, until the last mark is reached. What it took and reached."""
+    try:
+        import lightning
+    except ImportError as error:
+        raise UserError("the entry lightning needs its package: pip install lightning, or leave it out by --entries") from error
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = CNN()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            images, labels = batch
+            loss = F.cross_entropy(self.model(images), labels)
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            images, labels = batch
+            self.log("accuracy", (self.model(images).argmax(dim=1) == labels).float().mean(), batch_size=len(labels))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    class Watch(lightning.Callback):  # type: ignore[misc]
+        def on_train_start(self, *_: Any) -> None:
+            clock.start()
+
+        def on_validation_start(self, trainer: Any, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                times_s.append(clock.stop())
+
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                # Lightning has counted the epoch only after this.
+                accuracy = float(trainer.callback_metrics["accuracy"])
+                evaluations.append({"epoch": trainer.current_epoch + 1, "time_s": times_s[-1], "accuracy": accuracy})
+                trainer.should_stop = accuracy >= _MARKS[-1]
+                clock.start()
+
+    settings = describe_settings("lightning", options)
+    train_loader, test_loader = _make_loaders(settings, folder)
+    clock = Clock()
+    times_s: list[float] = []
+    evaluations: list[Row] = []
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    lightning.seed_everything(seed, verbose=False)
+    trainer = lightning.Trainer(max_epochs=settings["epochs"], default_root_dir=str(folder), callbacks=[Watch()])
+    trainer.fit(Classifier(), train_loader, test_loader)
+    return {"precision": "fp32", "evaluations": evaluations}
+
+
+def train_entry(entry: str, options: argparse.Namespace, seed: int) -> Row:
+    """One row: train an entry with a seed in this process."""
+    clock = Clock()
+    products = [common.measure_products(clock.device)]
+    threads = torch.get_num_threads()
+    with common.temporary_folder() as folder:
+        if entry == "ours":
+            trained = train_ours(options, seed, folder)
+        elif entry == "lightning":
+            trained = train_lightning(options, seed, folder)
+        else:
+            trained = train_stock(entry, options, seed, folder)
+    products.append(common.measure_products(clock.device))
+    return {
+        "benchmark": "time_to_accuracy",
+        "entry": entry,
+        "seed": seed,
+        "settings": describe_settings(entry, options),
+        **trained,
+        "threads": threads,
+        "products": products,
+        "machine": common.describe_machine(),
+        **common.describe_origin(),
+    }
+
+
+def find_time(row: Row, mark: float) -> float:
+    """Seconds of training until the first evaluation that reached `mark` (fraction); infinity if none did."""
+    return next((evaluation["time_s"] for evaluation in row["evaluations"] if evaluation["accuracy"] >= mark), math.inf)
+
+
+def _identify(row: Row) -> Row:
+    """What makes a row needless to measure again."""
+    machine = {name: row["machine"][name] for name in ("cpu", "cores", "gpu")}
+    return {"entry": row["entry"], "seed": row["seed"], "settings": row["settings"], "machine": machine}
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Train each entry with each seed that the results file lacks, each in a process of its own; the number of failures."""
+    machine = common.describe_machine()
+    rows = common.read_rows(options.results)
+    done = [_identify(row) for row in rows]
+    failures = 0
+    lifeline, _ = os.pipe()
+    for seed in options.seeds:
+        for entry in options.entries:
+            wanted = {"entry": entry, "seed": seed, "settings": describe_settings(entry, options), "machine": machine}
+            if _identify(wanted) in done:
+                common.tell(f"{entry}, seed {seed}: is in the results")
+                continue
+            command = [sys.executable, "-m", "benchmarks.time_to_accuracy", *arguments, "--only", entry, str(seed)]
+            # The child prints much, and what it says last tells why it failed.
+            child = subprocess.run(command, stdin=lifeline, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+            if child.returncode:
+                failures += 1
+                reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
+                common.tell(f"{entry}, seed {seed}: failed with status {child.returncode}: {reason}")
+                continue
+            last = common.read_rows(options.results)[-1]["evaluations"][-1]
+            common.tell(f"{entry}, seed {seed}: {last['accuracy']:.2%} after {last['epoch']:g} epochs, {last['time_s']:,.1f} s")
+    return failures
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The tables of the rows of one machine, as markdown."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        recipe = f", recipe {row['settings']['config']}, {row['precision']}" if row["entry"] == "ours" else f", {row['precision']}"
+        groups.setdefault(_NAMES[row["entry"]] + recipe, []).append(row)
+    ours = next((group for group in groups.values() if group[0]["entry"] == "ours"), None)
+    header = ["entry", "seeds", "last accuracy", "its time, s"]
+    for mark in _MARKS:
+        header += [f"to {mark:.1%}, s", "reached", "times ours"]
+    lines = []
+    for name, group in groups.items():
+        accuracies = [row["evaluations"][-1]["accuracy"] for row in group]
+        line = [name, str(len(group)), f"{statistics.median(accuracies):.2%}", f"{_median_end(group):,.0f}"]
+        for mark in _MARKS:
+            line += _describe_mark(group, ours, mark)
+        lines.append(line)
+    text = [f"{common.describe_row(rows[-1])}, {rows[-1]['threads']} threads;\n{_describe_rates(rows)}", common.format_table(header, lines)]
+    return "\n\n".join(text + _compare_ends(groups, ours))
+
+
+def _describe_rates(rows: Sequence[Row]) -> str:
+    return common.describe_products([{"products": products} for row in rows for products in row["products"]])
+
+
+def _describe_mark(group: Sequence[Row], ours: Sequence[Row] | None, mark: float) -> list[str]:
+    times_s = [find_time(row, mark) for row in group]
+    reached = [time_s for time_s in times_s if time_s < math.inf]
+    median_s = statistics.median(times_s)
+    spread = f" ({min(reached):,.1f} - {max(reached):,.1f})" if reached else ""
+    our_median_s = statistics.median(find_time(row, mark) for row in ours) if ours else math.inf
+    ratio = f"{median_s / our_median_s:.1f}" if max(median_s, our_median_s) < math.inf else "-"
+    return [f"{median_s:,.1f}{spread}" if median_s < math.inf else f"not reached{spread}", f"{len(reached)} of {len(group)}", ratio]
+
+
+def _median_end(group: Sequence[Row]) -> float:
+    return statistics.median(row["evaluations"][-1]["time_s"] for row in group)
+
+
+def _compare_ends(groups: dict[str, list[Row]], ours: Sequence[Row] | None) -> list[str]:
+    """How much sooner the loop is where the course's recipe ends, and where the example ends."""
+    lines = []
+    for name, group in groups.items():
+        if not ours or group[0]["entry"] not in ("course", "example"):
+            continue
+        final = statistics.median(row["evaluations"][-1]["accuracy"] for row in group)
+        there_s = statistics.median(find_time(row, row["evaluations"][-1]["accuracy"]) for row in group)
+        marks = {
+            f"{_MARKS[-1]:.1%}": (_MARKS[-1], _median_end(group), "ends"),
+            f"{final:.2%}": (final, there_s, "has the accuracy that it ends with"),
+        }
+        for shown, (mark, their_s, event) in marks.items():
+            our_s = statistics.median(find_time(row, mark) for row in ours)
+            theirs = f"{name} {event} ({their_s:,.1f} s)"
+            reaches = f"reaches {shown} in {our_s:,.1f} s, {their_s / our_s:.1f} times sooner than"
+            lines.append(f"- The loop {reaches if our_s < math.inf else f'does not reach {shown};'} {theirs}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status."""
+    parser = common.make_parser("time_to_accuracy", "Time to 99.0 % and 99.4 % test accuracy. Takes hours; the same command goes on.")
+    parser.add_argument("--entries", nargs="+", choices=list(_NAMES), default=list(_NAMES), help="what is measured")
+    parser.add_argument("--seeds", type=common.whole, nargs="+", default=[0, 1, 2], help="seeds of each entry")
+    parser.add_argument("--config", default=_find_default_recipe(), help="recipe of the loop")
+    parser.add_argument("--evaluations", type=common.positive, default=8, help="evaluations of the loop in each epoch; the others have one")
+    parser.add_argument("--workers", type=common.whole, default=0, help="loader workers of the stock ways")
+    parser.add_argument("--epochs", type=common.positive, help="epochs of every entry; None: each recipe's own")
+    parser.add_argument("--train_size", type=common.positive, help="use only the first N training images; None: all")
+    parser.add_argument("--test_size", type=common.positive, help="use only the first N test images; None: all")
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # how the program starts itself for one entry and seed
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    if options.only:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        entry, seed = options.only
+        common.append_row(options.results, train_entry(entry, options, int(seed)))
+        return 0
+    failures = 0 if options.table else measure(options, arguments)
+    machines: dict[str, list[Row]] = {}
+    for row in common.newest_of_each(common.find_rows(options.results), _identify):
+        machines.setdefault(f"{row['machine']['cpu']} {row['machine']['cores']} {row['machine']['gpu']}", []).append(row)
+    print("\n\n".join(format_rows(rows) for rows in machines.values()))
+    if failures:
+        raise RunError(f"{failures} of {len(options.entries) * len(options.seeds)} failed; the same command tries them again")
+    return 0
+
+
+def _end_with_parent() -> None:
+    """End when the other end of the pipe at standard input closes: a child left behind would disturb what is measured next."""
+    os.read(0, 1)
+    os._exit(RunError.exit_code)
+
+
+def _find_default_recipe() -> str:
+    try:
+        find_config_file("fast")
+    except UserError:
+        return "mnist"
+    return "fast"
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
