@@ -59,13 +59,12 @@ class Launched(Job):
             time.sleep(0.2)
 
     def wait_start(self, number):
-        """Wait for its start of that number, without the delay that Slurm puts before a requeued one, and for some steps of it."""
-        end = time.monotonic() + 120
-        while len(self.starts) < number or self.steps[-1:] < [self.starts[-1] + 5]:
-            assert time.monotonic() < end, self.log
-            if self.show("JobState") == "PENDING":
-                self.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
-            time.sleep(0.5)
+        """Wait for its start of that number, and for some steps of it.
+
+        Slurm delays a requeued job until its old credential is void. To start it sooner (scontrol update StartTime=now) would now and then
+        launch it with a credential of the second in which the old one was revoked, and so fail it.
+        """
+        self.wait_until(lambda: len(self.starts) >= number and self.steps[-1:] >= [self.starts[-1] + 5])
 
     def assert_nothing_lost(self, weights):
         assert self.wait_state("COMPLETED", "FAILED", timeout=240) == "COMPLETED", self.log
