@@ -148,7 +148,7 @@ def name_precision(accelerator: Accelerator) -> str:
 
 def make_step(model: nn.Module, config: Config, accelerator: Accelerator, batch_size: int) -> Step:
     """Forward, backward and optimizer step of `model` on one fixed batch, in the precision of the loop."""
-    optimizer = build_optimizer(model.parameters(), config)
+    optimizer = build_optimizer(model.parameters(), config, name_precision(accelerator))
     images = torch.randn(batch_size, 1, 28, 28, device=accelerator.device)
     labels = torch.arange(batch_size, device=accelerator.device) % 10
 

@@ -72,17 +72,19 @@ class Config(Options):
     epochs: int = _option("The training", 3, "passes over the training images", ge=1)
     steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1)
     batch_size: int = _option("The training", 64, "images of one step, over all processes together", ge=1)
-    optimizer: Literal["sgd", "adamw"] = _option("The training", "sgd", "optimizer, in its fused form")
-    learning_rate: float = _option("The training", 0.05, "highest learning rate of the schedule", gt=0, le=100)
+    optimizer: Literal["muon", "sgd", "adamw"] = _option(
+        "The training", "muon", "optimizer; muon: orthogonal updates, AdamW for the biases"
+    )
+    learning_rate: float = _option("The training", 0.003, "highest learning rate of the schedule", gt=0, le=100)
     schedule: Literal["one_cycle", "step", "constant"] = _option(
         "The training",
         "one_cycle",
         "learning rate over the steps; one_cycle: up for --warmup, then down to zero along a cosine; step: a tenth in the last quarter",
     )
     warmup: float = _option("The training", 0.2, "part of the steps in which one_cycle rises (fraction)", ge=0, le=1)
-    momentum: float = _option("The training", 0.9, "momentum of sgd; first beta of adamw", ge=0, lt=1)
+    momentum: float = _option("The training", 0.95, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
     nesterov: bool = _option("The training", True, "sgd: Nesterov's momentum, else the classical one")
-    weight_decay: float = _option("The training", 5e-4, "weight decay of the optimizer", ge=0, le=10)
+    weight_decay: float = _option("The training", 0.01, "weight decay of the optimizer", ge=0, le=10)
     label_smoothing: float = _option("The training", 0.1, "label smoothing of the training loss (fraction)", ge=0, lt=1)
     seed: int = _option("The training", 0, "seed of weights, order and augmentation", ge=0, lt=2**63)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mnist_dist.config import Config
+from mnist_dist.muon import Muon
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -24,9 +25,12 @@ def learning_rate_at(config: Config, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """The optimizer of `config` in its fused form: one kernel for all parameters."""
+def build_optimizer(parameters: Iterable[nn.Parameter], config: Config, precision: str) -> torch.optim.Optimizer:
+    """The optimizer of `config`; SGD and AdamW in their fused form, one kernel for all parameters. `precision` is fp32 or bf16."""
     parameters = list(parameters)
+    if config.optimizer == "muon":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return Muon(parameters, config.learning_rate, config.momentum, config.weight_decay, dtype)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

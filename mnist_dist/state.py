@@ -21,7 +21,7 @@ class TrainingState:
         self.config = config
         self.fingerprint = fingerprint
         self.bare_model: nn.Module = build_model(config.seed).to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(self.bare_model.parameters(), config)
+        optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision)
         self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
         self.step = 0
         self._start_s = time.perf_counter()

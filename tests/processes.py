@@ -16,6 +16,7 @@ _context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
 
 TINY = ["--dataset", "synthetic", "--train_size", "50", "--test_size", "30", "--batch_size", "12", "--steps", "10"]
 TINY += ["--precision", "fp32", "--threads", "1", "--log_every", "1", "--learning_rate", "0.01", "--evaluate_every", "5"]
+TINY += ["--optimizer", "sgd", "--momentum", "0.9", "--weight_decay", "0.0005"]
 TINY += ["--report", "false", "--wandb", "disabled"]
 
 Work = Callable[[], int | None]

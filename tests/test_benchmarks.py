@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, scaling, startup, stock, throughput, time_to_accuracy
+from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy
 from mnist_dist import loop, run_folder
 from mnist_dist.config import Config
 from mnist_dist.data import load_dataset
@@ -20,7 +20,7 @@ from mnist_dist.program import run_program
 
 # What time_to_accuracy makes of a command line without options.
 OPTIONS = argparse.Namespace(config="mnist", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
-PROGRAMS = [scaling, startup, throughput, time_to_accuracy]
+PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy]
 
 
 def test_the_operations_of_a_training_step_are_counted_right():
@@ -155,3 +155,22 @@ def test_a_table_without_results_is_one_clear_line(program, tmp_path, capsys):
 def test_a_row_tells_no_host_and_no_path():
     row = json.dumps(common.describe_machine() | common.describe_origin())
     assert "/" not in row
+
+
+def test_accuracies_are_kept_by_recipe_and_seed_and_summed_up_with_an_interval(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    training = ["--steps", "2", "--train_size", "40", "--test_size", "20", "--batch_size", "4", "--device", "cpu"]
+    arguments = ["--results", str(path), "--configs", "smoke", "--seeds", "0", "1"]
+    assert accuracy.main([*arguments, "--", *training]) == 0
+    rows = common.read_rows(path)
+    assert [row["seed"] for row in rows] == [0, 1]
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda *_, **__: pytest.fail("started again"))
+    assert accuracy.main([*arguments, "--", *training, "--log_every", "3"]) == 0  # no matter of the recipe
+    capsys.readouterr()
+    for row, share in zip(rows, (0.5, 0.6), strict=True):
+        common.append_row(path, row | {"test/accuracy": share})
+    assert accuracy.main(["--table", "--results", str(path)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| smoke")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[0] == "smoke train_size=40 test_size=20 steps=2 batch_size=4"
+    assert cells[2:8] == ["20 test", "2", "55.000", "7.071", "-8.530 - 118.530", "50.00"]  # 55 +- 12.706 * 7.0711 / sqrt(2)

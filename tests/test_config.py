@@ -80,7 +80,7 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["--run_dir", "a\nb"], ["run_dir", "printable"]),
         (["--seed", "-1", "--epochs", "0"], ["seed is '-1'", "epochs is '0'"]),
         (["stray"], ["stray"]),
-        (["--config", "absent.yaml"], ["'absent.yaml'", "course, mnist, smoke"]),
+        (["--config", "absent.yaml"], ["'absent.yaml'", "course, fast, mnist, smoke"]),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, words, capsys):

@@ -22,7 +22,7 @@ from mnist_dist.optimization import build_optimizer
 def make_bare_step(config, accelerator):
     """Forward, backward and optimizer step on one fixed batch, in the precision and layout of the loop."""
     model = build_model(0).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model.parameters(), config)
+    optimizer = build_optimizer(model.parameters(), config, "bf16" if accelerator.mixed_precision == "bf16" else "fp32")
     images, labels = torch.randn(config.batch_size, 1, 28, 28), torch.arange(config.batch_size) % 10
     model, optimizer = accelerator.prepare(model, optimizer)
 

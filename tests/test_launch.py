@@ -234,7 +234,7 @@ def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_pat
 @pytest.mark.slow
 def test_a_sweep_on_this_machine_shows_what_failed_and_repeats_only_that(tmp_path):
     folder = tmp_path / "sweep"
-    rest = [*TINY, "--steps", "4", "--optimizer", "sgd", "--schedule", "constant", "--momentum", "0", "--run_dir", str(folder)]
+    rest = [*TINY, "--steps", "4", "--schedule", "constant", "--momentum", "0", "--run_dir", str(folder)]
     rest = [*[word for word in rest if word not in ("--learning_rate", "0.01")], "--cluster", "local", "--parallel", "2"]
     answer = run("launch.sweep", "lr=0.01,100", *rest)
     assert answer.returncode == 1, answer

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-RECIPE = "--dataset synthetic --steps 150 --batch_size 8 --threads 1 --precision fp32 --learning_rate 0.0005 --schedule constant"
+RECIPE = "--dataset synthetic --steps 150 --batch_size 8 --threads 1 --precision fp32 --optimizer sgd"
+RECIPE += " --momentum 0.9 --learning_rate 0.0005 --schedule constant"
 RECIPE += " --test_size 200 --report false --checkpoint_every 0 --wandb disabled"
 # An evaluation after each step slows the run down, so that faults can find it, and leaves its weights alone.
 SLOW = RECIPE + " --log_every 1 --evaluate_every 1"

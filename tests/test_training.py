@@ -27,12 +27,15 @@ def read_rows(folder):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("steps", [30, pytest.param(100, marks=pytest.mark.slow)])
-def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_path, steps):
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "tolerance"), [("sgd", 30, 1e-4), ("muon", 10, 1e-3), pytest.param("sgd", 100, 1e-4, marks=pytest.mark.slow)]
+)
+def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_path, optimizer, steps, tolerance):
     # A calm learning rate: as a network leaves its first plateau, rounding grows tenfold every few steps in any world, and two threads
-    # differ from one as much. At 0.003 that begins within these steps, to 2e-4 on some machines; here it stays below 1e-6.
-    recipe = f"--steps {steps} --learning_rate 0.001 --schedule constant --precision fp32 --log_every 1 --test_size 500"
-    recipe = [*recipe.split(), "--report", "false", "--wandb", "disabled"]
+    # differ from one as much. At 0.003 that begins within these steps, to 2e-4 on some machines; here it stays below 1e-6. Muon lifts the
+    # smallest parts of a gradient, rounding among them, to the size of the others: fewer steps, and a wider tolerance.
+    recipe = f"--optimizer {optimizer} --momentum 0.9 --weight_decay 0.0005 --steps {steps} --learning_rate 0.001 --schedule constant"
+    recipe = [*recipe.split(), "--precision", "fp32", "--log_every", "1", "--test_size", "500", "--report", "false", "--wandb", "disabled"]
     rows, weights = {}, {}
     for name, world in (("1", 1), ("2", 2), ("2 again", 2), ("4", 4)):
         run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / name)]), world)
@@ -43,13 +46,13 @@ def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_p
     for world in ("2", "4"):
         assert [row["step"] for row in rows[world]] == list(range(1, steps + 1))
         for one, other in zip(rows["1"], rows[world], strict=True):
-            assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+            assert other["train/loss"] == pytest.approx(one["train/loss"], rel=tolerance)
             assert other["train/learning_rate"] == one["train/learning_rate"]
             assert other["train/gradient_norm"] == pytest.approx(one["train/gradient_norm"], rel=0.005)
         difference = max(float((value - weights[world][name]).abs().max()) for name, value in weights["1"].items())
-        assert difference < 1e-4
+        assert difference < tolerance
     losses = [row["train/loss"] for row in rows["1"]]
-    assert sum(losses[-10:]) < sum(losses[:10])  # it learns
+    assert sum(losses[-(steps // 3) :]) < sum(losses[: steps // 3])  # it learns
 
 
 def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
@@ -181,10 +184,10 @@ def test_the_learning_rate_is_a_function_of_the_step():
         assert all(0 < learning_rate_at(config.model_copy(update={"warmup": warmup}), step) <= 0.5 for step in range(100))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_both_optimizers_learn(optimizer):
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
+def test_every_optimizer_learns(optimizer):
     model = build_model(0)
-    build = build_optimizer(model.parameters(), Config(optimizer=optimizer, learning_rate=0.01))
+    build = build_optimizer(model.parameters(), Config(optimizer=optimizer, learning_rate=0.01), "fp32")
     split = Split(torch.zeros(4, 28, 28, dtype=torch.uint8), torch.tensor([1, 1, 1, 1]))
     losses = []
     for _ in range(5):

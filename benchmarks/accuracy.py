@@ -1,0 +1,135 @@
+"""Accuracy of recipes over seeds: mean, standard deviation, minimum, and a 95 % interval of the mean.
+
+`python -m benchmarks.accuracy --configs fast mnist`; how to read it: benchmarks/README.md. Options after `--` go to the training, as in
+`-- --holdout 10000 --learning_rate 0.002`. Each recipe and seed is a run of its own and a row of the results file; the same command goes on
+where it was stopped.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import Row
+from mnist_dist.config import Config, add_config_options, resolve_config
+from mnist_dist.errors import RunError
+from mnist_dist.options import Parser
+from mnist_dist.program import run_program
+from mnist_dist.record import read_result
+
+# Student's t for 95 %, by degrees of freedom from 1.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def make_config(recipe: str, training: Sequence[str]) -> Config:
+    """The config of a recipe with the options of the training over it. Raises `UserError`."""
+    parser = Parser("benchmarks.accuracy ... --", "Options of the training.")
+    add_config_options(parser)
+    given: dict[str, Any] = parser.parse(training)
+    given.pop("config")
+    return resolve_config(given, recipe)
+
+
+def describe_settings(recipe: str, training: Sequence[str]) -> Row:
+    """What decides about a row, beside seed and machine."""
+    config = make_config(recipe, training)
+    return {"config": common.name_recipe(recipe), "recipe": {name: value for name, value in config.recipe().items() if name != "seed"}}
+
+
+def train(recipe: str, training: Sequence[str], seed: int) -> Row:
+    """Train a recipe with a seed in a process of its own; its row. Raises `RunError` if it fails."""
+    with common.temporary_folder() as folder:
+        command = [sys.executable, "-m", "mnist_dist.train", "--config", recipe, *training]
+        command += ["--run_dir", str(folder / "run"), "--seed", str(seed), "--report", "false", "--wandb", "disabled"]
+        # Its progress stays on the screen, out of the way of the table.
+        status = subprocess.run(command, stdout=2, check=False).returncode
+        result = read_result(folder / "run")
+        if status or result is None:
+            raise RunError(f"{common.name_recipe(recipe)}, seed {seed}: the training ended with status {status} and left no result")
+    names = ("test/accuracy", "test/errors", "test/images", "test/loss", "step", "elapsed_s", "world_size", "precision", "threads")
+    return {
+        "benchmark": "accuracy",
+        "seed": seed,
+        "settings": describe_settings(recipe, training),
+        **{name: result[name] for name in names},
+        "machine": common.describe_machine(),
+        **common.describe_origin(),
+    }
+
+
+def _identify(row: Row) -> Row:
+    """What makes a row needless to measure again."""
+    machine = {name: row["machine"][name] for name in ("cpu", "cores", "gpu", "bfloat16")}
+    return {"seed": row["seed"], "settings": row["settings"], "machine": machine}
+
+
+def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
+    """Train what the results file lacks."""
+    machine = common.describe_machine()
+    done = [_identify(row) for row in common.read_rows(options.results)]
+    for recipe in options.configs:
+        settings = describe_settings(recipe, training)
+        for seed in options.seeds:
+            if _identify({"seed": seed, "settings": settings, "machine": machine}) in done:
+                common.tell(f"{settings['config']}, seed {seed}: is in the results")
+            else:
+                common.append_row(options.results, train(recipe, training, seed))
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The table of the rows of one machine, as markdown; recipes in the order of their means."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_name(row), []).append(row)
+    ranked = sorted(groups.items(), key=lambda item: -statistics.mean(row["test/accuracy"] for row in item[1]))
+    header = ["recipe", "epochs", "images", "seeds", "mean %", "sd", "95 % interval", "lowest %", "time, s"]
+    lines = [[name, *_describe_group(group)] for name, group in ranked]
+    return f"{common.describe_row(rows[-1])}\n\n{common.format_table(header, lines)}"
+
+
+def _name(row: Row) -> str:
+    """The recipe's name, with what differs from the recipe of that name as it is now."""
+    name, recipe = row["settings"]["config"], row["settings"]["recipe"]
+    now = describe_settings(name, ())["recipe"]
+    differing = [f"{key}={value}" for key, value in recipe.items() if now.get(key) != value and key != "holdout"]
+    return " ".join([name, *differing])
+
+
+def _describe_group(group: Sequence[Row]) -> list[str]:
+    accuracies = [100 * row["test/accuracy"] for row in group]
+    recipe = group[0]["settings"]["recipe"]
+    mean, spread = statistics.mean(accuracies), ["-", "-"]
+    if len(group) > 1:
+        deviation = statistics.stdev(accuracies)
+        quantile = _T[len(group) - 2] if len(group) - 2 < len(_T) else 1.96
+        half = quantile * deviation / len(group) ** 0.5
+        spread = [f"{deviation:.3f}", f"{mean - half:.3f} - {mean + half:.3f}"]
+    where = f"{group[0]['test/images']:,} {'held out' if recipe['holdout'] else 'test'}"
+    epochs = "-" if recipe["steps"] else str(recipe["epochs"])
+    elapsed_s = statistics.median(row["elapsed_s"] for row in group)
+    return [epochs, where, str(len(group)), f"{mean:.3f}", *spread, f"{min(accuracies):.2f}", f"{elapsed_s:.0f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = common.make_parser("accuracy", "Accuracy of recipes over seeds. Options after -- go to the training.")
+    parser.add_argument("--configs", nargs="+", default=["mnist"], help="recipes: names or files")
+    parser.add_argument("--seeds", type=common.whole, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of each recipe")
+    options = parser.parse_args(arguments[:split])
+    if not options.table:
+        measure(options, arguments[split + 1 :])
+    machines: dict[str, list[Row]] = {}
+    for row in common.newest_of_each(common.find_rows(options.results), _identify):
+        machine, held = row["machine"], bool(row["settings"]["recipe"]["holdout"])
+        machines.setdefault(f"{machine['cpu']} {machine['cores']} {machine['gpu']} {machine['bfloat16']} {held}", []).append(row)
+    print("\n\n".join(format_rows(rows) for rows in machines.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

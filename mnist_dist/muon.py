@@ -1,0 +1,87 @@
+"""Muon: momentum, with each kernel's update made orthogonal.
+
+After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024, kellerjordan.github.io/posts/muon), with the step size
+of Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, 2025). torch.optim.Muon takes matrices only; here a convolution's
+kernel [out, in, height, width] counts as the matrix [out, in * height * width], and what has one dimension is left to AdamW.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# An odd polynomial of degree five that takes every singular value between 0 and 1 close to 1 within five rounds (Jordan et al.).
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+# A typical entry of an AdamW update is about 0.2 to 0.4 of the learning rate; this brings Muon's to the same size (Liu et al.), so that one
+# learning rate serves kernels of every shape, and the biases.
+_UPDATE_SIZE = 0.2
+_BETAS = (0.9, 0.99)
+_EPSILON = 1e-8
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for parameters of two dimensions or more, AdamW for the others; weight decay is decoupled in both.
+
+    `dtype` is that of the orthogonalisation; the parameters and all of the state keep their own. Every rank computes the same update from
+    the same gradient, so nothing more is exchanged than with SGD.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype  # not part of the state: it follows from the machine, as the precision of the model does
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is not called."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["average"] = torch.zeros_like(parameter)
+                    if parameter.ndim < 2:
+                        state["square_average"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                update = _adam_update if parameter.ndim < 2 else self._muon_update
+                parameter.add_(update(parameter.grad, state, group["momentum"]), alpha=-group["lr"])
+
+    def _muon_update(self, gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+        average = state["average"].lerp_(gradient, 1 - momentum)
+        matrix = gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
+        size = _UPDATE_SIZE * max(matrix.shape) ** 0.5
+        return orthogonalize(matrix.to(self._dtype)).to(gradient.dtype).mul_(size).view_as(gradient)
+
+
+def _adam_update(gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+    average = state["average"].lerp_(gradient, 1 - _BETAS[0])
+    square = state["square_average"].lerp_(gradient.square(), 1 - _BETAS[1])
+    bias, square_bias = (1 - beta ** state["step"] for beta in _BETAS)
+    return average.div(bias).div_(square.div(square_bias).sqrt_().add_(_EPSILON))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """About the nearest matrix to `matrix` [m, n] with orthonormal rows (columns, where m > n), in its dtype.
+
+    By Newton-Schulz iteration: the singular values end between about 0.7 and 1.2, which is close enough for an update, and takes matrix
+    products alone.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / (x.norm() + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ROUNDS):
+        product = x @ x.T
+        x = torch.addmm(x, torch.addmm(product, product, product, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
