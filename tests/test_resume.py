@@ -96,18 +96,22 @@ class StopAtEveryStep:
     """A process that stops and resumes at each step of the run, in a folder for each."""
 
     folder: str
+    recipe: list[str]
 
     def __call__(self):
         for step in range(1, 10):
-            TrainUntil([*TINY, *CALM, "--run_dir", f"{self.folder}/{step}"], [step])()
+            TrainUntil([*self.recipe, "--run_dir", f"{self.folder}/{step}"], [step])()
 
 
-def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, unbroken):
-    run_ranks(tmp_path, StopAtEveryStep(str(tmp_path)))
+# The optimizers without a state of their own (no momentum), and with the most.
+@pytest.mark.parametrize("recipe", [[*TINY, *CALM], [*TINY, "--optimizer", "muon"]], ids=["sgd", "muon"])
+def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, recipe):
+    run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
+    run_ranks(tmp_path, StopAtEveryStep(str(tmp_path), recipe))
     for step in range(1, 10):
         starts = [json.loads(line)["step"] for line in (tmp_path / str(step) / "starts.jsonl").read_text().splitlines()]
         assert starts == [0, step]  # no step is done twice
-        assert_same_run(tmp_path / str(step), unbroken / "1", exactly=True)
+        assert_same_run(tmp_path / str(step), tmp_path / "unbroken", exactly=True)
 
 
 def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
