@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist import loop
-from mnist_dist.config import Config, find_config_file, resolve_config
+from mnist_dist.config import Config, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import CNN
@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.make_parser("time_to_accuracy", "Time to 99.0 % and 99.4 % test accuracy. Takes hours; the same command goes on.")
     parser.add_argument("--entries", nargs="+", choices=list(_NAMES), default=list(_NAMES), help="what is measured")
     parser.add_argument("--seeds", type=common.whole, nargs="+", default=[0, 1, 2], help="seeds of each entry")
-    parser.add_argument("--config", default=_find_default_recipe(), help="recipe of the loop")
+    parser.add_argument("--config", default="fast", help="recipe of the loop")
     parser.add_argument("--evaluations", type=common.positive, default=8, help="evaluations of the loop in each epoch; the others have one")
     parser.add_argument("--workers", type=common.whole, default=0, help="loader workers of the stock ways")
     parser.add_argument("--epochs", type=common.positive, help="epochs of every entry; None: each recipe's own")
@@ -355,14 +355,6 @@ def _end_with_parent() -> None:
     """End when the other end of the pipe at standard input closes: a child left behind would disturb what is measured next."""
     os.read(0, 1)
     os._exit(RunError.exit_code)
-
-
-def _find_default_recipe() -> str:
-    try:
-        find_config_file("fast")
-    except UserError:
-        return "mnist"
-    return "fast"
 
 
 if __name__ == "__main__":

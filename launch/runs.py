@@ -14,7 +14,17 @@ from typing import Any
 from launch.cluster import Job
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
-from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STARTS_FILE, read_config, read_result
+from mnist_dist.record import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    STARTS_FILE,
+    Holder,
+    read_config,
+    read_holder,
+    read_result,
+)
 
 _SILENT_S = 60.0
 _SILENT_INTERVALS = 5
@@ -64,7 +74,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run's, begun or only queued."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, "lock", "slurm/job.json"))
+    return any((folder / name).exists() for name in (CONFIG_FILE, LOCK_FILE, "slurm/job.json"))
 
 
 def read_state(path: Path, jobs: list[Job]) -> RunState:
@@ -73,10 +83,10 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     result, damage = _read_result(path)
     config = _read_config(path)
     starts, rows = _read_rows(path / STARTS_FILE), _read_rows(path / METRICS_FILE)
-    holder = _read_holder(path / "lock")
-    number = re.search(r"\(Slurm job (\d+)\)", holder)
+    holder = read_holder(path)
+    number = holder.job if holder else ""
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
-    matching = [job for job in jobs if job.name == noted.get("job") or (number is not None and job.number == number[1])]
+    matching = [job for job in jobs if job.name == noted.get("job") or (number and job.number == number)]
     job = max(matching, key=lambda job: (job.is_active, int(job.number)), default=None)
     measured: dict[str, Any] = {}
     for row in rows:
@@ -90,12 +100,12 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "accuracy": result.get("test/accuracy", measured.get("test/accuracy")),
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
-        "job": job.name if job else str(noted.get("job") or (number[1] if number else "")),
+        "job": job.name if job else str(noted.get("job") or number),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }
     if result:
         return RunState(state="finished", is_finished=True, **values)
-    pid = _find_process(path / "lock", holder)
+    pid = _find_process(path / LOCK_FILE, holder)
     if job is not None and job.is_active:
         waits = job.state not in ("RUNNING", "COMPLETING")
         state = job.state.lower().replace("_", " ")
@@ -104,7 +114,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
         return RunState(state=state, is_active=True, is_in_queue=True, is_waiting=waits, pid=pid, **values)
-    if pid is not None or _is_locked_elsewhere(path / "lock", holder):
+    if pid is not None or _is_locked_elsewhere(path / LOCK_FILE, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state="running", is_active=True, pid=pid, **values)
     if damage:
@@ -183,31 +193,22 @@ def _read_config(path: Path) -> Config | None:
         return None
 
 
-def _read_holder(lock: Path) -> str:
-    try:
-        return lock.read_text(errors="replace")[:200]
-    except OSError:
-        return ""
-
-
-def _find_process(lock: Path, holder: str) -> int | None:
+def _find_process(lock: Path, holder: Holder | None) -> int | None:
     """The process of this machine that holds the lock. To try the lock could make a run that starts just now believe that it is taken."""
-    match = re.match(r"process (\d+) on (.*?)(?: \(Slurm job \d+\))?$", holder)
-    if match is None or match[2] != platform.node():
+    if holder is None or holder.host != platform.node():
         return None
     try:
-        for descriptor in os.scandir(f"/proc/{match[1]}/fd"):
+        for descriptor in os.scandir(f"/proc/{holder.pid}/fd"):
             if os.path.samefile(descriptor.path, lock):
-                return int(match[1])
+                return holder.pid
     except OSError:
         return None
     return None
 
 
-def _is_locked_elsewhere(lock: Path, holder: str) -> bool:
+def _is_locked_elsewhere(lock: Path, holder: Holder | None) -> bool:
     """Whether another machine holds the lock, as far as the file system tells."""
-    match = re.match(r"process \d+ on (.*?)(?: \(Slurm job \d+\))?$", holder)
-    if match is None or match[1] == platform.node():
+    if holder is None or holder.host == platform.node():
         return False
     try:
         with lock.open("rb") as file:

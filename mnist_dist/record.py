@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.options import read_options_file
 
 CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "starts.jsonl", "result.json"
+LOCK_FILE = "lock"
 _RESULT_NUMBERS = ("step", "test/accuracy", "test/errors", "test/images", "test/loss", "elapsed_s", "images_per_s", "world_size")
 
 Row = dict[str, Any]
@@ -119,6 +121,28 @@ def read_config(run_dir: Path) -> Config:
     """The config of the run in a folder. Raises `UserError` where the file is missing or damaged."""
     path = run_dir / CONFIG_FILE
     return make_config(read_options_file(path), str(path))
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that took a run folder's lock, as the lock file names it, and its Slurm job, empty without one."""
+
+    pid: int
+    host: str
+    job: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f" (Slurm job {self.job})" if self.job else "")
+
+
+def read_holder(run_dir: Path) -> Holder | None:
+    """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell."""
+    try:
+        text = (run_dir / LOCK_FILE).read_text(errors="replace")[:500]
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d+) on (.+?)(?: \(Slurm job (\d+)\))?", text.strip())
+    return Holder(int(match[1]), match[2], match[3] or "") if match else None
 
 
 def read_result(run_dir: Path) -> Row | None:

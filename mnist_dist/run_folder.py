@@ -18,7 +18,19 @@ from mnist_dist.checkpoint import write_atomically
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STARTS_FILE, Record, Row, check_recipe, read_result
+from mnist_dist.record import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    STARTS_FILE,
+    Holder,
+    Record,
+    Row,
+    check_recipe,
+    read_holder,
+    read_result,
+)
 from mnist_dist.tracking import AccelerateTracker, NoTracker, open_tracker
 from mnist_dist.weights import WEIGHTS_FILE
 
@@ -171,22 +183,21 @@ class RunFolder:
     def _take_lock(self) -> None:
         # A lock of the kernel, not a file's presence: it goes with the process that holds it, however that ends. On one node it is certain.
         # Over NFS and Lustre (mounted with -o flock) it holds between nodes, and a dead node's lock goes when the server gives up on it.
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.path)
             else:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
                 os.close(descriptor)
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
+                holder = read_holder(self.path) or "another process"
                 raise UserError(f"run_dir {self.path} is in use by {holder}: wait for it, or use another run_dir") from None
         else:
-            job = os.environ.get("SLURM_JOB_ID")
-            holder = f"process {os.getpid()} on {platform.node()}" + (f" (Slurm job {job})" if job else "")
+            own = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
             os.ftruncate(descriptor, 0)
-            with contextlib.suppress(OSError):  # the text only serves the message above
-                os.pwrite(descriptor, holder.encode(), 0)
+            with contextlib.suppress(OSError):  # the text only serves the message above, and launch.jobs
+                os.pwrite(descriptor, str(own).encode(), 0)
         self._lock = descriptor

@@ -19,7 +19,7 @@ from mnist_dist.model import CNN
 from mnist_dist.program import run_program
 
 # What time_to_accuracy makes of a command line without options.
-OPTIONS = argparse.Namespace(config="mnist", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
+OPTIONS = argparse.Namespace(config="fast", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
 PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy]
 
 
@@ -123,7 +123,7 @@ def test_what_the_results_hold_is_not_measured_again_and_is_compared(tmp_path, m
     path = tmp_path / "x.jsonl"
     for entry, seed in itertools.product(("ours", "course"), (0, 1)):
         common.append_row(path, make_row(entry, seed, time_to_accuracy.describe_settings(entry, OPTIONS)))
-    arguments = ["--results", str(path), "--config", "mnist", "--entries", "ours", "course", "--seeds", "0", "1"]
+    arguments = ["--results", str(path), "--entries", "ours", "course", "--seeds", "0", "1"]
     assert time_to_accuracy.main(arguments) == 0
     table = capsys.readouterr().out
     assert "10.0" in table
@@ -140,7 +140,7 @@ def test_a_row_that_is_missing_is_measured_and_a_failure_is_told(tmp_path, monke
     monkeypatch.setattr(time_to_accuracy.subprocess, "run", start)
     path = tmp_path / "x.jsonl"
     common.append_row(path, make_row("course", 0, time_to_accuracy.describe_settings("course", OPTIONS)))
-    arguments = ["--results", str(path), "--config", "mnist", "--entries", "course", "example", "--seeds", "0", "1"]
+    arguments = ["--results", str(path), "--entries", "course", "example", "--seeds", "0", "1"]
     assert run_program(lambda: time_to_accuracy.main(arguments)) == 1
     assert started == [["example", "0"], ["course", "1"], ["example", "1"]]
     assert "error: the reason" in capsys.readouterr().err

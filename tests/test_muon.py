@@ -1,0 +1,63 @@
+"""Muon against torch's own optimizers, where they do the same."""
+
+import pytest
+import torch
+
+from mnist_dist.muon import Muon, orthogonalize
+
+
+def follow(optimizer, parameter, steps=5):
+    """`parameter` after some steps down the same hill."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        parameter.grad = torch.randn(parameter.shape, generator=generator) + parameter.detach()
+        optimizer.step()
+    return parameter.detach()
+
+
+def make_parameter(*shape):
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_a_matrix_moves_as_with_torchs_muon(shape):
+    here, there = make_parameter(*shape), make_parameter(*shape)
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    moved = follow(Muon([here], **options, dtype=torch.bfloat16), here)
+    expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
+    assert float((moved - expected).abs().max()) < 0.01 * float((moved - make_parameter(*shape).detach()).abs().max())
+
+
+def test_a_vector_moves_as_with_torchs_adamw():
+    here, there = make_parameter(20), make_parameter(20)
+    moved = follow(Muon([here], lr=0.02, weight_decay=0.1), here)
+    assert torch.allclose(moved, follow(torch.optim.AdamW([there], lr=0.02, betas=(0.9, 0.99), weight_decay=0.1), there), atol=1e-6)
+
+
+def test_a_kernel_moves_as_its_matrix_in_any_memory_format():
+    matrix, kernel, last = make_parameter(8, 36), make_parameter(8, 4, 3, 3), make_parameter(8, 4, 3, 3)
+    with torch.no_grad():
+        kernel.copy_(matrix.view_as(kernel))
+        last.copy_(matrix.view_as(last))
+    last = torch.nn.Parameter(last.detach().to(memory_format=torch.channels_last))
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn(8, 36, generator=generator)
+    for parameter in (matrix, kernel, last):
+        parameter.grad = gradient.view(parameter.shape).clone(memory_format=torch.preserve_format)
+        Muon([parameter], lr=0.1, dtype=torch.float32).step()
+    assert torch.equal(kernel.detach().flatten(1), matrix.detach())
+    assert torch.allclose(last.detach().flatten(1), matrix.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 288), (50, 4096), (32, 9), (10, 50)])
+def test_singular_values_become_about_one(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(3))))
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.25
+
+
+def test_a_parameter_without_a_gradient_stays():
+    used, unused = make_parameter(4, 4), make_parameter(4)
+    optimizer = Muon([used, unused], lr=0.1)
+    follow(optimizer, used, steps=1)
+    assert torch.equal(unused, make_parameter(4))
+    assert unused not in optimizer.state
