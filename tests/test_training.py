@@ -48,7 +48,8 @@ def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_p
         for one, other in zip(rows["1"], rows[world], strict=True):
             assert other["train/loss"] == pytest.approx(one["train/loss"], rel=tolerance)
             assert other["train/learning_rate"] == one["train/learning_rate"]
-            assert other["train/gradient_norm"] == pytest.approx(one["train/gradient_norm"], rel=0.005)
+            # Jumps where a ReLU flips; a wrong average would be off by the number of processes.
+            assert other["train/gradient_norm"] == pytest.approx(one["train/gradient_norm"], rel=0.05)
         difference = max(float((value - weights[world][name]).abs().max()) for name, value in weights["1"].items())
         assert difference < tolerance
     losses = [row["train/loss"] for row in rows["1"]]
