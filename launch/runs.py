@@ -1,10 +1,8 @@
 """What is known of runs: from their folders, and of their jobs from Slurm. Reads only; imports no torch."""
 
 import fcntl
-import json
 import os
 import platform
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +12,16 @@ from typing import Any
 from launch.cluster import Job
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
+from mnist_dist.preemption import Stop
 from mnist_dist.record import (
+    CHECKPOINT_NAME,
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
     Holder,
+    parse_object,
     read_config,
     read_holder,
     read_result,
@@ -33,7 +34,11 @@ _TAIL_BYTES = 1 << 16
 
 # What Slurm says of a job that has ended without the run being finished.
 _ENDS = {"CANCELLED": "cancelled", "TIMEOUT": "out of time", "NODE_FAIL": "node failed", "OUT_OF_MEMORY": "out of memory"}
-_STATUSES = {85: "saved, to be continued", 143: "stopped, saved", 130: "stopped, saved"}
+_STATUSES = {
+    Stop.REQUEUE.exit_code: "saved, to be continued",
+    Stop.TERMINATE.exit_code: "stopped, saved",
+    Stop.INTERRUPT.exit_code: "stopped, saved",
+}
 
 
 @dataclass(frozen=True)
@@ -147,17 +152,16 @@ def _describe_progress(path: Path, values: dict[str, Any], config: Config | None
 
 def find_saved_step(path: Path) -> int | None:
     """The step of the newest checkpoint."""
-    matches = (re.match(r"step_(\d+)-", file.name) for file in (path / "checkpoints").glob("step_*"))
+    matches = (CHECKPOINT_NAME.fullmatch(file.name) for file in (path / "checkpoints").glob("step_*"))
     return max((int(match[1]) for match in matches if match), default=None)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return parse_object(path.read_bytes())
+    except OSError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_result(path: Path) -> tuple[dict[str, Any], str]:
@@ -169,21 +173,13 @@ def _read_result(path: Path) -> tuple[dict[str, Any], str]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows of a file of JSON objects."""
-    rows = []
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
             lines = file.read().splitlines()
     except OSError:
         return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return [row for row in map(parse_object, lines) if row]
 
 
 def _read_config(path: Path) -> Config | None:

@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import pickle
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.record import CHECKPOINT_NAME
 
 FORMAT = 1
 
-_NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
 _TEMPORARY_SUFFIX = ".tmp"
 _log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def remove_temporary_files(*folders: Path) -> None:
 
 def list_newest_first(folder: Path) -> list[Path]:
     """The checkpoints in `folder` by falling step, valid or not."""
-    named = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    named = [(int(match[1]), path) for path in folder.glob("step_*") if (match := CHECKPOINT_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
 
 
@@ -108,7 +107,7 @@ def read_newest(folder: Path) -> bytes | None:
         except OSError as error:
             _log.warning("skipped checkpoint %s: it cannot be read (%s)", path, error.strerror)
             continue
-        match = _NAME.fullmatch(path.name)
+        match = CHECKPOINT_NAME.fullmatch(path.name)
         assert match is not None
         if _checksum(content) == match[2]:
             return content

@@ -15,6 +15,7 @@ from mnist_dist.options import read_options_file
 
 CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "starts.jsonl", "result.json"
 LOCK_FILE = "lock"
+CHECKPOINT_NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")  # its step, and the start of the SHA-256 of its bytes
 _RESULT_NUMBERS = ("step", "test/accuracy", "test/errors", "test/images", "test/loss", "elapsed_s", "images_per_s", "world_size")
 
 Row = dict[str, Any]
@@ -151,7 +152,7 @@ def read_result(run_dir: Path) -> Row | None:
     content = _read_file(path)
     if content is None:
         return None
-    result = _parse(content)
+    result = parse_object(content)
     good = {name: isinstance(result.get(name), int | float) for name in _RESULT_NUMBERS}
     good["test/confusion_matrix"] = _is_confusion(result.get("test/confusion_matrix"))
     for name in good:
@@ -182,11 +183,12 @@ def _read_file(path: Path) -> bytes | None:
 
 
 def _parse_row(line: bytes) -> Row | None:
-    row = _parse(line)
+    row = parse_object(line)
     return row if line.endswith(b"\n") and isinstance(row.get("step"), int) else None
 
 
-def _parse(text: bytes) -> Row:
+def parse_object(text: bytes) -> Row:
+    """The JSON object in `text`; an empty one where there is none."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -16,7 +16,7 @@ from processes import TINY
 
 from launch import cluster, jobs, submit, sweep
 from launch.request import Request, list_arguments
-from launch.runs import RunState, read_state
+from launch.runs import RunState, find_saved_step, read_state
 from mnist_dist.config import make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.world import find_world
@@ -344,3 +344,11 @@ def test_jobs_lists_and_refuses(no_slurm, tmp_path, capsys):
 def test_ranks_of_a_local_job_find_their_world():
     world = find_world({"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "1"})
     assert (world.rank, world.size) == (1, 2)
+
+
+def test_a_checkpoint_that_is_being_written_is_not_saved_yet(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert find_saved_step(tmp_path) is None
+    for name in ("step_00000003-0123456789abcdef.pt", "step_00000010-0123456789abcdef.pt", "step_00000012-0123456789abcdef.pt.tmp"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert find_saved_step(tmp_path) == 10
