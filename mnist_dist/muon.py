@@ -46,16 +46,14 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
+                state, is_matrix = self.state[parameter], parameter.ndim >= 2
                 if not state:
-                    state["step"] = 0
                     state["average"] = torch.zeros_like(parameter)
-                    if parameter.ndim < 2:
-                        state["square_average"] = torch.zeros_like(parameter)
-                state["step"] += 1
+                    if not is_matrix:
+                        state |= {"square_average": torch.zeros_like(parameter), "step": 0}
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = _adam_update if parameter.ndim < 2 else self._muon_update
-                parameter.add_(update(parameter.grad, state, group["momentum"]), alpha=-group["lr"])
+                update = self._muon_update(parameter.grad, state, group["momentum"]) if is_matrix else _adam_update(parameter.grad, state)
+                parameter.add_(update, alpha=-group["lr"])
 
     def _muon_update(self, gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
         average = state["average"].lerp_(gradient, 1 - momentum)
@@ -64,7 +62,8 @@ class Muon(torch.optim.Optimizer):
         return orthogonalize(matrix.to(self._dtype)).to(gradient.dtype).mul_(size).view_as(gradient)
 
 
-def _adam_update(gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+def _adam_update(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    state["step"] += 1
     average = state["average"].lerp_(gradient, 1 - _BETAS[0])
     square = state["square_average"].lerp_(gradient.square(), 1 - _BETAS[1])
     bias, square_bias = (1 - beta ** state["step"] for beta in _BETAS)
