@@ -10,12 +10,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
-from mnist_dist.config import Config, add_config_options, resolve_config
-from mnist_dist.errors import RunError
+from mnist_dist.config import Config, resolve_config
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser
 from mnist_dist.program import run_program
 from mnist_dist.record import read_result
@@ -27,33 +26,25 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def make_config(recipe: str, training: Sequence[str]) -> Config:
     """The config of a recipe with the options of the training over it. Raises `UserError`."""
     parser = Parser("benchmarks.accuracy ... --", "Options of the training.")
-    add_config_options(parser)
-    given: dict[str, Any] = parser.parse(training)
-    given.pop("config")
-    return resolve_config(given, recipe)
+    parser.add_options(Config)
+    return resolve_config(parser.parse(training), recipe)
 
 
-def describe_settings(recipe: str, training: Sequence[str]) -> Row:
-    """What decides about a row, beside seed and machine."""
-    config = make_config(recipe, training)
-    return {"config": common.name_recipe(recipe), "recipe": {name: value for name, value in config.recipe().items() if name != "seed"}}
-
-
-def train(recipe: str, training: Sequence[str], seed: int) -> Row:
-    """Train a recipe with a seed in a process of its own; its row. Raises `RunError` if it fails."""
+def train(settings: Row, config: Config) -> Row:
+    """Train in a process of its own; the row. Raises `RunError` if it fails."""
     with common.temporary_folder() as folder:
-        command = [sys.executable, "-m", "mnist_dist.train", "--config", recipe, *training]
-        command += ["--run_dir", str(folder / "run"), "--seed", str(seed), "--report", "false", "--wandb", "disabled"]
+        file, run_dir = folder / "config.yaml", folder / "run"
+        file.write_text(config.model_copy(update={"run_dir": str(run_dir), "report": False, "wandb": "disabled"}).to_yaml())
         # Its progress stays on the screen, out of the way of the table.
-        status = subprocess.run(command, stdout=2, check=False).returncode
-        result = read_result(folder / "run")
+        status = subprocess.run([sys.executable, "-m", "mnist_dist.train", "--config", str(file)], stdout=2, check=False).returncode
+        result = read_result(run_dir)
         if status or result is None:
-            raise RunError(f"{common.name_recipe(recipe)}, seed {seed}: the training ended with status {status} and left no result")
+            raise RunError(f"{settings['config']}, seed {config.seed}: the training ended with status {status} and left no result")
     names = ("test/accuracy", "test/errors", "test/images", "test/loss", "step", "elapsed_s", "world_size", "precision", "threads")
     return {
         "benchmark": "accuracy",
-        "seed": seed,
-        "settings": describe_settings(recipe, training),
+        "seed": config.seed,
+        "settings": settings,
         **{name: result[name] for name in names},
         "machine": common.describe_machine(),
         **common.describe_origin(),
@@ -62,8 +53,7 @@ def train(recipe: str, training: Sequence[str], seed: int) -> Row:
 
 def _identify(row: Row) -> Row:
     """What makes a row needless to measure again."""
-    machine = {name: row["machine"][name] for name in ("cpu", "cores", "gpu", "bfloat16")}
-    return {"seed": row["seed"], "settings": row["settings"], "machine": machine}
+    return {"seed": row["seed"], "settings": row["settings"], "machine": common.identify_machine(row)}
 
 
 def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
@@ -71,12 +61,13 @@ def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
     machine = common.describe_machine()
     done = [_identify(row) for row in common.read_rows(options.results)]
     for recipe in options.configs:
-        settings = describe_settings(recipe, training)
+        config = make_config(recipe, training)
+        settings = {"config": common.name_recipe(recipe), "recipe": common.describe_recipe(config)}
         for seed in options.seeds:
             if _identify({"seed": seed, "settings": settings, "machine": machine}) in done:
                 common.tell(f"{settings['config']}, seed {seed}: is in the results")
             else:
-                common.append_row(options.results, train(recipe, training, seed))
+                common.append_row(options.results, train(settings, config.model_copy(update={"seed": seed})))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -93,7 +84,10 @@ def format_rows(rows: Sequence[Row]) -> str:
 def _name(row: Row) -> str:
     """The recipe's name, with what differs from the recipe of that name as it is now."""
     name, recipe = row["settings"]["config"], row["settings"]["recipe"]
-    now = describe_settings(name, ())["recipe"]
+    try:
+        now = common.describe_recipe(make_config(name, ()))
+    except UserError:  # a file of one's own
+        now = common.describe_recipe(Config())
     differing = [f"{key}={value}" for key, value in recipe.items() if now.get(key) != value and key != "holdout"]
     return " ".join([name, *differing])
 
@@ -123,11 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments[:split])
     if not options.table:
         measure(options, arguments[split + 1 :])
-    machines: dict[str, list[Row]] = {}
-    for row in common.newest_of_each(common.find_rows(options.results), _identify):
-        machine, held = row["machine"], bool(row["settings"]["recipe"]["holdout"])
-        machines.setdefault(f"{machine['cpu']} {machine['cores']} {machine['gpu']} {machine['bfloat16']} {held}", []).append(row)
-    print("\n\n".join(format_rows(rows) for rows in machines.values()))
+    newest = common.newest_of_each(common.find_rows(options.results), _identify)
+    tables = common.group_rows(newest, lambda row: [common.identify_machine(row), bool(row["settings"]["recipe"]["holdout"])])
+    print("\n\n".join(map(format_rows, tables)))
     return 0
 
 

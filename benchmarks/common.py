@@ -85,6 +85,11 @@ def describe_machine() -> Row:
     return facts
 
 
+def describe_recipe(config: Config) -> Row:
+    """The options that decide what is trained, but for the seed."""
+    return {name: value for name, value in config.recipe().items() if name != "seed"}
+
+
 def describe_origin() -> Row:
     """When, and with which code, a row was measured."""
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": _read_commit()}
@@ -233,12 +238,22 @@ def find_rows(path: Path) -> list[Row]:
     return rows
 
 
+def identify_machine(row: Row) -> Row:
+    """What makes a machine another one, of the facts in a row."""
+    return {name: row["machine"][name] for name in ("cpu", "cores", "gpu", "bfloat16")}
+
+
+def group_rows(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
+    """The rows with the same key together, in the order of the keys' first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(key(row), sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
 def newest_of_each(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[Row]:
     """The last of the rows with the same key, in the order of the keys' first appearance."""
-    newest: dict[str, Row] = {}
-    for row in rows:
-        newest[json.dumps(key(row), sort_keys=True)] = row
-    return list(newest.values())
+    return [group[-1] for group in group_rows(rows, key)]
 
 
 def describe_row(row: Row) -> str:

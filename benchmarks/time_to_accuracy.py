@@ -75,12 +75,8 @@ def make_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
 def describe_settings(entry: str, options: argparse.Namespace) -> Row:
     """What decides about an entry's rows, beside seed and machine."""
     if entry == "ours":
-        recipe = {name: value for name, value in make_config(options, 0, "unused").recipe().items() if name != "seed"}
-        return {
-            "config": common.name_recipe(options.config),
-            "evaluations": options.evaluations,
-            "recipe": recipe,
-        }  # the recipe has the sizes
+        recipe = common.describe_recipe(make_config(options, 0, "unused"))  # it has the sizes
+        return {"config": common.name_recipe(options.config), "evaluations": options.evaluations, "recipe": recipe}
     epochs, batch_size = _STOCK_RECIPES[entry]
     return {
         "epochs": options.epochs or epochs,
@@ -233,8 +229,7 @@ def find_time(row: Row, mark: float) -> float:
 
 def _identify(row: Row) -> Row:
     """What makes a row needless to measure again."""
-    machine = {name: row["machine"][name] for name in ("cpu", "cores", "gpu")}
-    return {"entry": row["entry"], "seed": row["seed"], "settings": row["settings"], "machine": machine}
+    return {"entry": row["entry"], "seed": row["seed"], "settings": row["settings"], "machine": common.identify_machine(row)}
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -342,10 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         common.append_row(options.results, train_entry(entry, options, int(seed)))
         return 0
     failures = 0 if options.table else measure(options, arguments)
-    machines: dict[str, list[Row]] = {}
-    for row in common.newest_of_each(common.find_rows(options.results), _identify):
-        machines.setdefault(f"{row['machine']['cpu']} {row['machine']['cores']} {row['machine']['gpu']}", []).append(row)
-    print("\n\n".join(format_rows(rows) for rows in machines.values()))
+    newest = common.newest_of_each(common.find_rows(options.results), _identify)
+    print("\n\n".join(map(format_rows, common.group_rows(newest, common.identify_machine))))
     if failures:
         raise RunError(f"{failures} of {len(options.entries) * len(options.seeds)} failed; the same command tries them again")
     return 0

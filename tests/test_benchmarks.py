@@ -174,3 +174,12 @@ def test_accuracies_are_kept_by_recipe_and_seed_and_summed_up_with_an_interval(t
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[0] == "smoke train_size=40 test_size=20 steps=2 batch_size=4"
     assert cells[2:8] == ["20 test", "2", "55.000", "7.071", "-8.530 - 118.530", "50.00"]  # 55 +- 12.706 * 7.0711 / sqrt(2)
+
+
+def test_the_accuracy_of_a_recipe_of_ones_own_has_its_table(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    [row, *_] = common.read_rows(common.ROOT / "benchmarks/results/accuracy.jsonl")
+    row["settings"] = {"config": "mine", "recipe": common.describe_recipe(Config(epochs=7))}
+    common.append_row(path, row)
+    assert accuracy.main(["--table", "--results", str(path)]) == 0
+    assert "| mine epochs=7 |" in capsys.readouterr().out

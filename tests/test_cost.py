@@ -12,6 +12,7 @@ import torch
 from processes import Train, run_ranks
 from torch.nn import functional as F
 
+from benchmarks.common import name_precision
 from mnist_dist import loop, run_folder, tracking
 from mnist_dist.config import Config
 from mnist_dist.distributed import count_usable_cores
@@ -22,7 +23,7 @@ from mnist_dist.optimization import build_optimizer
 def make_bare_step(config, accelerator):
     """Forward, backward and optimizer step on one fixed batch, in the precision and layout of the loop."""
     model = build_model(0).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model.parameters(), config, "bf16" if accelerator.mixed_precision == "bf16" else "fp32")
+    optimizer = build_optimizer(model.parameters(), config, name_precision(accelerator))
     images, labels = torch.randn(config.batch_size, 1, 28, 28), torch.arange(config.batch_size) % 10
     model, optimizer = accelerator.prepare(model, optimizer)
 
