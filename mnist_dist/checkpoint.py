@@ -20,7 +20,7 @@ import torch
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.record import CHECKPOINT_NAME
 
-FORMAT = 1
+FORMAT = 2
 
 _TEMPORARY_SUFFIX = ".tmp"
 _log = logging.getLogger(__name__)

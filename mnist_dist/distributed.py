@@ -159,6 +159,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     Raises `UserError` where the group that forms is not the one that `world` describes.
     """
     device = _choose_device(config, world)
+    _check_graph(config, world, device)
     precision = _choose_precision(config, device)
     threads = config.threads or max(1, count_usable_cores() // world.local_size)
     torch.set_num_threads(threads)
@@ -284,6 +285,12 @@ def _choose_device(config: Config, world: World) -> str:
     if gpus < world.local_size and not (gpus == 1 and world.launcher in ("srun", "submitit")):
         raise UserError(f"{world.local_size} processes on this node share {gpus} GPUs; allowed: at most one process for each GPU")
     return "cuda"
+
+
+def _check_graph(config: Config, world: World, device: str) -> None:
+    if config.cuda_graph and (device != "cuda" or world.size > 1):
+        here = "a CPU" if device == "cpu" else f"{world.size} processes"
+        raise UserError(f"cuda_graph replays the steps of one process on a GPU, and this run is on {here}: leave it out")
 
 
 def _choose_precision(config: Config, device: str) -> str:

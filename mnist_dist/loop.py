@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import safetensors.torch
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import mnist_dist
@@ -19,8 +20,9 @@ from mnist_dist.data import Dataset, load_dataset, make_loader
 from mnist_dist.distributed import Agreement, join_group
 from mnist_dist.errors import UserError
 from mnist_dist.evaluation import Evaluation, evaluate
+from mnist_dist.graph import GraphedStep
 from mnist_dist.meter import Meter
-from mnist_dist.optimization import learning_rate_at
+from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row
 from mnist_dist.run_folder import RunFolder
@@ -67,6 +69,16 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
         run.start(state.step, facts)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
 
+        def compute(images: Tensor, labels: Tensor, transforms: Tensor) -> Tensor:
+            """All that the device does in a step; this rank's mean loss."""
+            inputs = make_inputs(images, data.mean, data.std, transforms)
+            loss = F.cross_entropy(state.model(inputs), labels, label_smoothing=config.label_smoothing)
+            state.optimizer.zero_grad()
+            group.accelerator.backward(loss)
+            state.optimizer.step()
+            return loss.detach()
+
+        train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
         meter = Meter(config, group, state.step)
@@ -76,16 +88,11 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                 if batch.step != state.step:
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
-                for parameters in state.optimizer.param_groups:
-                    parameters["lr"] = learning_rate
+                set_learning_rate(state.optimizer, learning_rate)
                 transforms = draw_transforms(config, state.step)[group.rank :: group.size].to(group.device, non_blocking=True)
-                images = make_inputs(batch.images, data.mean, data.std, transforms)
-                loss = F.cross_entropy(state.model(images), batch.labels, label_smoothing=config.label_smoothing)
-                state.optimizer.zero_grad()
-                group.accelerator.backward(loss)
-                state.optimizer.step()
+                loss = train_step(batch.images, batch.labels, transforms)
                 state.step += 1
-                meter.add(loss.detach())
+                meter.add(loss)
                 progress.advance()
 
                 evaluate_now = config.is_evaluation_due(state.step)

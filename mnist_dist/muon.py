@@ -2,7 +2,7 @@
 
 After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024, kellerjordan.github.io/posts/muon), with the step size
 of Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, 2025). torch.optim.Muon takes matrices only; here a convolution's
-kernel [out, in, height, width] counts as the matrix [out, in * height * width], and what has one dimension is left to AdamW.
+kernel [out, in, height, width] counts as the matrix [out, height * width * in], and what has one dimension is left to AdamW.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         dtype: torch.dtype = torch.bfloat16,
@@ -50,23 +50,26 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
                     if not is_matrix:
-                        state |= {"square_average": torch.zeros_like(parameter), "step": 0}
+                        # A tensor, as a CUDA graph would keep a number that it was recorded with.
+                        state |= {"square_average": torch.zeros_like(parameter), "updates": parameter.new_zeros(())}
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 update = self._muon_update(parameter.grad, state, group["momentum"]) if is_matrix else _adam_update(parameter.grad, state)
-                parameter.add_(update, alpha=-group["lr"])
+                parameter.sub_(update.mul_(group["lr"]))
 
     def _muon_update(self, gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
         average = state["average"].lerp_(gradient, 1 - momentum)
-        matrix = gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
-        size = _UPDATE_SIZE * max(matrix.shape) ** 0.5
-        return orthogonalize(matrix.to(self._dtype)).to(gradient.dtype).mul_(size).view_as(gradient)
+        # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
+        # its columns does not matter to what becomes of a matrix.
+        ahead = gradient.lerp(average, momentum).movedim(1, -1)
+        update = orthogonalize(ahead.flatten(1).to(self._dtype)).to(gradient.dtype).view(ahead.shape).movedim(-1, 1)
+        return update.mul_(_UPDATE_SIZE * max(len(gradient), gradient[0].numel()) ** 0.5)
 
 
 def _adam_update(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    state["step"] += 1
+    state["updates"] += 1
     average = state["average"].lerp_(gradient, 1 - _BETAS[0])
     square = state["square_average"].lerp_(gradient.square(), 1 - _BETAS[1])
-    bias, square_bias = (1 - beta ** state["step"] for beta in _BETAS)
+    bias, square_bias = (1 - beta ** state["updates"] for beta in _BETAS)
     return average.div(bias).div_(square.div(square_bias).sqrt_().add_(_EPSILON))
 
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_dist.config import Config
 from mnist_dist.muon import Muon
@@ -25,19 +26,36 @@ def learning_rate_at(config: Config, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: Config, precision: str) -> torch.optim.Optimizer:
-    """The optimizer of `config`; SGD and AdamW in their fused form, one kernel for all parameters. `precision` is fp32 or bf16."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Let the next step have `learning_rate`."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: Config, precision: str, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of `config`; SGD and AdamW in their fused form, one kernel for all parameters. `precision` is fp32 or bf16.
+
+    With `config.cuda_graph` its learning rate is a tensor on `device`, which a graph reads anew at each step.
+    """
     parameters = list(parameters)
+    rate: Any = torch.tensor(config.learning_rate, device=device) if config.cuda_graph else config.learning_rate
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return Muon(parameters, config.learning_rate, config.momentum, config.weight_decay, dtype)
+        return Muon(parameters, rate, config.momentum, config.weight_decay, dtype)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
-            config.learning_rate,
+            rate,
             momentum=config.momentum,
             nesterov=config.nesterov and config.momentum > 0,
             weight_decay=config.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(parameters, config.learning_rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        parameters, rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
+    )

@@ -21,7 +21,7 @@ class TrainingState:
         self.config = config
         self.fingerprint = fingerprint
         self.bare_model: nn.Module = build_model(config.seed).to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision)
+        optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
         self.step = 0
         self._start_s = time.perf_counter()
@@ -66,7 +66,11 @@ class TrainingState:
             "the checkpoint was trained on other data; use another run_dir, or the same data:",
         )
         self.bare_model.load_state_dict(state["model"])
+        settings = [{name: value for name, value in options.items() if name != "params"} for options in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        # They follow from the config and the machine; those in the checkpoint may be of another machine.
+        for options, own in zip(self.optimizer.param_groups, settings, strict=True):
+            options.update(own)
         self.step = state["step"]
         self._start_s = time.perf_counter() - state["elapsed_s"]
 

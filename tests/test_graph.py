@@ -1,0 +1,86 @@
+"""Steps that are replayed do what steps do. Recording needs a GPU: here a stand-in keeps what a graph keeps, tensors and not numbers."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mnist_dist import distributed, graph, loop
+from mnist_dist.config import Config
+from mnist_dist.graph import GraphedStep
+
+
+def record_on_the_cpu(compute, inputs):
+    output = torch.zeros(())
+
+    def replay():
+        output.copy_(compute(*inputs))
+
+    return replay, output
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """How often a graph was recorded."""
+    calls = []
+    monkeypatch.setattr(graph, "record", lambda *given: calls.append(given) or record_on_the_cpu(*given))
+    return calls
+
+
+def test_each_call_gets_its_own_inputs_and_keeps_its_output(recorded):
+    step = GraphedStep(lambda a, b: (a * b).sum())
+    outputs = [step(torch.full((2,), float(number)), torch.tensor([1.0, 2.0])) for number in range(8)]
+    assert torch.stack(outputs).tolist() == [3.0 * number for number in range(8)]
+    assert len(recorded) == 1
+
+
+def test_a_graph_is_recorded_after_some_steps_and_once(recorded):
+    step = GraphedStep(lambda a: a.sum())
+    counts = []
+    for _ in range(6):
+        step(torch.ones(2))
+        counts.append(len(recorded))
+    assert counts == [0, 0, 0, 1, 1, 1]
+
+
+def train(folder, **values):
+    recipe = {"dataset": "synthetic", "train_size": 80, "test_size": 20, "batch_size": 8, "steps": 12, "log_every": 1, "threads": 1}
+    recipe |= {"learning_rate": 0.0003, "precision": "fp32", "report": False, "wandb": "disabled", "checkpoint_every": 5}
+    config = Config(**recipe | values, run_dir=str(folder))
+    loop.train(config)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_file(folder / "model.safetensors"), [row["train/loss"] for row in rows]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
+def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, monkeypatch, recorded, optimizer):
+    monkeypatch.setattr(distributed, "_check_graph", lambda *_: None)
+    weights, losses = train(tmp_path / "plain", optimizer=optimizer)
+    replayed_weights, replayed_losses = train(tmp_path / "replayed", optimizer=optimizer, cuda_graph=True)
+    assert len(recorded) == 1
+    # A learning rate in a tensor has seven digits. A step with another step's learning rate would be off by far more.
+    assert replayed_losses == pytest.approx(losses, rel=1e-4)
+    assert all(torch.allclose(value, replayed_weights[name], atol=1e-5) for name, value in weights.items())
+
+
+def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatch, recorded):
+    monkeypatch.setattr(distributed, "_check_graph", lambda *_: None)
+    weights, _ = train(tmp_path / "plain", optimizer="adamw")
+    train(tmp_path / "mixed", optimizer="adamw")
+    folder = tmp_path / "mixed"
+    for name in ("result.json", "model.safetensors", "checkpoints/step_00000010", "checkpoints/step_00000012"):
+        matches = list(folder.glob(f"{name}*"))
+        assert matches
+        for path in matches:
+            path.unlink()
+    mixed, _ = train(folder, optimizer="adamw", cuda_graph=True)
+    assert len(recorded) == 1
+    assert all(torch.allclose(value, mixed[name], atol=1e-5) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
+def test_replayed_steps_need_a_gpu(tmp_path, values):
+    with pytest.raises(distributed.UserError, match="one process on a GPU, and this run is on a CPU"):
+        train(tmp_path, cuda_graph=True, **values)
+    assert not list(tmp_path.iterdir())
