@@ -69,11 +69,11 @@ def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatc
     weights, _ = train(tmp_path / "plain", optimizer="adamw")
     train(tmp_path / "mixed", optimizer="adamw")
     folder = tmp_path / "mixed"
-    for name in ("result.json", "model.safetensors", "checkpoints/step_00000010", "checkpoints/step_00000012"):
-        matches = list(folder.glob(f"{name}*"))
-        assert matches
-        for path in matches:
-            path.unlink()
+    (folder / "result.json").unlink()
+    first, *later = sorted((folder / "checkpoints").iterdir())
+    assert first.name.startswith("step_00000005")
+    for path in later:
+        path.unlink()
     mixed, _ = train(folder, optimizer="adamw", cuda_graph=True)
     assert len(recorded) == 1
     assert all(torch.allclose(value, mixed[name], atol=1e-5) for name, value in weights.items())
