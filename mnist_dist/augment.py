@@ -32,8 +32,12 @@ def draw_transforms(config: Config, step: int) -> Tensor:
 
 def augment(images: Tensor, transforms: Tensor) -> Tensor:
     """Apply `transforms` [n, 2, 3] to `images` uint8 [n, 28, 28]; float32 [n, 1, 28, 28] from 0 to 1, black where nothing was."""
-    pixels = images.unsqueeze(1).float().div_(255)
-    return F.grid_sample(pixels, _make_grid(transforms), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(_scale(images), _make_grid(transforms), mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _scale(images: Tensor) -> Tensor:
+    """A copy in float32 [n, 1, 28, 28] from 0 to 1, which may be written over."""
+    return images.unsqueeze(1).to(torch.float32, copy=True).div_(255)
 
 
 def _make_grid(transforms: Tensor) -> Tensor:
@@ -46,5 +50,5 @@ def _make_grid(transforms: Tensor) -> Tensor:
 
 def make_inputs(images: Tensor, mean: float, std: float, transforms: Tensor | None = None) -> Tensor:
     """The model's input float32 [n, 1, 28, 28] for `images` uint8 [n, 28, 28]: augmented if `transforms` are given, then normalised."""
-    pixels = images.unsqueeze(1).float().div_(255) if transforms is None else augment(images, transforms)
+    pixels = _scale(images) if transforms is None else augment(images, transforms)
     return pixels.sub_(mean).div_(std)
