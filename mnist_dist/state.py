@@ -66,11 +66,9 @@ class TrainingState:
             "the checkpoint was trained on other data; use another run_dir, or the same data:",
         )
         self.bare_model.load_state_dict(state["model"])
-        settings = [{name: value for name, value in options.items() if name != "params"} for options in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        # They follow from the config and the machine; those in the checkpoint may be of another machine.
-        for options, own in zip(self.optimizer.param_groups, settings, strict=True):
-            options.update(own)
+        # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         self.step = state["step"]
         self._start_s = time.perf_counter() - state["elapsed_s"]
 
