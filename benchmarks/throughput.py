@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from benchmarks import common, stock
@@ -27,6 +26,7 @@ from mnist_dist.config import Config, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.model import CNN
 from mnist_dist.program import run_program
+from mnist_dist.state import TrainingState
 
 _WARM_UP_STEPS = 10
 _WARM_UP_BATCHES = 2  # of the stock loader: its workers must have filled their queues
@@ -184,11 +184,16 @@ def measure(options: argparse.Namespace) -> Row:
         config = resolve_config(given | limits | {"run_dir": str(folder / "run")}, options.config)
         session = Session(options, config, folder)
         timed = session.timer.timed
+
+        def make_state(*arguments: Any) -> TrainingState:
+            state = TrainingState(*arguments)
+            state.optimizer.step = timed("optimizer", state.optimizer.step)  # type: ignore[method-assign]
+            return state
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(Accelerator, "backward", timed("backward", Accelerator.backward)))
-            stack.enter_context(mock.patch.object(AcceleratedOptimizer, "step", timed("optimizer", AcceleratedOptimizer.step)))
-            augmenting = {name: timed("augment", getattr(loop, name)) for name in ("draw_transforms", "make_inputs") if hasattr(loop, name)}
-            common.run_loop(config, session.take_turns, **augmenting)
+            replaced = {name: timed("augment", getattr(loop, name)) for name in ("draw_transforms", "make_inputs") if hasattr(loop, name)}
+            common.run_loop(config, session.take_turns, TrainingState=make_state, **replaced)
     return {
         "benchmark": "throughput",
         "settings": {

@@ -15,14 +15,16 @@ from mnist_dist.record import check_same
 
 
 class TrainingState:
-    """Model and optimizer as Accelerate prepared them, the steps done, and the time they took."""
+    """The model as Accelerate prepared it, its optimizer, the steps done, and the time they took."""
 
     def __init__(self, config: Config, fingerprint: str, group: Group) -> None:
         self.config = config
         self.fingerprint = fingerprint
         self.bare_model: nn.Module = build_model(config.seed).to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
-        self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
+        self.optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
+        # The optimizer is used bare: Accelerate's wrapper would scale and accumulate gradients, which is not wanted here, and looks for
+        # an optional package on the disk twice in each step, which takes longer than a batch takes to augment.
+        self.model, _ = group.accelerator.prepare(self.bare_model, self.optimizer)
         self.step = 0
         self._start_s = time.perf_counter()
 

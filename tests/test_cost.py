@@ -8,32 +8,12 @@ import time
 from dataclasses import dataclass
 
 import pytest
-import torch
 from processes import Train, run_ranks
-from torch.nn import functional as F
 
-from benchmarks.common import name_precision
+from benchmarks.common import make_model, make_step
 from mnist_dist import loop, run_folder, tracking
 from mnist_dist.config import Config
 from mnist_dist.distributed import count_usable_cores
-from mnist_dist.model import build_model
-from mnist_dist.optimization import build_optimizer
-
-
-def make_bare_step(config, accelerator):
-    """Forward, backward and optimizer step on one fixed batch, in the precision and layout of the loop."""
-    model = build_model(0).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model.parameters(), config, name_precision(accelerator))
-    images, labels = torch.randn(config.batch_size, 1, 28, 28), torch.arange(config.batch_size) % 10
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    def step():
-        loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-
-    return step
 
 
 @pytest.mark.slow
@@ -43,7 +23,7 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
 
     def take_turns(split, config, accelerator, first_step):
         """The loader; after each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
-        bare_step = make_bare_step(config, accelerator)
+        bare_step = make_step(make_model(accelerator), config, accelerator, config.batch_size)
         begin = time.perf_counter()
         for batch in make_loader(split, config, accelerator, first_step):
             yield batch
