@@ -233,7 +233,8 @@ def make_loader(split: Split, config: Config, accelerator: Accelerator, start_st
     """
     sampler = StepSampler(split, config, accelerator.process_index, accelerator.num_processes, start_step)
     loader: DataLoader[Any] = DataLoader(split, batch_sampler=sampler, collate_fn=_keep)  # type: ignore[arg-type]
-    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True)
+    # A batch is gathered where the split is, on the device.
+    return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
 
 def _keep(batch: Any) -> Any:
