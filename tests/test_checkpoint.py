@@ -166,7 +166,7 @@ def test_every_load_in_the_package_is_weights_only():
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path):
     folder = tmp_path / "run"
-    arguments = [*TINY, "--run_dir", str(folder), "--checkpoint_every", "4"]
+    arguments = [*TINY, "--run_dir", str(folder), "--checkpoint_every", "8"]
     run_ranks(tmp_path, Train(arguments))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "result.json").unlink()

@@ -167,13 +167,13 @@ def test_the_tolerance_would_see_a_step_that_is_lost(tmp_path, unbroken):
 
 def test_a_killed_run_repeats_no_more_than_to_its_last_checkpoint(tmp_path, unbroken):
     folder = tmp_path / "run"
-    arguments = [*TINY, *CALM, "--run_dir", str(folder), "--checkpoint_every", "3"]
+    arguments = [*TINY, *CALM, "--run_dir", str(folder), "--checkpoint_every", "6"]
     ranks = start_ranks(tmp_path, Train(arguments), 2)
     ranks[0].wait_for(lambda: any((folder / "checkpoints").glob("step_00000006-*.pt")))
     for rank in ranks:
         rank.kill(signal.SIGKILL)
     text = run_ranks(tmp_path, Train(arguments), 2)
-    assert "from step 6 of 10" in text or "from step 9 of 10" in text
+    assert "from step 6 of 10" in text
     assert_same_run(folder, unbroken / "2", exactly=True)
 
 

@@ -126,7 +126,7 @@ class ShardTwice(Train):
 
         from mnist_dist import data
 
-        data.prepare_data_loader = lambda loader, device, num_processes, process_index, **rest: prepare_data_loader(loader, device, **rest)
+        data.prepare_data_loader = lambda loader, num_processes, process_index, **rest: prepare_data_loader(loader, **rest)
         return super().__call__()
 
 
@@ -159,13 +159,12 @@ class TurnNaN(Train):
 
 def test_a_nan_stops_every_rank_and_is_named_with_its_step_and_rank(tmp_path):
     folder = tmp_path / "run"
-    arguments = [*TINY, "--run_dir", str(folder), "--log_every", "4", "--checkpoint_every", "2"]
+    arguments = [*TINY, "--run_dir", str(folder), "--log_every", "4", "--checkpoint_every", "6"]
     text = run_ranks(tmp_path, TurnNaN(arguments, rank=1, step=7), 2, expect=1)
     assert text.count("the loss is nan at step 7 on rank 1") == 2
     assert not (folder / "result.json").exists()
     assert [row["step"] for row in read_rows(folder)] == [4, 5]
-    steps = sorted(int(path.name[5:13]) for path in (folder / "checkpoints").iterdir())
-    assert steps == [2, 4, 6]
+    assert [int(path.name[5:13]) for path in (folder / "checkpoints").iterdir()] == [6]
     # The last good checkpoint is good: without the fault the same command ends well.
     run_ranks(tmp_path, Train(arguments), 2)
 
