@@ -122,7 +122,9 @@ class Worker:
     def _time_steps(self, steps: dict[str, Step], count: int, device: torch.device, size: int) -> dict[str, float]:
         """Median seconds of each of the steps, done in turn. The ranks begin each together, as uncoupled ones would otherwise drift."""
         times_s: dict[str, list[float]] = defaultdict(list)
+        warm_up = next(iter(steps.values()))
         for _ in range(count):
+            warm_up()  # the last of a turn compute nothing, after which the first would be slower than the others
             for name, step in steps.items():
                 if size > 1:
                     dist.barrier()
