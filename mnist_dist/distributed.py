@@ -1,6 +1,7 @@
 """The Accelerator that joins this process to the others of its world, and what the processes say to each other."""
 
 import contextlib
+import ctypes
 import os
 import re
 import threading
@@ -26,6 +27,9 @@ T = TypeVar("T")
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
 _CAUSE = "cause"
 _READING_S = 1.0
+# Parameters of glibc's mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def is_loss(error: Exception) -> bool:
@@ -163,6 +167,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     precision = _choose_precision(config, device)
     threads = config.threads or max(1, count_usable_cores() // world.local_size)
     torch.set_num_threads(threads)
+    if device == "cpu":
+        _keep_memory()
     timeout = timedelta(seconds=config.timeout_s)
     accelerator: Accelerator | None = None
     with patch_environment(**_choose_variables(world, device, threads)):
@@ -222,6 +228,18 @@ def _give_up(world: World, timeout_s: float) -> None:
         message = f"[rank {world.rank}] error: rank {world.rank} of {world.size} could not join the others within {timeout_s:g} s\n"
         os.write(2, message.encode())
     os._exit(RunError.exit_code)
+
+
+def _keep_memory() -> None:
+    """Let this process keep what a step frees for the next step. Where the C library is not glibc, nothing is done.
+
+    By default glibc gives large tensors back to the system, which hands out zeroed pages for them anew in each step: a quarter of the time
+    of a step of 512 images.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _choose_variables(world: World, device: str, threads: int) -> dict[str, str]:

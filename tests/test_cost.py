@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 import resource
 import statistics
 import time
@@ -38,6 +39,22 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
     medians = {name: statistics.median(spent[10:]) for name, spent in times.items()}
     print(f"loop {medians['loop'] * 1e3:.2f} ms, bare {medians['bare'] * 1e3:.2f} ms, ratio {medians['loop'] / medians['bare']:.3f}")
     assert medians["loop"] <= 1.05 * medians["bare"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each step's memory back to the system")
+def test_steps_use_the_memory_of_the_steps_before(tmp_path, monkeypatch):
+    make_loader, faults = loop.make_loader, []
+
+    def count_faults(*arguments):
+        for batch in make_loader(*arguments):
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+            yield batch
+
+    monkeypatch.setattr(loop, "make_loader", count_faults)
+    # So large a batch that its tensors exceed what glibc may learn to keep.
+    loop.train(Config(batch_size=512, steps=10, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)))
+    new_pages = statistics.median(after - before for before, after in itertools.pairwise(faults[4:]))
+    assert new_pages < 1000  # tens of thousands, where the memory is given back
 
 
 @dataclass(frozen=True)
