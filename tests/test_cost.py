@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from processes import Train, run_ranks
 
-from benchmarks.common import make_model, make_step
+from benchmarks.common import make_model, make_step, run_loop
 from mnist_dist import loop, run_folder, tracking
 from mnist_dist.config import Config
 from mnist_dist.distributed import count_usable_cores
@@ -19,14 +19,15 @@ from mnist_dist.distributed import count_usable_cores
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path, monkeypatch):
-    make_loader, times = loop.make_loader, {"loop": [], "bare": []}
+def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path):
+    config = Config(steps=200, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
+    times = {"loop": [], "bare": []}
 
-    def take_turns(split, config, accelerator, first_step):
-        """The loader; after each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
+    def take_turns(batches, accelerator):
+        """After each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
         bare_step = make_step(make_model(accelerator), config, accelerator, config.batch_size)
         begin = time.perf_counter()
-        for batch in make_loader(split, config, accelerator, first_step):
+        for batch in batches:
             yield batch
             times["loop"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
@@ -34,25 +35,23 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
             times["bare"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
 
-    monkeypatch.setattr(loop, "make_loader", take_turns)
-    loop.train(Config(steps=200, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)))
+    run_loop(config, take_turns)
     medians = {name: statistics.median(spent[10:]) for name, spent in times.items()}
     print(f"loop {medians['loop'] * 1e3:.2f} ms, bare {medians['bare'] * 1e3:.2f} ms, ratio {medians['loop'] / medians['bare']:.3f}")
     assert medians["loop"] <= 1.05 * medians["bare"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each step's memory back to the system")
-def test_steps_use_the_memory_of_the_steps_before(tmp_path, monkeypatch):
-    make_loader, faults = loop.make_loader, []
+def test_steps_use_the_memory_of_the_steps_before(tmp_path):
+    faults = []
 
-    def count_faults(*arguments):
-        for batch in make_loader(*arguments):
+    def count_faults(batches, _):
+        for batch in batches:
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
             yield batch
 
-    monkeypatch.setattr(loop, "make_loader", count_faults)
     # So large a batch that its tensors exceed what glibc may learn to keep.
-    loop.train(Config(batch_size=512, steps=10, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)))
+    run_loop(Config(batch_size=512, steps=10, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)), count_faults)
     new_pages = statistics.median(after - before for before, after in itertools.pairwise(faults[4:]))
     assert new_pages < 1000  # tens of thousands, where the memory is given back
 
