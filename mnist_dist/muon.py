@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 # An odd polynomial of degree five that takes every singular value between 0 and 1 close to 1 within five rounds (Jordan et al.).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_ROUNDS = 5
 # A typical entry of an AdamW update is about 0.2 to 0.4 of the learning rate; this brings Muon's to the same size (Liu et al.), so that one
 # learning rate serves kernels of every shape, and the biases.
 _UPDATE_SIZE = 0.2
@@ -53,16 +52,18 @@ class Muon(torch.optim.Optimizer):
                         # A tensor, as a CUDA graph would keep a number that it was recorded with.
                         state |= {"square_average": torch.zeros_like(parameter), "updates": parameter.new_zeros(())}
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._muon_update(parameter.grad, state, group["momentum"]) if is_matrix else _adam_update(parameter.grad, state)
-                parameter.sub_(update.mul_(group["lr"]))
+                if is_matrix:
+                    parameter.sub_(self._muon_update(parameter.grad, state, group))
+                else:
+                    parameter.sub_(_adam_update(parameter.grad, state).mul_(group["lr"]))
 
-    def _muon_update(self, gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
-        average = state["average"].lerp_(gradient, 1 - momentum)
+    def _muon_update(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        average = state["average"].lerp_(gradient, 1 - group["momentum"])
         # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
         # its columns does not matter to what becomes of a matrix.
-        ahead = gradient.lerp(average, momentum).movedim(1, -1)
-        update = orthogonalize(ahead.flatten(1).to(self._dtype)).to(gradient.dtype).view(ahead.shape).movedim(-1, 1)
-        return update.mul_(_UPDATE_SIZE * max(len(gradient), gradient[0].numel()) ** 0.5)
+        ahead = gradient.lerp(average, group["momentum"]).movedim(1, -1)
+        size = group["lr"] * _UPDATE_SIZE * max(len(gradient), gradient[0].numel()) ** 0.5
+        return orthogonalize(ahead.flatten(1).to(self._dtype), size).view(ahead.shape).movedim(-1, 1)
 
 
 def _adam_update(gradient: Tensor, state: dict[str, Any]) -> Tensor:
@@ -73,17 +74,31 @@ def _adam_update(gradient: Tensor, state: dict[str, Any]) -> Tensor:
     return average.div(bias).div_(square.div(square_bias).sqrt_().add_(_EPSILON))
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About the nearest matrix to `matrix` [m, n] with orthonormal rows (columns, where m > n), in its dtype.
+def orthogonalize(matrix: Tensor, size: float | Tensor = 1.0) -> Tensor:
+    """About the nearest matrix to `matrix` [m, n] with orthonormal rows (columns, where m > n), times `size`, in its dtype.
 
-    By Newton-Schulz iteration: the singular values end between about 0.7 and 1.2, which is close enough for an update, and takes matrix
-    products alone.
+    By Newton-Schulz iteration: the singular values end between about 0.7 and 1.2 times `size`, which is close enough for an update, and
+    takes matrix products alone.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
-    x = x / (x.norm() + 1e-7)
-    a, b, c = _COEFFICIENTS
-    for _ in range(_ROUNDS):
-        product = x @ x.T
-        x = torch.addmm(x, torch.addmm(product, product, product, beta=b, alpha=c), x, beta=a)
+    gram = x @ x.T
+    norm = gram.diagonal().sum().sqrt() + 1e-7
+    # Five rounds, in two groups: five at once would blow up the rounding of x @ x.T, which hides small singular values, hundredfold.
+    x = (_find_factor(gram / norm.square(), rounds=2) / norm) @ x
+    x = (_find_factor(x @ x.T, rounds=3) * size) @ x
     return x.T if is_tall else x
+
+
+def _find_factor(gram: Tensor, rounds: int) -> Tensor:
+    """What some rounds together multiply x by, from `gram` = x @ x.T alone: its products are small where x is wide."""
+    a, b, c = _COEFFICIENTS
+    whole: Tensor | None = None
+    for left in reversed(range(rounds)):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        whole = factor if whole is None else factor @ whole
+        if left:
+            gram = factor @ gram @ factor
+    assert whole is not None
+    return whole

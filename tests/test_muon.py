@@ -25,7 +25,8 @@ def test_a_matrix_moves_as_with_torchs_muon(shape):
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
     moved = follow(Muon([here], **options, dtype=torch.bfloat16), here)
     expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
-    assert float((moved - expected).abs().max()) < 0.01 * float((moved - make_parameter(*shape).detach()).abs().max())
+    # Both compute in bfloat16, whose steps are 0.4 %, and round at other places.
+    assert float((moved - expected).abs().max()) < 0.03 * float((moved - make_parameter(*shape).detach()).abs().max())
 
 
 def test_a_vector_moves_as_with_torchs_adamw():
@@ -53,6 +54,18 @@ def test_a_kernel_moves_as_its_matrix_in_any_memory_format():
 def test_singular_values_become_about_one(shape):
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(3))))
     assert 0.6 < float(values.min()) < float(values.max()) < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 288), (50, 4096)])
+def test_small_singular_values_do_not_blow_up(shape, dtype):
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(size, shape[0], generator=generator))[0] for size in shape)
+    steep = (left * torch.logspace(0, -4, shape[0])) @ right.T
+    result = orthogonalize(steep.to(dtype), 0.5).float()
+    assert float(torch.linalg.matrix_norm(result, 2)) < 0.5 * 1.4
+    parts = (left.T @ result @ right).diagonal() / 0.5
+    assert float(parts[: shape[0] // 2].min()) > 0.6  # down to a hundredth of the largest
 
 
 def test_a_parameter_without_a_gradient_stays():

@@ -148,7 +148,7 @@ class TurnNaN(Train):
         draw = loop.draw_transforms
 
         def draw_with_nan(config, step):
-            transforms = draw(config, step)
+            transforms = draw(config, step).clone()
             if step + 1 == self.step:
                 transforms[self.rank] = float("nan")
             return transforms
