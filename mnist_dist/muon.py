@@ -92,13 +92,16 @@ def orthogonalize(matrix: Tensor, size: float | Tensor = 1.0) -> Tensor:
 
 def _find_factor(gram: Tensor, rounds: int) -> Tensor:
     """What some rounds together multiply x by, from `gram` = x @ x.T alone: its products are small where x is wide."""
-    a, b, c = _COEFFICIENTS
-    whole: Tensor | None = None
-    for left in reversed(range(rounds)):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        whole = factor if whole is None else factor @ whole
-        if left:
-            gram = factor @ gram @ factor
-    assert whole is not None
+    whole = factor = _find_factor_of_one(gram)
+    for _ in range(rounds - 1):
+        gram = factor @ gram @ factor
+        factor = _find_factor_of_one(gram)
+        whole = factor @ whole
     return whole
+
+
+def _find_factor_of_one(gram: Tensor) -> Tensor:
+    a, b, c = _COEFFICIENTS
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor

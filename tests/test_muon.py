@@ -19,14 +19,15 @@ def make_parameter(*shape):
     return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
+# torch computes in bfloat16, whose steps are 0.4 %; where both do, they round at other places.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.01), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_a_matrix_moves_as_with_torchs_muon(shape):
+def test_a_matrix_moves_as_with_torchs_muon(shape, dtype, bound):
     here, there = make_parameter(*shape), make_parameter(*shape)
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    moved = follow(Muon([here], **options, dtype=torch.bfloat16), here)
+    moved = follow(Muon([here], **options, dtype=dtype), here)
     expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
-    # Both compute in bfloat16, whose steps are 0.4 %, and round at other places.
-    assert float((moved - expected).abs().max()) < 0.03 * float((moved - make_parameter(*shape).detach()).abs().max())
+    assert float((moved - expected).abs().max()) < bound * float((moved - make_parameter(*shape).detach()).abs().max())
 
 
 def test_a_vector_moves_as_with_torchs_adamw():
