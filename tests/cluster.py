@@ -19,6 +19,10 @@ class Job:
     def run(self, *command):
         return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=30)
 
+    def update(self, **settings):
+        answer = self.run("scontrol", "update", f"JobId={self.id}", *(f"{name}={value}" for name, value in settings.items()))
+        assert answer.returncode == 0, answer
+
     @property
     def log(self):
         path = self.folder / f"mnist-dist-{self.id}.out"
@@ -39,7 +43,3 @@ class Job:
             assert time.monotonic() < end, f"{state}:\n{self.log}"
             time.sleep(0.5)
         return state
-
-    def cancel(self):
-        self.run("scancel", self.id)
-        self.wait_state("CANCELLED")

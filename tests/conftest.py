@@ -1,5 +1,6 @@
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from cluster import ROOT
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def daemons():
     folder = f"/tmp/slurm-test-{os.getpid()}"
     environ = {**os.environ, "DEV_CLUSTER_DIR": folder, "SLURM_CONF": f"{folder}/slurm.conf"}
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON"):
@@ -19,3 +20,14 @@ def cluster(tmp_path_factory):
     subprocess.run([script, "down"], env=environ, check=True, timeout=120)
     assert not Path(folder).exists()
     assert subprocess.run([script, "status"], env=environ, timeout=30).returncode == 1
+
+
+@pytest.fixture
+def cluster(daemons):
+    """The environment of Slurm's commands. However a test ends, it leaves no job on the cluster: the next would wait for its nodes."""
+    yield daemons
+    subprocess.run(["scancel", f"--user={os.getuid()}"], env=daemons, check=True, timeout=30)
+    end = time.monotonic() + 60
+    while jobs := subprocess.run(["squeue", "--noheader"], env=daemons, check=True, text=True, capture_output=True, timeout=30).stdout:
+        assert time.monotonic() < end, jobs
+        time.sleep(0.2)

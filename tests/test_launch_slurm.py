@@ -129,7 +129,7 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
         one.wait_start(1)
     assert [one.show("JobState") for one in (limited, requeued, lost)] == ["RUNNING"] * 3
     # Only now: its signal is due at once and comes within 30 s, amid its steps however fast or slow the machine is.
-    limited.run("scontrol", "update", f"JobId={limited.id}", "TimeLimit=2")
+    limited.update(TimeLimit=2)
     assert limited.show("NodeList") == requeued.show("NodeList")  # two jobs on the same nodes, at the same time
     assert "is in use by job" in launch(cluster, tmp_path, "submit", f"{job} {SLOW} --run_dir lost").stderr
 
@@ -159,11 +159,11 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
 
     limited.wait_for("launch: requeued")
     assert "Exited with exit code 85" in limited.log
-    limited.run("scontrol", "update", f"JobId={limited.id}", "TimeLimit=10")
+    limited.update(TimeLimit=10)
     limited.wait_start(2)
     for one in (limited, requeued):
         one.assert_nothing_lost(weights_of_two)
-        assert one.show("Restarts") == "1"
+        assert len(one.starts) == 2, one.log
     assert again.wait_state("COMPLETED", "FAILED", timeout=240) == "COMPLETED", again.log
     assert again.steps == list(range(1, 151))
     out, _ = following.communicate(timeout=30)
@@ -238,7 +238,6 @@ def test_a_sweep_is_one_array_and_repeats_only_what_failed(cluster, tmp_path):
     assert "export WANDB_RUN_GROUP=sweep" in script
     answer = launch(cluster, tmp_path, "sweep", words)
     assert "2 of 6 runs" in answer.stdout, answer
-    subprocess.run(["scancel", "--name=mnist-dist"], env=cluster, check=True)
 
 
 def test_what_this_cluster_cannot_do_is_refused_before_it_is_queued(cluster, tmp_path):
