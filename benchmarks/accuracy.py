@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from benchmarks import common
 from benchmarks.common import Row
 from mnist_dist.config import Config, resolve_config
+from mnist_dist.distributed import choose_precision
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser
 from mnist_dist.program import run_program
@@ -53,7 +54,8 @@ def train(settings: Row, config: Config) -> Row:
 
 def _identify(row: Row) -> Row:
     """What makes a row needless to measure again."""
-    return {"seed": row["seed"], "settings": row["settings"], "machine": common.identify_machine(row)}
+    named = {name: row[name] for name in ("seed", "settings", "precision")}
+    return {**named, "machine": common.identify_machine(row)}
 
 
 def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
@@ -63,8 +65,10 @@ def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
     for recipe in options.configs:
         config = make_config(recipe, training)
         settings = {"config": common.name_recipe(recipe), "recipe": common.describe_recipe(config)}
+        device = "cuda" if machine["gpu"] and config.device != "cpu" else "cpu"
+        wanted = {"settings": settings, "precision": choose_precision(config, device), "machine": machine}
         for seed in options.seeds:
-            if _identify({"seed": seed, "settings": settings, "machine": machine}) in done:
+            if _identify({"seed": seed, **wanted}) in done:
                 common.tell(f"{settings['config']}, seed {seed}: is in the results")
             else:
                 common.append_row(options.results, train(settings, config.model_copy(update={"seed": seed})))
@@ -78,7 +82,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     ranked = sorted(groups.items(), key=lambda item: -statistics.mean(row["test/accuracy"] for row in item[1]))
     header = ["recipe", "epochs", "images", "seeds", "mean %", "sd", "95 % interval", "lowest %", "time, s"]
     lines = [[name, *_describe_group(group)] for name, group in ranked]
-    return f"{common.describe_row(rows[-1])}\n\n{common.format_table(header, lines)}"
+    return f"{common.describe_rows(rows)}\n\n{common.format_table(header, lines)}"
 
 
 def _name(row: Row) -> str:
@@ -118,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.table:
         measure(options, arguments[split + 1 :])
     newest = common.newest_of_each(common.find_rows(options.results), _identify)
-    tables = common.group_rows(newest, lambda row: [common.identify_machine(row), bool(row["settings"]["recipe"]["holdout"])])
+    tables = common.group_rows(
+        newest, lambda row: [common.identify_machine(row), row["precision"], bool(row["settings"]["recipe"]["holdout"])]
+    )
     print("\n\n".join(map(format_rows, tables)))
     return 0
 

@@ -256,15 +256,19 @@ def newest_of_each(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[Row]:
     return [group[-1] for group in group_rows(rows, key)]
 
 
-def describe_row(row: Row) -> str:
-    """One line: the machine, the code and the date of a row."""
-    machine = row["machine"]
+def describe_rows(rows: Sequence[Row]) -> str:
+    """One line: the machine of some rows, and each precision, commit and date that they have."""
+    machine = rows[-1]["machine"]
     where = f"{machine['gpu']}, " if machine["gpu"] else ""
     where += f"{machine['cpu']}, {machine['cores']} cores"
     words = [where, f"torch {machine['torch']}"]
-    if "precision" in row:
-        words.append(f"precision {row['precision']}")
-    return ", ".join([*words, f"commit {row['commit']}", row["date"][:10]])
+    precisions = dict.fromkeys(row["precision"] for row in rows if "precision" in row)
+    if precisions:
+        words.append(f"precision {' and '.join(precisions)}")
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    words.append(f"commit{'s' * (len(commits) > 1)} {' '.join(commits)}")
+    days = sorted({row["date"][:10] for row in rows})
+    return ", ".join([*words, " to ".join(dict.fromkeys([days[0], days[-1]]))])
 
 
 def describe_products(rounds: Sequence[Row]) -> str:

@@ -322,7 +322,7 @@ def measure(options: argparse.Namespace) -> Row:
 def format_row(row: Row, options: argparse.Namespace) -> str:
     """The tables of a row, as markdown."""
     settings, rounds = row["settings"], row["rounds"]
-    head = f"{common.describe_row(row)}, recipe {settings['config']}, batch {settings['batch_size']} in all, {len(rounds)} rounds;\n"
+    head = f"{common.describe_rows([row])}, recipe {settings['config']}, batch {settings['batch_size']} in all, {len(rounds)} rounds;\n"
     text = [head + common.describe_products(rounds), _format_worlds(row)]
     sizes = [str(size) for size in settings["worlds"] if size > 1]
     if sizes:

@@ -108,7 +108,7 @@ def format_row(row: Row) -> str:
         lines.append([name, *(_describe([round_["starts"][launcher][key] for round_ in rounds]) for launcher in _LAUNCHERS)])
     packages = _format_imports("imports of the training: package, its own modules", [round_["packages_s"] for round_ in rounds])
     modules = _format_imports("imports of the training: module, with all it brings", [round_["modules_s"] for round_ in rounds])
-    head = f"{common.describe_row(row)}, recipe {row['settings']['config']}, {len(rounds)} rounds;\n{common.describe_products(rounds)}"
+    head = f"{common.describe_rows([row])}, recipe {row['settings']['config']}, {len(rounds)} rounds;\n{common.describe_products(rounds)}"
     return "\n\n".join([head, common.format_table(["part, seconds", *_LAUNCHERS], lines), packages, modules])
 
 

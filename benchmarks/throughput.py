@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import itertools
 import math
 import statistics
 import sys
@@ -22,14 +23,18 @@ from torch import nn
 from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist import loop
+from mnist_dist.augment import STEPS_AT_ONCE
 from mnist_dist.config import Config, resolve_config
 from mnist_dist.data import Batch
+from mnist_dist.errors import UserError
 from mnist_dist.model import CNN
 from mnist_dist.program import run_program
 from mnist_dist.state import TrainingState
 
 _WARM_UP_STEPS = 10
 _WARM_UP_BATCHES = 2  # of the stock loader: its workers must have filled their queues
+_TRIAL_BATCHES = 2
+_MOST_STOCK_BATCH_SIZE = 60_000 // (_WARM_UP_BATCHES + _TRIAL_BATCHES)
 _NOT_WAYS = ("products", "medians")  # what a round holds beside seconds an image of each way
 _TRIALS = 2  # of each setting of the stock loader, to find the best
 
@@ -121,7 +126,7 @@ class Session:
                 bare_step()
             turns_s["bare"].append(self.timer.read_clock() - start)
         row |= {name: sum(values) / self._images for name, values in turns_s.items()}
-        # What hits single steps, as another program does, is not in the medians; nor is a row of the record.
+        # What hits single steps, as another program does, is not in the medians; nor is a row of the record or a draw of transforms.
         row["medians"] = {name: statistics.median(values) / turn / self.config.batch_size for name, values in turns_s.items()}
 
     def _find_best_stock(self, kind: str) -> tuple[int, int]:
@@ -130,7 +135,7 @@ class Session:
         settings = {(workers, threads) for workers in self.options.workers for threads in (self.threads, max(1, self.threads - workers))}
         for _ in range(_TRIALS):
             for workers, threads in sorted(settings):
-                found[workers, threads].append(self._time_stock(kind, workers, threads, 2))
+                found[workers, threads].append(self._time_stock(kind, workers, threads, _TRIAL_BATCHES))
         self.candidates += [
             {"kind": kind, "workers": workers, "threads": threads, "image_s": times} for (workers, threads), times in sorted(found.items())
         ]
@@ -147,15 +152,16 @@ class Session:
         model: nn.Module = CNN().to(self._device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         torch.set_num_threads(threads)
-        start = 0.0
+        start, timed_images = 0.0, 0
         try:
-            for number, (images, labels) in enumerate(loader):
+            # At most one pass: the loader may end before so many batches.
+            for number, (images, labels) in enumerate(itertools.islice(loader, _WARM_UP_BATCHES + batches), start=1):
                 stock.train_batch(model, optimizer, images, labels)
-                if number == _WARM_UP_BATCHES - 1:
+                if number == _WARM_UP_BATCHES:
                     start = self.timer.read_clock()
-                if number == _WARM_UP_BATCHES + batches - 1:
-                    break
-            return (self.timer.read_clock() - start) / (batches * self.options.stock_batch_size)
+                elif number > _WARM_UP_BATCHES:
+                    timed_images += len(images)
+            return (self.timer.read_clock() - start) / timed_images
         finally:
             torch.set_num_threads(self.threads)
 
@@ -163,7 +169,7 @@ class Session:
         timer = self.timer
         timer.on = True
         begin = timer.read_clock()
-        for _ in range(self.options.steps):
+        for _ in range(STEPS_AT_ONCE):  # of which one draws the transforms of them all
             start = timer.read_clock()
             batch = next(self._batches)
             timer.spent_s["load"] += timer.read_clock() - start
@@ -171,13 +177,17 @@ class Session:
         total_s = timer.read_clock() - begin
         timer.on = False
         timer.spent_s["rest"] = total_s - sum(timer.spent_s.values())
-        self.parts_ms = {part: spent_s / self.options.steps * 1e3 for part, spent_s in timer.spent_s.items()}
+        self.parts_ms = {part: spent_s / STEPS_AT_ONCE * 1e3 for part, spent_s in timer.spent_s.items()}
 
 
 def measure(options: argparse.Namespace) -> Row:
     """One row of results."""
     given = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    steps = _WARM_UP_STEPS + (options.rounds + 1) * options.steps + 1
+    if options.stock_batch_size > _MOST_STOCK_BATCH_SIZE:
+        raise UserError(
+            f"stock_batch_size is {options.stock_batch_size}; allowed: at most {_MOST_STOCK_BATCH_SIZE}, to time some in one pass"
+        )
+    steps = _WARM_UP_STEPS + options.rounds * options.steps + STEPS_AT_ONCE + 1
     with common.temporary_folder() as folder:
         stock.write_files(folder)
         limits = {"steps": steps, "evaluate_every": steps, "test_size": 100, "report": False, "wandb": options.wandb}
@@ -236,7 +246,7 @@ def format_row(row: Row) -> str:
     parts = [[part, f"{spent_ms:.2f}", f"{spent_ms / total_ms:.1%}"] for part, spent_ms in row["parts_ms"].items()]
     return "\n\n".join(
         [
-            f"{common.describe_row(row)}, {row['threads']} threads, recipe {settings['config']}, {len(rounds)} rounds;\n"
+            f"{common.describe_rows([row])}, {row['threads']} threads, recipe {settings['config']}, {len(rounds)} rounds;\n"
             + common.describe_products(rounds),
             common.format_table(["way", "images/s", "the loop is times as fast"], lines),
             common.format_table([f"part of a step of {settings['batch_size']}", "ms", "share"], parts),

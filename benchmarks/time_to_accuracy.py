@@ -275,7 +275,7 @@ def format_rows(rows: Sequence[Row]) -> str:
         for mark in _MARKS:
             line += _describe_mark(group, ours, mark)
         lines.append(line)
-    text = [f"{common.describe_row(rows[-1])}, {rows[-1]['threads']} threads;\n{_describe_rates(rows)}", common.format_table(header, lines)]
+    text = [f"{common.describe_rows(rows)}, {rows[-1]['threads']} threads;\n{_describe_rates(rows)}", common.format_table(header, lines)]
     return "\n\n".join(text + _compare_ends(groups, ours))
 
 

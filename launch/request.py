@@ -34,7 +34,9 @@ class Request(Options):
     signal_delay_s: int = option(
         _LIMITS, 120, "time before the limit at which the run saves and is requeued (seconds); Slurm may be 60 s early", ge=1
     )
-    max_requeues: int = option(_LIMITS, 20, "times that the run is requeued, so that no mistake runs for ever", ge=0, le=10_000)
+    max_requeues: int = option(
+        _LIMITS, 20, "restarts, of any kind, after which the run is not requeued again, so that no mistake runs for ever", ge=0, le=10_000
+    )
 
     # These go into a script. They are quoted there, too.
     @field_validator("name", "partition", "account", "qos")

@@ -24,17 +24,23 @@ class Training:
         """Train. Always ends the process, with the training's exit status."""
         # The program's own handlers replace submitit's, which would save and requeue from one rank, between any two bytecodes.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        self._note_end(None)  # this start may end without a word
         status = main(self.arguments)
         self._note_end(status)
         # No result for submitit: the run folder is the record.
         sys.exit(status)
 
-    def _note_end(self, status: int) -> None:
+    def _note_end(self, status: int | None) -> None:
+        """Note on rank zero how this start ended; with None, forget how the one before it did."""
         try:
-            if find_world(os.environ).rank == 0:
+            if find_world(os.environ).rank != 0:
+                return
+            if status is None:
+                (Path(self.run_dir) / "slurm/end.json").unlink(missing_ok=True)
+            else:
                 write_note(Path(self.run_dir), "end", {"job": find_job_id(), "status": status})
         except (OSError, UserError) as error:
-            print(f"launch: the exit status {status} cannot be noted: {error}", file=sys.stderr)
+            print(f"launch: how this start ends cannot be noted: {error}", file=sys.stderr)
 
 
 def find_job_id() -> str:

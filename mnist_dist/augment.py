@@ -15,7 +15,7 @@ from mnist_dist.config import Config
 from mnist_dist.randomness import make_generator
 
 # Drawing takes some thirty small operations, whether for one step or for many; one at a time they would be a hundredth of a training step.
-_STEPS_AT_ONCE = 64
+STEPS_AT_ONCE = 64
 
 
 def draw_transforms(config: Config, step: int) -> Tensor:
@@ -23,14 +23,14 @@ def draw_transforms(config: Config, step: int) -> Tensor:
 
     Each maps the coordinates of an output pixel, from -1 to 1, to those of the input, as `torch.nn.functional.affine_grid` wants them.
     """
-    block, place = divmod(step, _STEPS_AT_ONCE)
+    block, place = divmod(step, STEPS_AT_ONCE)
     return _draw_block(config, block)[place]
 
 
 @functools.lru_cache(maxsize=1)
 def _draw_block(config: Config, block: int) -> Tensor:
-    """The transforms [_STEPS_AT_ONCE, batch_size, 2, 3] of the steps from `block * _STEPS_AT_ONCE` on."""
-    steps = range(block * _STEPS_AT_ONCE, (block + 1) * _STEPS_AT_ONCE)
+    """The transforms [STEPS_AT_ONCE, batch_size, 2, 3] of the steps from `block * STEPS_AT_ONCE` on."""
+    steps = range(block * STEPS_AT_ONCE, (block + 1) * STEPS_AT_ONCE)
     generators = (make_generator(config.seed, "augmentation", step) for step in steps)
     uniform = 2 * torch.stack([torch.rand(5, config.batch_size, generator=generator) for generator in generators], dim=1) - 1
     shift_units = config.shift * 2 / 28  # the 28 pixels span 2 units
@@ -40,7 +40,7 @@ def _draw_block(config: Config, block: int) -> Tensor:
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     # rotation * scale * [[1, shear], [0, 1]], and the shift
     entries = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
-    return torch.stack(entries, dim=-1).view(_STEPS_AT_ONCE, config.batch_size, 2, 3)
+    return torch.stack(entries, dim=-1).view(STEPS_AT_ONCE, config.batch_size, 2, 3)
 
 
 def augment(images: Tensor, transforms: Tensor) -> Tensor:

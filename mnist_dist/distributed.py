@@ -164,7 +164,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     """
     device = _choose_device(config, world)
     _check_graph(config, world, device)
-    precision = _choose_precision(config, device)
+    precision = choose_precision(config, device)
     threads = config.threads or max(1, count_usable_cores() // world.local_size)
     torch.set_num_threads(threads)
     if device == "cpu":
@@ -311,7 +311,8 @@ def _check_graph(config: Config, world: World, device: str) -> None:
         raise UserError(f"cuda_graph replays the steps of one process on a GPU, and this run is on {here}: leave it out")
 
 
-def _choose_precision(config: Config, device: str) -> str:
+def choose_precision(config: Config, device: str) -> str:
+    """What a run of `config` computes in on `device` (cpu, cuda): fp32 or bf16. Raises `UserError` where a launcher asks for another."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", "bf16"):
         raise UserError(f"accelerate launch asks for mixed precision {launched}; allowed: no, bf16 (or leave it to --precision)")

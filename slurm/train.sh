@@ -18,7 +18,7 @@
 set -euo pipefail
 
 # ---- What a site may have to set -------------------------------------------------------------------------------------------------------
-MAX_REQUEUES=${MAX_REQUEUES:-20} # then the job ends, so that no mistake runs for ever
+MAX_REQUEUES=${MAX_REQUEUES:-20} # after so many restarts, of any kind, the job ends, so that no mistake runs for ever
 PYTHON=${PYTHON:-}               # empty: the active virtual or conda environment's, else the checkout's .venv, else python3
 # module load cuda
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network between nodes, where the host names' own is the wrong one

@@ -14,10 +14,12 @@ def daemons():
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON"):
         environ.pop(name, None)
     script = str(ROOT / "slurm/dev_cluster.sh")
-    subprocess.run([script, "up"], env=environ, check=True, timeout=90)
-    subprocess.run([script, "status"], env=environ, check=True, timeout=30)
-    yield environ
-    subprocess.run([script, "down"], env=environ, check=True, timeout=120)
+    try:
+        subprocess.run([script, "up"], env=environ, check=True, timeout=90)
+        subprocess.run([script, "status"], env=environ, check=True, timeout=30)
+        yield environ
+    finally:
+        subprocess.run([script, "down"], env=environ, check=True, timeout=120)
     assert not Path(folder).exists()
     assert subprocess.run([script, "status"], env=environ, timeout=30).returncode == 1
 

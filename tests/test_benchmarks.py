@@ -62,6 +62,27 @@ def test_the_stock_loader_gives_the_embedded_images_as_the_loop_normalises_them(
     assert next(iter(augmented))[0].shape == (8, 1, 28, 28)
 
 
+@pytest.mark.parametrize("batches", [2, 100])
+def test_the_time_of_the_stock_way_is_that_of_the_images_after_the_warm_up(tmp_path, monkeypatch, batches):
+    now_s = 0.0
+
+    def train_batch(_model, _optimizer, images, _labels):
+        nonlocal now_s
+        now_s += len(images)
+
+    monkeypatch.setattr(stock, "make_loader", lambda *_, **__: [(range(size), None) for size in (8, 8, 8, 8, 3)])
+    monkeypatch.setattr(stock, "train_batch", train_batch)
+    session = throughput.Session(argparse.Namespace(stock_batch_size=8), Config(), tmp_path)
+    session.threads = torch.get_num_threads()
+    monkeypatch.setattr(session.timer, "read_clock", lambda: now_s)
+    assert session._time_stock("stock", 0, 1, batches) == 1.0
+
+
+def test_a_stock_batch_that_leaves_nothing_to_time_is_refused(capsys):
+    assert run_program(lambda: throughput.main(["--stock_batch_size", "15001"])) == 2
+    assert "stock_batch_size is 15001; allowed: at most 15000" in capsys.readouterr().err
+
+
 def test_the_example_has_the_parameters_of_its_description():
     convolutions, linear = (9 * 1 + 1) * 32 + (9 * 32 + 1) * 64, (12 * 12 * 64 + 1) * 128 + (128 + 1) * 10
     assert sum(parameter.numel() for parameter in stock.ExampleNet().parameters()) == convolutions + linear
@@ -166,6 +187,9 @@ def test_accuracies_are_kept_by_recipe_and_seed_and_summed_up_with_an_interval(t
     assert [row["seed"] for row in rows] == [0, 1]
     monkeypatch.setattr(accuracy.subprocess, "run", lambda *_, **__: pytest.fail("started again"))
     assert accuracy.main([*arguments, "--", *training, "--log_every", "3"]) == 0  # no matter of the recipe
+    other = {"fp32": "bf16", "bf16": "fp32"}[rows[0]["precision"]]
+    with pytest.raises(pytest.fail.Exception, match="started again"):
+        accuracy.main([*arguments, "--", *training, "--precision", other])
     capsys.readouterr()
     for row, share in zip(rows, (0.5, 0.6), strict=True):
         common.append_row(path, row | {"test/accuracy": share})

@@ -202,6 +202,7 @@ def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_pat
         os.kill(state.pid, signal.SIGUSR1)  # as before a time limit: saved, and started again
         wait_for(lambda: len(read_starts(folder)) == 2)
         assert read_starts(folder)[1] > 0
+        assert not (folder / "slurm/end.json").exists()  # how the first start ended says nothing of the second
         wait_for(lambda: read_state(folder, []).step > read_starts(folder)[1])
 
         answer = run("launch.jobs", "cancel", folder)
