@@ -49,9 +49,9 @@ def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
     """Write a checkpoint atomically, then delete all but the newest `keep`. Raises OSError; the older ones are then still there."""
     path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
     write_atomically(path, content)
-    # Never the one just written, even if the clock of steps went back (files of a higher step here failed their checksum).
-    others = [old for old in list_newest_first(folder) if old != path]
-    for old in others[max(0, keep - 1) :]:
+    # Files of a higher step failed their checksum: they do not count until the run has come as far.
+    older = [old for old in list_newest_first(folder) if old != path and _find_step(old) <= step]
+    for old in older[max(0, keep - 1) :]:
         old.unlink(missing_ok=True)
     return path
 
@@ -91,22 +91,29 @@ def remove_temporary_files(*folders: Path) -> None:
 
 def list_newest_first(folder: Path) -> list[Path]:
     """The checkpoints in `folder` by falling step, valid or not."""
-    named = [(int(match[1]), path) for path in folder.glob("step_*") if (match := CHECKPOINT_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named, reverse=True)]
+    return sorted((path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=_find_step, reverse=True)
+
+
+def _find_step(path: Path) -> int:
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def read_newest(folder: Path) -> bytes | None:
     """The bytes of the newest checkpoint that is whole; None where there is no checkpoint at all.
 
-    Names on the log what it skips. Raises `RunError` if there are checkpoints but none is whole: that must not become a fresh start.
+    Names on the log what it skips. Raises `RunError` if there are checkpoints but none is whole: that must not become a fresh start; and
+    if one cannot be read: it may be whole, and the rows of the record up to its step would be lost.
     """
     paths = list_newest_first(folder)
     for path in paths:
         try:
             content = path.read_bytes()
         except OSError as error:
-            _log.warning("skipped checkpoint %s: it cannot be read (%s)", path, error.strerror)
-            continue
+            raise RunError(
+                f"checkpoint {path} cannot be read ({error.strerror}): the same command tries again; remove it to go on from an older one"
+            ) from error
         match = CHECKPOINT_NAME.fullmatch(path.name)
         assert match is not None
         if _checksum(content) == match[2]:
@@ -133,14 +140,17 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Path] | None = None
 
-    def submit(self, step: int, content: bytes) -> bool:
-        """Begin to write, unless the last one is still being written; whether it began. A failure is a warning: training goes on."""
-        if self._running is not None and not self._running.done():
-            _log.warning("no checkpoint at step %d: the disk of %s is still busy with the last one", step, self.folder)
-            return False
+    def is_free(self, step: int) -> bool:
+        """Whether the last one is written; if not, a warning says that there will be none at `step`."""
+        if self._running is None or self._running.done():
+            return True
+        _log.warning("no checkpoint at step %d: the disk of %s is still busy with the last one", step, self.folder)
+        return False
+
+    def submit(self, step: int, content: bytes) -> None:
+        """Begin to write, once the last one is written (`is_free`). A failure is a warning: training goes on."""
         self._report()
         self._running = self._thread.submit(self._write, step, content)
-        return True
 
     def finish(self, step: int, content: bytes) -> Path:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""

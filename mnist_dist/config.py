@@ -98,7 +98,13 @@ class Config(Options):
         "The machine", "auto", "auto: bfloat16 where the machine computes it natively, else float32"
     )
     cuda_graph: bool = _setting("The machine", False, "one process on a GPU: record a step as a CUDA graph and replay it")
-    threads: int = _setting("The machine", 0, "CPU threads of each process; 0: usable cores / processes on the node", ge=0, le=4096)
+    threads: int = _setting(
+        "The machine",
+        0,
+        "CPU threads of each process; 0: its CPUs by Slurm's --cpus-per-task, else usable cores / processes on the node",
+        ge=0,
+        le=4096,
+    )
     world_size: int | None = _setting(
         "The machine", None, "number of processes that must take part; another number is refused; none: as launched", ge=1
     )

@@ -26,7 +26,7 @@ T = TypeVar("T")
 # How a collective fails when another rank is gone: gloo raises a bare RuntimeError with one of these in it.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
 _CAUSE = "cause"
-_READING_S = 1.0
+_READING_S = 2.0
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -123,7 +123,9 @@ class Group:
             return causes[0]
         if re.search("[Tt]imed? ?out", str(error)):
             return f"another rank was silent for {self.timeout.total_seconds():g} s (stopped, or its node is out of reach); see --timeout_s"
-        return "another rank is gone without a word (killed, or its node went down)"
+        gone = "another rank is gone without a word (killed, or its node went down)"
+        # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
+        return gone if type(error) is RuntimeError else f"{gone}, or it is this: {str(error).strip().splitlines()[0]}"
 
 
 class Agreement:
@@ -165,7 +167,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     device = _choose_device(config, world)
     _check_graph(config, world, device)
     precision = choose_precision(config, device)
-    threads = config.threads or max(1, count_usable_cores() // world.local_size)
+    threads = config.threads or _choose_threads(world)
     torch.set_num_threads(threads)
     if device == "cpu":
         _keep_memory()
@@ -255,8 +257,8 @@ def _choose_variables(world: World, device: str, threads: int) -> dict[str, str]
         variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; who wants less asks for bf16
-        if torch.cuda.device_count() == 1:
-            variables["ACCELERATE_TORCH_DEVICE"] = "cuda:0"  # one GPU for each task: its number is 0 whatever the local rank
+        if torch.cuda.device_count() == 1 and world.size > 1:
+            variables["LOCAL_RANK"] = "0"  # one GPU for each task: Accelerate and DDP take the GPU's number from here
     return variables
 
 
@@ -292,6 +294,12 @@ def count_usable_cores() -> int:
     return cores
 
 
+def _choose_threads(world: World) -> int:
+    cores = count_usable_cores()
+    # Slurm may bind each task to CPUs of its own or let those of a node share theirs: what it says of a task holds in both cases.
+    return max(1, min(cores, world.cpus) if world.cpus else cores // world.local_size)
+
+
 def _choose_device(config: Config, world: World) -> str:
     available = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     if config.device == "cuda" and not available:
@@ -299,8 +307,8 @@ def _choose_device(config: Config, world: World) -> str:
     if config.device == "cpu" or not available:
         return "cpu"
     gpus = torch.cuda.device_count()
-    # A launcher that gives each task a GPU of its own shows each of them one.
-    if gpus < world.local_size and not (gpus == 1 and world.launcher in ("srun", "submitit")):
+    # Slurm may give each task a GPU of its own, and then shows it no other.
+    if gpus < world.local_size and not (gpus == 1 and world.launcher == "srun"):
         raise UserError(f"{world.local_size} processes on this node share {gpus} GPUs; allowed: at most one process for each GPU")
     return "cuda"
 

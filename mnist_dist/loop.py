@@ -52,7 +52,9 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
     config.check_world(world.size)
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)
-        if group.broadcast(config.recipe()) != config.recipe():
+        # What is trained, and when the ranks meet for more than a step.
+        shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every}
+        if group.broadcast(shared) != shared:
             raise UserError("this rank was given other options than rank zero: start all processes with the same command")
         found = run.open()
         if found.result is not None:

@@ -99,7 +99,7 @@ def make_page(run: Run, pictures: dict[str, bytes], left_out: Sequence[str]) -> 
 
     titles_and_contents = [
         ("Curves", show("curves")),
-        ("Test images by class", show("confusion_matrix") + _class_table(run)),
+        (f"{run.config.evaluated_on.capitalize()} images by class", show("confusion_matrix") + _class_table(run)),
         ("Predictions", show("incorrect_classification", "correct_classification")),
         ("Training images", show("data_sample", "augmented_sample")),
         ("Left out", "".join(f"<p>{escape(sentence)}</p>\n" for sentence in left_out)),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mnist_dist import checkpoint
 from mnist_dist.checkpoint import write_atomically
 from mnist_dist.config import Config
-from mnist_dist.distributed import Group
+from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.record import (
     CONFIG_FILE,
@@ -37,6 +37,7 @@ from mnist_dist.weights import WEIGHTS_FILE
 if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
 
+_LOCK_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -92,7 +93,6 @@ class RunFolder:
             if result is not None:
                 return Found(result=result)
             newest = checkpoint.read_newest(self.checkpoints)
-            write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
             raise UserError(
@@ -110,9 +110,13 @@ class RunFolder:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
+            # Only now that data and checkpoint have been found to be this config's.
+            write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.truncate(step)
-            with (self.path / STARTS_FILE).open("a") as file:
-                file.write(json.dumps({"time": now, "step": step, "host": platform.node(), **facts}) + "\n")
+            with (self.path / STARTS_FILE).open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a row that was torn goes
+                file.write(json.dumps({"time": now, "step": step, "host": platform.node(), **facts}).encode() + b"\n")
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {error.strerror or error}") from error
         self._writer = checkpoint.Writer(self.checkpoints, self.config.keep_checkpoints, self._record.sync)
@@ -131,9 +135,11 @@ class RunFolder:
             return
         by_step = self.config.checkpoint_every and state.step % self.config.checkpoint_every == 0
         by_time = self.config.checkpoint_every_s and time.monotonic() - self._saved_s >= self.config.checkpoint_every_s
-        # Weights that are not finite are left to the next row of the record, which will tell.
-        if (by_step or by_time) and state.is_finite() and self._writer.submit(state.step, state.encode()):
-            self._saved_s = time.monotonic()
+        if by_step or by_time:
+            self._saved_s = time.monotonic()  # also where nothing comes of it: a slow disk is not asked again at each step
+            # Weights that are not finite are left to the next row of the record, which will tell.
+            if self._writer.is_free(state.step) and state.is_finite():
+                self._writer.submit(state.step, state.encode())
 
     def save_last(self, state: "TrainingState") -> Path:
         """Write the checkpoint with which this start ends. Raises `RunError` where that fails."""
@@ -178,14 +184,19 @@ class RunFolder:
                     tracker.log_model(self.path / WEIGHTS_FILE)
                 tracker.finish(result)
 
-        self.group.on_main(publish)
+        try:
+            self.group.on_main(publish)
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            _log.warning("the other ranks did not wait for the report and the mirror of the run, which is finished; see --timeout_s")
 
     def _take_lock(self) -> None:
         # A lock of the kernel, not a file's presence: it goes with the process that holds it, however that ends. On one node it is certain.
         # Over NFS and Lustre (mounted with -o flock) it holds between nodes, and a dead node's lock goes when the server gives up on it.
         descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(descriptor)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.path)
@@ -201,3 +212,16 @@ class RunFolder:
             with contextlib.suppress(OSError):  # the text only serves the message above, and launch.jobs
                 os.pwrite(descriptor, str(own).encode(), 0)
         self._lock = descriptor
+
+
+def _lock_soon(descriptor: int) -> None:
+    """Lock a file, or raise OSError. A program that lists runs may hold it for a moment, to see whether it is locked."""
+    end = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES) or time.monotonic() > end:
+                raise
+            time.sleep(0.05)

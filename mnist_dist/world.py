@@ -29,6 +29,7 @@ class World:
     launcher: str = "python"
     address: str = "127.0.0.1"
     port: int = 0
+    cpus: int = 0  # that the launcher gave to this process alone; 0: it does not say
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
@@ -89,7 +90,7 @@ def _find_srun_world(environ: Mapping[str, str]) -> World:
         port = _read_int(environ, "MASTER_PORT")
     else:
         port = _choose_port(f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}")
-    return World(rank, size, local_rank, local_size, "srun", address, port)
+    return World(rank, size, local_rank, local_size, "srun", address, port, _read_int(environ, "SLURM_CPUS_PER_TASK", 0))
 
 
 def _read_int(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -97,7 +97,7 @@ srun "${steps[@]}" bash -c 'trap "" USR1; exec "$@"' bash "$python" -P -m mnist_
 
 if ((status == REQUEUE_STATUS)); then
     if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-        say "started $((SLURM_RESTART_COUNT + 1)) times, and not requeued again (MAX_REQUEUES is $MAX_REQUEUES); submit it again to go on"
+        say "started $((${SLURM_RESTART_COUNT:-0} + 1)) times, and not requeued again (MAX_REQUEUES is $MAX_REQUEUES); submit it again to go on"
     elif scontrol requeue "$SLURM_JOB_ID"; then
         say "requeued"
     else

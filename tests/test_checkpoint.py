@@ -136,6 +136,26 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
         checkpoint.read_newest(tmp_path)
 
 
+def test_damaged_checkpoints_of_later_steps_do_not_take_the_place_of_whole_ones(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path, step, content_of(step), keep=9)
+    for step in (8, 9):
+        checkpoint.write(tmp_path, step, content_of(step), keep=9).write_bytes(b"")
+    checkpoint.write(tmp_path, 4, content_of(4), keep=2)
+    assert [int(path.name[5:13]) for path in checkpoint.list_newest_first(tmp_path)] == [9, 8, 4, 3]
+    for step in (8, 9, 10):
+        checkpoint.write(tmp_path, step, content_of(step), keep=2)
+    assert [int(path.name[5:13]) for path in checkpoint.list_newest_first(tmp_path)] == [10, 9]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path):
+    whole = checkpoint.write(tmp_path, 1, content_of(1), keep=9)
+    unreadable = tmp_path / whole.name.replace("step_00000001", "step_00000002")
+    unreadable.mkdir()
+    with pytest.raises(RunError, match=r"step_00000002-\w+.pt cannot be read \(Is a directory\)"):
+        checkpoint.read_newest(tmp_path)
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch /tmp/should-not-exist",))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from processes import find_free_port, run_ranks, start_ranks
 
+from mnist_dist import distributed
 from mnist_dist.config import Config
-from mnist_dist.distributed import count_usable_cores, join_group
+from mnist_dist.distributed import Group, count_usable_cores, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.world import World, find_world, first_host
 
@@ -38,6 +39,35 @@ def test_ranks_come_from_the_launcher():
     assert find_world(SRUN | TORCHRUN).launcher == "torchrun"  # torchrun inside a job step
     submitit = find_world(SUBMITIT)
     assert (submitit.rank, submitit.size, submitit.local_rank, submitit.local_size) == (1, 2, 1, 2)
+
+
+def test_slurm_says_how_many_threads_a_task_has(monkeypatch):
+    monkeypatch.setattr(distributed, "count_usable_cores", lambda: 16)  # the node's, or the task's own
+    for cpus, threads in (("", 8), ("3", 3), ("16", 16), ("64", 16)):
+        assert distributed._choose_threads(find_world(SRUN | {"SLURM_CPUS_PER_TASK": cpus})) == threads
+
+
+def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    task = find_world(SRUN)
+    assert distributed._choose_device(Config(), task) == "cuda"
+    variables = distributed._choose_variables(task, "cuda", 1)
+    assert (task.local_rank, variables["LOCAL_RANK"], variables["RANK"]) == (1, "0", "3")
+    assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
+    with pytest.raises(UserError, match="2 processes on this node share 1 GPUs"):
+        distributed._choose_device(Config(), find_world(SUBMITIT))
+
+
+def test_what_nccl_says_is_not_taken_for_a_lost_rank_alone():
+    group = object.__new__(Group)
+    group._board = None
+    group._read_cause = lambda causes: None
+    error = torch.distributed.DistBackendError("NCCL error: invalid usage\nmore")
+    assert group._explain_loss(error).endswith("or it is this: NCCL error: invalid usage")
+    assert group._explain_loss(RuntimeError("[gloo] Connection closed by peer")).endswith("its node went down)")
 
 
 def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():
@@ -174,7 +204,8 @@ def test_a_world_that_was_not_asked_for_is_refused_before_any_file_is_opened(tmp
     assert not folder.exists()
 
 
-def test_ranks_that_were_given_different_options_are_refused(tmp_path):
+@pytest.mark.parametrize("option", ["--seed", "--log_every", "--evaluate_every"])
+def test_ranks_that_were_given_different_options_are_refused(tmp_path, option):
     from processes import TINY, Train
 
     port = str(find_free_port())
@@ -188,7 +219,7 @@ def test_ranks_that_were_given_different_options_are_refused(tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        work = Train([*TINY, "--run_dir", str(tmp_path / "run"), "--seed", str(rank)])
+        work = Train([*TINY, "--run_dir", str(tmp_path / "run"), option, str(rank + 1)])
         ranks += start_ranks(tmp_path / str(rank), work, 1, {name: str(value) for name, value in environ.items()})
     assert [rank.wait() != 0 for rank in ranks] == [True, True]
     assert "this rank was given other options than rank zero" in ranks[1].text

@@ -1,6 +1,7 @@
 """The pictures and the report of a run: made from its folder alone, complete, legible, and with one clear message where that cannot be."""
 
 import base64
+import dataclasses
 import io
 import json
 import shutil
@@ -400,6 +401,13 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
     assert ["1", "1015", "15", "98.52%", "8 (12)"] in rows
     assert ["2", "0", "0", "no images", "none"] in rows
     assert rows[rows.index(["time", "step", "host"]) :][1:3] == [["early", "0", ""], ["late", "6", "node7"]]
+
+
+@pytest.mark.parametrize(("holdout", "what"), [(0, "Test"), (20, "Held-out")])
+def test_the_report_says_which_images_it_counts(run_dir, holdout, what):
+    run = read_run(run_dir)
+    config = run.config.model_copy(update={"holdout": holdout})
+    assert f"{what} images by class" in Page(report.make_page(dataclasses.replace(run, config=config), {}, [])).text
 
 
 def test_what_comes_from_files_is_text_in_the_report(run_dir):

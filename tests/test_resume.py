@@ -1,10 +1,13 @@
 """Nothing is lost: stopped anywhere, by anything, a run ends as if it had never been stopped."""
 
+import fcntl
 import json
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +17,10 @@ from processes import TINY, Train, run_ranks, start_ranks
 from safetensors.torch import load_file
 
 from mnist_dist import checkpoint
-from mnist_dist.config import parse_command_line
+from mnist_dist.config import Config, parse_command_line
 from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.record import read_run
+from mnist_dist.run_folder import RunFolder
 
 CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
 
@@ -200,6 +205,13 @@ def test_a_run_killed_before_its_result_needs_no_further_step(tmp_path, unbroken
 # The run folder is the identity.
 
 
+@dataclass(frozen=True)
+class Alone:
+    """A group of this process, without Accelerate."""
+
+    on_main: Callable = lambda work: work()
+
+
 def test_a_finished_run_is_a_no_op(tmp_path):
     folder = tmp_path / "run"
     arguments = [*TINY, "--run_dir", str(folder)]
@@ -223,6 +235,34 @@ def test_another_config_in_the_folder_is_an_error_that_shows_the_difference(tmp_
     }
 
 
+def test_a_start_that_is_refused_leaves_no_config(tmp_path):
+    folder = tmp_path / "run"
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--dataset", "kmnist", "--data_dir", str(tmp_path / "none")]), expect=2)
+    assert not (folder / "config.yaml").exists()
+    run_ranks(tmp_path, TrainOnce([*TINY, "--run_dir", str(folder)], 3), expect=85)
+    (folder / "config.yaml").unlink()
+    assert "seed: 0 there, 5 asked for" in run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--seed", "5"]), expect=2)
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder)]))
+
+
+def test_a_look_at_the_lock_does_not_refuse_a_start(tmp_path):
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with RunFolder(Config(run_dir=str(tmp_path)), Alone()) as run:
+            run.open()
+        timer.join()
+
+
+def test_a_run_has_ended_well_though_the_others_did_not_wait_for_its_report(tmp_path, caplog):
+    def lose(_work):
+        raise RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
+
+    RunFolder(Config(run_dir=str(tmp_path)), Alone(lose)).publish({})
+    assert "see --timeout_s" in caplog.text
+
+
 def test_a_second_live_job_in_the_folder_is_refused_and_a_dead_one_does_not_hold_it(tmp_path):
     folder = tmp_path / "run"
     arguments = [*TINY, "--run_dir", str(folder), "--steps", "5000"]
@@ -244,7 +284,10 @@ def test_rows_after_the_checkpoint_and_a_torn_row_are_cut_off(tmp_path, unbroken
     run_ranks(tmp_path, TrainOnce(arguments, 4), expect=85)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "train/loss": 9.0}\n{"step": 6, "tra')
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write('{"time": "2026-')
     run_ranks(tmp_path, Train(arguments))
+    assert [start["step"] for start in read_run(folder).starts] == [0, 4]
     assert_same_run(folder, unbroken / "1", exactly=True)
 
 

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from processes import TINY, Train, run_ranks, start_ranks
 
 from mnist_dist import checkpoint
+from mnist_dist.config import Config
 from mnist_dist.preemption import Stop
-from mnist_dist.run_folder import Record
+from mnist_dist.run_folder import Record, RunFolder
 
 LONG = [*TINY, "--steps", "5000"]
 CODES = {signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -449,3 +451,17 @@ def test_a_slow_disk_does_not_hold_up_the_training(tmp_path):
     assert time.monotonic() - start < 20  # 40 checkpoints one after the other would take 40 s
     assert "is still busy with the last one" in text
     assert saved_steps(folder)[0] == 40
+
+
+def test_a_busy_disk_is_asked_again_only_when_the_time_has_come_again(tmp_path):
+    asked = []
+
+    class Busy:
+        def is_free(self, step):
+            asked.append(step)
+
+    run = RunFolder(Config(run_dir=str(tmp_path), checkpoint_every=0, checkpoint_every_s=100.0), None)
+    run._writer, run._saved_s = Busy(), time.monotonic() - 101
+    for step in (7, 8, 9):
+        run.save_if_due(SimpleNamespace(step=step))  # nothing of the state is read, let alone encoded
+    assert asked == [7]

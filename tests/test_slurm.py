@@ -80,15 +80,16 @@ def test_preemption(cluster, tmp_path, request, grace, code, requeued):
     assert starts(tmp_path) == [0, saved(job)[0]]
 
 
-def test_requeues_are_counted(cluster, tmp_path):
-    job = Job(cluster, tmp_path, "--nodes=1", ENDLESS, MAX_REQUEUES="1")
-    for start in (1, 2):
-        job.wait_for("step 20/" if start == 1 else "from step", start if start == 2 else 1)
+@pytest.mark.parametrize("most", [0, 1])
+def test_requeues_are_counted(cluster, tmp_path, most):
+    job = Job(cluster, tmp_path, "--nodes=1", ENDLESS, MAX_REQUEUES=str(most))
+    for start in range(1, most + 2):
+        job.wait_for("from step", start)
         time.sleep(1)
         job.run("scancel", "--signal=USR1", job.id)
     assert job.wait_state("FAILED") == "FAILED"
     assert job.show("ExitCode") == "85:0"
-    assert "not requeued again (MAX_REQUEUES is 1)" in job.log
+    assert f"not requeued again (MAX_REQUEUES is {most})" in job.log
 
 
 def test_user_mistake_is_not_requeued(cluster, tmp_path):
