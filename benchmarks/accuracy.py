@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
@@ -38,10 +39,11 @@ def train(settings: Row, config: Config) -> Row:
         file.write_text(config.model_copy(update={"run_dir": str(run_dir), "report": False, "wandb": "disabled"}).to_yaml())
         # Its progress stays on the screen, out of the way of the table.
         status = subprocess.run([sys.executable, "-m", "mnist_dist.train", "--config", str(file)], stdout=2, check=False).returncode
-        result = read_result(run_dir)
+        result = read_result(run_dir, config)
         if status or result is None:
             raise RunError(f"{settings['config']}, seed {config.seed}: the training ended with status {status} and left no result")
-    names = ("test/accuracy", "test/errors", "test/images", "test/loss", "step", "elapsed_s", "world_size", "precision", "threads")
+    names = [f"{config.evaluated_split}/{name}" for name in ("accuracy", "errors", "images", "loss")]
+    names += ["step", "elapsed_s", "world_size", "precision", "threads"]
     return {
         "benchmark": "accuracy",
         "seed": config.seed,
@@ -79,7 +81,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_name(row), []).append(row)
-    ranked = sorted(groups.items(), key=lambda item: -statistics.mean(row["test/accuracy"] for row in item[1]))
+    ranked = sorted(groups.items(), key=lambda item: -statistics.mean(_find_value(row, "accuracy") for row in item[1]))
     header = ["recipe", "epochs", "images", "seeds", "mean %", "sd", "95 % interval", "lowest %", "time, s"]
     lines = [[name, *_describe_group(group)] for name, group in ranked]
     return f"{common.describe_rows(rows)}\n\n{common.format_table(header, lines)}"
@@ -96,8 +98,13 @@ def _name(row: Row) -> str:
     return " ".join([name, *differing])
 
 
+def _find_value(row: Row, name: str) -> Any:
+    """What was measured on the images that the run was evaluated on; rows by older versions call held-out ones `test/`, too."""
+    return row.get(f"holdout/{name}", row.get(f"test/{name}"))
+
+
 def _describe_group(group: Sequence[Row]) -> list[str]:
-    accuracies = [100 * row["test/accuracy"] for row in group]
+    accuracies = [100 * _find_value(row, "accuracy") for row in group]
     recipe = group[0]["settings"]["recipe"]
     mean, spread = statistics.mean(accuracies), ["-", "-"]
     if len(group) > 1:
@@ -105,7 +112,7 @@ def _describe_group(group: Sequence[Row]) -> list[str]:
         quantile = _T[len(group) - 2] if len(group) - 2 < len(_T) else 1.96
         half = quantile * deviation / len(group) ** 0.5
         spread = [f"{deviation:.3f}", f"{mean - half:.3f} - {mean + half:.3f}"]
-    where = f"{group[0]['test/images']:,} {'held out' if recipe['holdout'] else 'test'}"
+    where = f"{_find_value(group[0], 'images'):,} {'held out' if recipe['holdout'] else 'test'}"
     epochs = "-" if recipe["steps"] else str(recipe["epochs"])
     elapsed_s = statistics.median(row["elapsed_s"] for row in group)
     return [epochs, where, str(len(group)), f"{mean:.3f}", *spread, f"{min(accuracies):.2f}", f"{elapsed_s:.0f}"]

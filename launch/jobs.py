@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import cluster
-from launch.runs import RunState, find_runs, find_saved_step, is_run, read_object, read_state
+from launch.runs import RunState, find_runs, find_saved_step, is_run, read_own_note, read_state
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Parser
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 
 _POLL_S = 1.0
@@ -34,7 +34,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
     parser = Parser("launch.jobs", "Show the runs of a folder and what they do.", usage="[RUNS_DIR] [--json] | follow RUN | cancel RUN")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("words", nargs="*", metavar="RUNS_DIR", help="folder that the runs are in (default: runs)")
+    parser.add_argument("words", nargs="*", metavar="RUNS_DIR", type=path_argument, help="folder that the runs are in (default: runs)")
     parser.add_argument("--json", action="store_true", help="as JSON, one object a run")
     given = parser.parse(arguments)
     words = given["words"]
@@ -46,13 +46,13 @@ def _answer(arguments: Sequence[str] | None) -> int:
             raise UserError(f"{run_dir} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")
         return follow(run_dir) if words[0] == "follow" else cancel(run_dir)
     if len(words) > 1:
-        raise UserError(f"one folder of runs, follow RUN or cancel RUN is wanted, not {' '.join(words)!r}")
+        raise UserError(f"expected one folder of runs, follow RUN or cancel RUN, not {' '.join(words)!r}")
     return _list(Path(words[0] if words else "runs"), given["json"])
 
 
 def _list(folder: Path, as_json: bool) -> int:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; the folder that the runs are in is wanted")
+        raise UserError(f"{folder} is not a folder; expected the folder that the runs are in")
     jobs = cluster.read_jobs()
     runs = [read_state(path, jobs) for path in find_runs(folder)]
     if as_json:
@@ -112,7 +112,7 @@ def follow(path: Path) -> int:
 
 def locate_log(run: RunState) -> str:
     """The log of a run's last job; empty where there is none."""
-    noted = read_object(run.path / "slurm/job.json")
+    noted = read_own_note(run.path, "job")
     if noted.get("log") and noted.get("job") == run.job:
         return str(noted["log"])
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
@@ -120,14 +120,16 @@ def locate_log(run: RunState) -> str:
 
 def _copy(log: str, position: int) -> int:
     try:
+        if not os.path.isfile(log):  # not begun; or not a file, which would never end
+            return position
         with open(log, "rb") as file:
             file.seek(position)
             for line in file:
                 sys.stdout.write(line.decode(errors="replace"))
             sys.stdout.flush()
             return file.tell()
-    except FileNotFoundError:  # not begun
-        return position
+    except OSError as error:
+        raise RunError(f"the log {log} cannot be read: {error.strerror or error}") from error
 
 
 def cancel(path: Path) -> int:
@@ -156,7 +158,7 @@ def cancel(path: Path) -> int:
     elif saved is None:
         print(f"{path} is stopped before it had anything to save")
     else:
-        print(f"{path} is stopped; saved at step {saved}. The same command goes on from there")
+        print(f"{path} is stopped; saved at step {saved}. The same command resumes from there")
     return 0
 
 

@@ -22,7 +22,8 @@ class Request(Options):
     tasks_per_node: int | None = option(_PLACE, None, "processes on a node; none: one for each GPU, else one", ge=1, le=4096)
     gpus_per_node: int = option(_PLACE, 0, "GPUs of a node", ge=0, le=1024)
     cpus_per_task: int | None = option(_PLACE, None, "CPUs of a process; none: Slurm's default", ge=1, le=4096)
-    memory_gb: float | None = option(_PLACE, None, "memory of a node (GB); none: Slurm's default", gt=0, le=1_000_000)
+    # Slurm is given whole megabytes, and reads 0 as all of a node's memory.
+    memory_gb: float | None = option(_PLACE, None, "memory of a node (GB); none: Slurm's default", ge=0.001, le=1_000_000)
     partition: str | None = option(_PLACE, None, "partition; none: Slurm's default")
     account: str | None = option(_PLACE, None, "account that pays")
     qos: str | None = option(_PLACE, None, "quality of service")

@@ -4,28 +4,36 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.cluster import Job
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
+from mnist_dist.files import is_marked
 from mnist_dist.preemption import Stop
 from mnist_dist.record import (
-    CHECKPOINT_NAME,
+    CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
     Holder,
-    parse_object,
+    find_step,
+    is_count,
+    list_newest_first,
     read_config,
     read_holder,
+    read_note,
     read_result,
+    read_rows,
+    read_starts,
 )
+
+T = TypeVar("T")
 
 _SILENT_S = 60.0
 _SILENT_INTERVALS = 5
@@ -79,15 +87,25 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run's, begun or only queued."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, LOCK_FILE, "slurm/job.json"))
+    return any(os.path.lexists(folder / name) for name in (CONFIG_FILE, LOCK_FILE, "slurm/job.json"))
 
 
 def read_state(path: Path, jobs: list[Job]) -> RunState:
-    """The run in folder `path`, whose job may be one of `jobs`. What is missing or damaged there counts as not known."""
-    noted, ended = (read_object(path / "slurm" / name) for name in ("job.json", "end.json"))
-    result, damage = _read_result(path)
-    config = _read_config(path)
-    starts, rows = _read_rows(path / STARTS_FILE), _read_rows(path / METRICS_FILE)
+    """The run in folder `path`, whose job may be one of `jobs`. A damaged file counts as missing, and the state names it."""
+    damaged: list[str] = []
+
+    def read(name: str, reader: Callable[[], T]) -> T | None:
+        try:
+            return reader() if os.path.lexists(path / name) else None
+        except UserError:
+            damaged.append(name)
+            return None
+
+    config = read(CONFIG_FILE, lambda: read_config(path))
+    result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
+    rows = read(METRICS_FILE, lambda: read_rows(path, config or Config(), _TAIL_BYTES)) or []
+    starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    noted, ended = (read_own_note(path, name) for name in ("job", "end"))
     holder = read_holder(path)
     number = holder.job if holder else ""
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
@@ -96,20 +114,21 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
-    step = result.get("step") or max(measured.get("step") or 0, find_saved_step(path) or 0)
+    accuracies = [{**measured, **result}.get(f"{split}/accuracy") for split in ("holdout", "test")]
     values: dict[str, Any] = {
         "path": path,
-        "step": step,
+        "step": result.get("step") or max(measured.get("step") or 0, find_saved_step(path) or 0),
         "total": config.total_steps if config else None,
         "loss": measured.get("train/loss"),
-        "accuracy": result.get("test/accuracy", measured.get("test/accuracy")),
+        "accuracy": next((accuracy for accuracy in accuracies if accuracy is not None), None),
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
         "job": job.name if job else str(noted.get("job") or number),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }
+    damage = f"damaged {', '.join(damaged)}" if damaged else ""
     if result:
-        return RunState(state="finished", is_finished=True, **values)
+        return RunState(state=_join("finished", damage), is_finished=True, **values)
     pid = _find_process(path / LOCK_FILE, holder)
     if job is not None and job.is_active:
         waits = job.state not in ("RUNNING", "COMPLETING")
@@ -118,21 +137,25 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
             state += f" ({job.reason})"
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
-        return RunState(state=state, is_active=True, is_in_queue=True, is_waiting=waits, pid=pid, **values)
+        return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, is_waiting=waits, pid=pid, **values)
     if pid is not None or _is_locked_elsewhere(path / LOCK_FILE, holder):
         values |= _describe_progress(path, values, config)
-        return RunState(state="running", is_active=True, pid=pid, **values)
-    if damage:
-        return RunState(state=damage, **values)
-    return RunState(state=_describe_end(job, noted, ended, bool(starts)), **values)
+        return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
+    return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), **values)
+
+
+def _join(state: str, damage: str) -> str:
+    return f"{state}, {damage}" if damage else state
 
 
 def _describe_end(job: Job | None, noted: dict[str, Any], ended: dict[str, Any], started: bool) -> str:
     if ended and (not noted or ended.get("job") == noted.get("job")):
         status = ended.get("status")
+        if status is None or not is_count(status):
+            return "failed"
         if job is not None and job.state == "CANCELLED" and status in _STATUSES:
             return "cancelled, saved"
-        return _STATUSES.get(status, f"failed (exit status {status})") if isinstance(status, int) else "failed"
+        return _STATUSES.get(status, f"failed (exit status {status})")
     if job is not None:
         return _ENDS.get(job.state, "failed")
     return "stopped" if started else "not started"  # its job is gone and has not said how
@@ -152,41 +175,13 @@ def _describe_progress(path: Path, values: dict[str, Any], config: Config | None
 
 def find_saved_step(path: Path) -> int | None:
     """The step of the newest checkpoint."""
-    matches = (CHECKPOINT_NAME.fullmatch(file.name) for file in (path / "checkpoints").glob("step_*"))
-    return max((int(match[1]) for match in matches if match), default=None)
+    return next(map(find_step, list_newest_first(path / CHECKPOINTS)), None)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none."""
-    try:
-        return parse_object(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def _read_result(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        return read_result(path) or {}, ""
-    except UserError:
-        return {}, f"damaged {RESULT_FILE}"
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a file of JSON objects."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    return [row for row in map(parse_object, lines) if row]
-
-
-def _read_config(path: Path) -> Config | None:
-    try:
-        return read_config(path)
-    except UserError:
-        return None
+def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:
+    """RUN_DIR/slurm/NAME.json; empty where there is none, where it is damaged, or where the folder is a copy of the one that it is of."""
+    note = read_note(run_dir / f"slurm/{name}.json")
+    return note if is_marked(run_dir, str(note.get("folder", ""))) else {}
 
 
 def _find_process(lock: Path, holder: Holder | None) -> int | None:

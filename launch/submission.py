@@ -18,7 +18,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 import mnist_dist
 from launch.request import Request, list_arguments
-from launch.runs import read_object
+from launch.runs import read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
@@ -145,7 +145,7 @@ def submit_to_slurm(
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
             jobs = executor.submit_array([_make_training(config) for config in configs])
-        _make_private(folder)
+        _make_private(folder, jobs[0].job_id)
         submitted = []
         for config, job in zip(configs, jobs, strict=True):
             submitted.append((job.job_id, folder / f"{job.job_id}.log"))
@@ -181,8 +181,9 @@ def run_locally(
                 if not job.done():
                     continue
                 del active[run_dir]
-                end = read_object(Path(run_dir) / "slurm/end.json")
-                statuses[run_dir] = end["status"] if end.get("job") == job.job_id else _LOST
+                end = read_own_note(Path(run_dir), "end")
+                status = end.get("status") if end.get("job") == job.job_id else None
+                statuses[run_dir] = status if isinstance(status, int) else _LOST
                 if statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < request.max_requeues and not stopping:
                     waiting.appendleft((config, restarts + 1))
             time.sleep(0.1)
@@ -205,7 +206,7 @@ def _start_locally(request: Request, config: Config, report: Callable[[str], Non
     finally:
         signal.signal(signal.SIGINT, before)
     assert isinstance(job, LocalJob)
-    _make_private(folder)
+    _make_private(folder, job.job_id)
     log = folder / f"{job.job_id}_0_log.out"
     write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log)})
     report(f"{config.run_dir}: started here, {request.world_size} processes; log: {log}")
@@ -219,14 +220,15 @@ def _make_training(config: Config) -> Training:
 def _prepare_folders(configs: Sequence[Config], folder: Path) -> None:
     try:
         for private in [folder, *(Path(config.run_dir) / "slurm" for config in configs)]:
-            private.mkdir(parents=True, exist_ok=True)
-            private.chmod(0o700)
+            private.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # an earlier job's; or somebody's own folder, which stays as open as it is
+                private.mkdir(mode=0o700)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror or error}; a folder that can be written is wanted") from error
+        raise UserError(f"{folder} cannot be made: {error.strerror or error}; expected a writable folder") from error
 
 
-def _make_private(folder: Path) -> None:
-    for pickle in folder.glob("*.pkl"):
+def _make_private(folder: Path, job_id: str) -> None:
+    for pickle in folder.glob(f"{job_id.partition('_')[0]}*.pkl"):
         with contextlib.suppress(FileNotFoundError):
             pickle.chmod(0o600)
 

@@ -14,10 +14,10 @@ from launch.request import Request, place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from mnist_dist.config import Config, add_config_options, resolve_config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, make_options
 from mnist_dist.program import make_printable, print_answer
-from mnist_dist.record import check_recipe
+from mnist_dist.record import check_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,13 +85,20 @@ def compare_with_cluster(request: Request) -> None:
             raise UserError("cluster is 'slurm', but sinfo and sbatch are not found here: use a login node, or --cluster local")
         say("note: there is no Slurm here, so the request is not compared with a cluster")
         return
-    for note in cluster.check_request(request, cluster.read_nodes()):
+    try:
+        nodes = cluster.read_nodes()
+    except RunError as error:
+        if not request.dry_run:
+            raise
+        say(f"note: {error}; the request is not compared with the cluster")
+        return
+    for note in cluster.check_request(request, nodes):
         say(f"note: {note}")
 
 
 def check_free(run: RunState, config: Config) -> bool:
     """Whether `config` may begin or go on in the folder of `run`; False where it is finished. Raises `UserError` for a folder not free."""
-    check_recipe(run.path, config)
+    check_folder(run.path, config)
     if run.is_active:
         by = f"job {run.job}" if run.job else f"process {run.pid}" if run.pid else "another process"
         raise UserError(f"run_dir {run.path} is in use by {by} ({run.state}): wait for it, or use another run_dir")

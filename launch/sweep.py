@@ -6,8 +6,10 @@
 The same command again submits only what is neither finished nor queued. Imports no torch.
 """
 
+import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,9 +25,9 @@ from launch.submission import make_slurm_executor, run_locally, submit_to_slurm,
 from launch.submit import collect_mistakes, compare_with_cluster, read_request, say
 from mnist_dist.config import Config, add_config_options, resolve_config
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Options, Parser, find_by_initials, make_options, option, read_options_file
+from mnist_dist.options import Options, Parser, find_by_initials, make_options, option, path_argument, read_options_file
 from mnist_dist.program import print_answer
-from mnist_dist.record import check_recipe
+from mnist_dist.record import check_folder
 
 _RUNS_MAX = 1000  # Slurm's own limit for an array is 1001, unless its site raised it
 _FIXED_OPTIONS = ("run_dir", "data_dir", "world_size")  # each run has its own, or all have one
@@ -71,7 +73,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         executor = make_slurm_executor(request, folder / "slurm", len(placed), sweep.parallel, folder.name)
         print(write_script(executor, len(placed)))
         return 0
-    collect_mistakes(*(partial(check_recipe, Path(config.run_dir), config) for config in placed))
+    collect_mistakes(*(partial(check_folder, Path(config.run_dir), config) for config in placed))
     runs = _read_runs(placed)
     left = [config for config, run in zip(placed, runs, strict=True) if not run.is_finished and not run.is_active]
     if sweep.table or not left:
@@ -103,7 +105,7 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
     fixed: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
     if words and "=" not in words[0]:
-        path = Path(words.pop(0))
+        path = Path(expand_word(words.pop(0)))
         name = path.stem
         values = read_options_file(path)
         unknown = [repr(key) for key in values if key not in ("config", "sweep", "fixed")]
@@ -119,14 +121,22 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
-            raise UserError(f"{word!r} stands where option=value,value is wanted")
+            raise UserError(f"{word!r} is not of the form option=value,value")
         axes[_find_option(key)] = [None if value == "none" else value for value in text.split(",")]
     if not axes or not all(axes.values()):
-        raise UserError("nothing to sweep: option=value,value or a YAML file with `sweep:` is wanted")
+        raise UserError("nothing to sweep: expected option=value,value or a YAML file with `sweep:`")
     both = [key for key in axes if key in given or key in fixed]
     if both:
         raise UserError(f"{both[0]} is swept and also given one value: leave one of them out")
     return file, fixed, axes, name
+
+
+def expand_word(text: str) -> str:
+    """The path that a word of the command line means. Raises `UserError`."""
+    try:
+        return path_argument(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(str(error)) from error
 
 
 def _read_mapping(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -151,14 +161,18 @@ def _find_option(name: str) -> str:
 
 def combine(axes: dict[str, list[Any]], given: dict[str, Any], file: str | None, name: str) -> list[Config]:
     """A config for each combination, in a folder of its own. Raises `UserError` with the mistakes of all of them."""
+    count = math.prod(map(len, axes.values()))
+    if count > _RUNS_MAX:
+        raise UserError(f"the sweep has {count} combinations; at most {_RUNS_MAX} are allowed")
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    if len(combinations) > _RUNS_MAX:
-        raise UserError(f"the sweep has {len(combinations)} combinations; at most {_RUNS_MAX} are allowed")
     folder = Path(given.get("run_dir") or f"runs/{name}")
     configs = collect_mistakes(*(partial(resolve_config, given | values | {"run_dir": str(folder)}, file) for values in combinations))
     placed = {}
     for config in configs:
-        run_dir = folder / ",".join(f"{axis}={_show(getattr(config, axis))}" for axis in axes)
+        name = ",".join(f"{axis}={_show(getattr(config, axis))}" for axis in axes)
+        if "/" in name:
+            raise UserError(f"{name[:80]} is to be the name of a run's folder, which cannot hold a /: sweep another option")
+        run_dir = folder / name
         if len(run_dir.name) > 200:
             raise UserError(f"{run_dir.name[:60]}... is too long for a folder's name: sweep fewer options")
         placed[run_dir] = config.model_copy(update={"run_dir": str(run_dir)})  # 0.1 and 0.10 are one run

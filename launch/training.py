@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_dist.errors import UserError
+from mnist_dist.files import mark_folder
 from mnist_dist.train import main  # here, so that nothing is left to import between submitit's signal handlers and ours
 from mnist_dist.world import find_world
 
@@ -24,7 +25,7 @@ class Training:
         """Train. Always ends the process, with the training's exit status."""
         # The program's own handlers replace submitit's, which would save and requeue from one rank, between any two bytecodes.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        self._note_end(None)  # this start may end without a word
+        self._note_end(None)  # this start may end without noting how
         status = main(self.arguments)
         self._note_end(status)
         # No result for submitit: the run folder is the record.
@@ -55,5 +56,5 @@ def write_note(run_dir: Path, name: str, values: dict[str, str | int]) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = folder / f".{name}.{os.getpid()}"
-    new.write_text(json.dumps({"time": now, **values}) + "\n")
+    new.write_text(json.dumps({"time": now, "folder": mark_folder(run_dir), **values}) + "\n")
     new.replace(folder / f"{name}.json")

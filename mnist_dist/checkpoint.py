@@ -1,29 +1,35 @@
-"""Checkpoints: one file for the whole run, whatever its world size; whole or absent, never torn.
+"""Checkpoints: one file for the whole run, whatever its world size; complete or absent, never torn.
 
 A file's name carries its step and the SHA-256 of its bytes (`step_00001200-9f86d081884c7d65.pt`), so one rename publishes both, and
 damage to any byte shows. It is an ordinary `torch.save` file, always loaded with `weights_only=True`.
 """
 
-import contextlib
 import hashlib
 import io
 import logging
-import os
-import pickle
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.record import CHECKPOINT_NAME
+from mnist_dist.files import read_file, write_atomically
+from mnist_dist.record import find_step, list_newest_first
 
 FORMAT = 2
 
-_TEMPORARY_SUFFIX = ".tmp"
+_BYTES_MAX = 512 << 20
 _log = logging.getLogger(__name__)
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it was found: its file, and the file's bytes."""
+
+    path: Path
+    content: bytes
 
 
 def encode(state: dict[str, Any]) -> bytes:
@@ -36,12 +42,16 @@ def encode(state: dict[str, Any]) -> bytes:
 def decode(content: bytes) -> dict[str, Any]:
     """The state in a checkpoint's bytes, on the CPU. Raises `RunError` for anything that is not safe and of this format."""
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(content):  # this program compresses nothing
+                raise ValueError("it would unpack to more than its size")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("format")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise RunError(f"the checkpoint is not one of this program: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    except Exception as error:  # zipfile, pickle and torch raise nearly every kind
+        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        raise RunError(f"it is not a checkpoint of this program: {reason}") from error
     if version != FORMAT:
-        raise UserError(f"the checkpoint has format {version}, this version of mnist_dist reads {FORMAT}: use the version that wrote it")
+        raise UserError(f"it has format {str(version)[:40]}, this version of mnist_dist reads {FORMAT}: use the version that wrote it")
     return state
 
 
@@ -50,78 +60,33 @@ def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
     path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
     write_atomically(path, content)
     # Files of a higher step failed their checksum: they do not count until the run has come as far.
-    older = [old for old in list_newest_first(folder) if old != path and _find_step(old) <= step]
+    older = [old for old in list_newest_first(folder) if old != path and find_step(old) <= step]
     for old in older[max(0, keep - 1) :]:
         old.unlink(missing_ok=True)
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, whole. Raises OSError."""
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+def read_newest(folder: Path) -> Saved | None:
+    """The newest valid checkpoint in `folder`; None where there is no checkpoint at all.
 
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where the file system can."""
-    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove_temporary_files(*folders: Path) -> None:
-    """Delete what a killed writer left behind."""
-    for folder in folders:
-        for path in folder.glob(f"*{_TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
-
-
-def list_newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` by falling step, valid or not."""
-    return sorted((path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=_find_step, reverse=True)
-
-
-def _find_step(path: Path) -> int:
-    match = CHECKPOINT_NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
-
-
-def read_newest(folder: Path) -> bytes | None:
-    """The bytes of the newest checkpoint that is whole; None where there is no checkpoint at all.
-
-    Names on the log what it skips. Raises `RunError` if there are checkpoints but none is whole: that must not become a fresh start; and
-    if one cannot be read: it may be whole, and the rows of the record up to its step would be lost.
+    Names on the log what it skips. Raises `RunError` if there are checkpoints but none is valid: that must not become a fresh start; and
+    if one cannot be read: it may be valid, and the rows of the record up to its step would be lost.
     """
     paths = list_newest_first(folder)
     for path in paths:
         try:
-            content = path.read_bytes()
+            content = read_file(path, _BYTES_MAX)
         except OSError as error:
             raise RunError(
-                f"checkpoint {path} cannot be read ({error.strerror}): the same command tries again; remove it to go on from an older one"
+                f"checkpoint {path} cannot be read ({error.strerror or error}): the same command tries again; "
+                "remove it to resume from an older one"
             ) from error
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        assert match is not None
-        if _checksum(content) == match[2]:
-            return content
+        if path.stem.endswith(f"-{_checksum(content)}"):
+            return Saved(path, content)
         _log.warning("skipped checkpoint %s: it is damaged (%d bytes, whose checksum is not the one in its name)", path, len(content))
     if paths:
         raise RunError(
-            f"none of the {len(paths)} checkpoints in {folder} is whole: restore one of them, or use another run_dir to start afresh"
+            f"none of the {len(paths)} checkpoints in {folder} is valid: restore one of them, or use another run_dir to start afresh"
         )
     return None
 

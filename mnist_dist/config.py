@@ -15,7 +15,7 @@ import yaml
 from pydantic import model_validator
 
 from mnist_dist.errors import UserError
-from mnist_dist.options import Options, Parser, make_options, option, read_options_file
+from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
 
 # (training, test) images of each data set. All have 28 x 28 grey pixels.
 DATASET_SIZES = {
@@ -33,6 +33,8 @@ _CLASS_NAMES = {
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
 }
 
+_STEPS_MAX = 10**9
+
 _option = functools.partial(option, recipe=True)
 _setting = option  # says where or how to run, not what is trained: it may differ between two starts of one run
 
@@ -41,7 +43,7 @@ class Config(Options):
     """All options of a training run. Immutable; raises `pydantic.ValidationError` on a value that is not allowed."""
 
     run_dir: str = _setting(
-        "The run folder", "runs/mnist", "folder of this run; the same command in the same folder continues it", min_length=1
+        "The run folder", "runs/mnist", "folder of this run; the same command in the same folder continues it", folder=True, min_length=1
     )
     log_every: int = _setting("The run folder", 50, "steps between two rows of metrics.jsonl", ge=1)
     evaluate_every: int = _setting("The run folder", 0, "steps between two evaluations; 0: at the end of every epoch", ge=0)
@@ -61,7 +63,7 @@ class Config(Options):
     dataset: Literal["mnist", "fashion_mnist", "kmnist", "qmnist", "synthetic"] = _option(
         "The data", "mnist", "mnist and synthetic come with the package, the others from --data_dir"
     )
-    data_dir: str | None = _setting("The data", None, "folder with the files of a data set that is not embedded")
+    data_dir: str | None = _setting("The data", None, "folder with the files of a data set that is not embedded", folder=True)
     download: bool = _setting("The data", False, "fetch missing files into --data_dir")
     train_size: int | None = _option("The data", None, "use only the first N training images; none: all", ge=1)
     test_size: int | None = _option("The data", None, "use only the first N test images; none: all", ge=1)
@@ -69,8 +71,8 @@ class Config(Options):
         "The data", 0, "training images set apart, on which the run is evaluated instead of the test images: to choose a recipe", ge=0
     )
 
-    epochs: int = _option("The training", 3, "passes over the training images", ge=1)
-    steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1)
+    epochs: int = _option("The training", 3, "passes over the training images", ge=1, le=_STEPS_MAX)
+    steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "images of one step, over all processes together", ge=1)
     optimizer: Literal["muon", "sgd", "adamw"] = _option(
         "The training", "muon", "optimizer; muon: orthogonal updates, AdamW for the biases"
@@ -139,6 +141,11 @@ class Config(Options):
     def evaluated_on(self) -> str:
         """What the images that the run is evaluated on are called: `test` or `held-out`."""
         return "held-out" if self.holdout else "test"
+
+    @property
+    def evaluated_split(self) -> str:
+        """The name of these images in the record and in result.json: `test`, or `holdout`."""
+        return "holdout" if self.holdout else "test"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -223,7 +230,7 @@ def resolve_config(given: dict[str, Any], file: str | None = None) -> Config:
 
 def add_config_options(parser: Parser) -> None:
     """Add --config and every option of a `Config`."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options, or the name of a recipe, such as smoke")
+    parser.add_argument("--config", metavar="FILE", type=path_argument, help="YAML file of options, or the name of a recipe, such as smoke")
     parser.add_options(Config)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mnist_dist.config import Config
+from mnist_dist.program import make_printable
+
 _log = logging.getLogger("mnist_dist")
 
 
@@ -18,7 +21,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with surviving_stderr():
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(make_printable(self.format(record), kept="\n\t"), file=sys.stderr)
             sys.stderr.flush()
 
 
@@ -48,11 +51,11 @@ def set_up_logging(rank: int, world_size: int) -> None:
 class Progress:
     """The progress of a run, from `step` to `total_steps`. Makes no noise on ranks other than zero."""
 
-    def __init__(self, step: int, total_steps: int, shown: bool, evaluated_on: str = "test") -> None:
+    def __init__(self, step: int, total_steps: int, shown: bool, config: Config) -> None:
         self._start = (step, time.perf_counter())
         self._total = total_steps
         self._shown = shown
-        self._evaluated_on = evaluated_on
+        self._config = config
         on_terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if on_terminal else None
 
@@ -68,7 +71,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{row['train/loss']:.4f}", refresh=False)
-        if self._bar is None or "test/accuracy" in row:
+        if self._bar is None or f"{self._config.evaluated_split}/accuracy" in row:
             _log.info("%s", self._describe(row))
 
     def _describe(self, row: dict[str, Any]) -> str:
@@ -82,8 +85,9 @@ class Progress:
             f"learning rate {row['train/learning_rate']:.2g}",
             f"{row['train/images_per_s']:,.0f} images/s",
         ]
-        if "test/accuracy" in row:
-            words.append(f"{self._evaluated_on} loss {row['test/loss']:.4f}, accuracy {row['test/accuracy']:.2%}")
+        split = self._config.evaluated_split
+        if f"{split}/accuracy" in row:
+            words.append(f"{self._config.evaluated_on} loss {row[f'{split}/loss']:.4f}, accuracy {row[f'{split}/accuracy']:.2%}")
         words.append(f"{format_duration(pace * (self._total - step))} left")
         return ", ".join(words)
 

@@ -3,16 +3,21 @@
 A data set is one uint8 tensor on the device, so a batch is one gather: there are no worker processes to seed, feed or restore.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import lzma
-from collections.abc import Iterator
+import os
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -21,7 +26,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from mnist_dist.config import CLASSES, DATASET_SIZES, Config
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_file
 from mnist_dist.randomness import derive_seed, make_generator
+
+_FILE_BYTES_MAX = 64 << 20  # the largest has 47 MB
+_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_QMNIST = ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int", "qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int")
+# The name that torchvision gives the class and the folder of a data set, and its files: images and labels to train on, then to test on.
+_FILES = {"fashion_mnist": ("FashionMNIST", _IDX), "kmnist": ("KMNIST", _IDX), "qmnist": ("QMNIST", _QMNIST)}
 
 
 class Share(NamedTuple):
@@ -103,9 +115,14 @@ def load_dataset(config: Config) -> Dataset:
         train, test = (_make_synthetic(size, part) for size, part in zip(DATASET_SIZES["synthetic"], ("train", "test"), strict=True))
     else:
         assert config.data_dir is not None, "Config checks this"
-        train, test = _load_torchvision(config.dataset, Path(config.data_dir), config.download)
+        train, test = _load_files(config.dataset, Path(config.data_dir), config.download)
     for split, part, size in zip((train, test), ("training", "test"), DATASET_SIZES[config.dataset], strict=True):
-        if split.images.shape != (size, 28, 28) or split.labels.shape != (size,) or not _are_labels(split.labels):
+        if (
+            split.images.shape != (size, 28, 28)
+            or split.images.dtype != torch.uint8
+            or split.labels.shape != (size,)
+            or not _are_labels(split.labels)
+        ):
             raise UserError(
                 f"the {part} files of {config.dataset} hold images {list(split.images.shape)} and labels {list(split.labels.shape)}; "
                 f"expected [{size}, 28, 28], and as many labels from 0 to {CLASSES - 1}"
@@ -160,27 +177,65 @@ def _load_embedded_mnist(folder: Any = None) -> tuple[Split, Split]:
     return train, test
 
 
-def _load_torchvision(name: str, folder: Path, download: bool) -> tuple[Split, Split]:
-    # Imported here: torchvision costs seconds, and embedded MNIST does not need it.
-    from contextlib import nullcontext
+def _load_files(name: str, folder: Path, download: bool) -> tuple[Split, Split]:
+    """The splits in the idx files of one of torchvision's data sets, compressed or not, in `folder` or where torchvision keeps them."""
+    kind, names = _FILES[name]
+    places = (folder, folder / kind / "raw", folder / kind)
+    if download and any(_find_file(places, file) is None for file in names):
+        _download(name, kind, folder)
+    found = [_find_file(places, file) for file in names]
+    missing = [file for file, path in zip(names, found, strict=True) if path is None]
+    if missing:
+        raise UserError(
+            f"{name} lacks {', '.join(missing)} (or the same with .gz) in {places[0]} and in {places[1]}: "
+            "copy the files there, or add --download to fetch them"
+        )
+    try:
+        tensors = [_read_idx(path) for path in found if path is not None]
+    except UserError as error:
+        raise UserError(f"{error}; copy {name} again, or remove the file and add --download to fetch it") from error
+    # QMNIST's labels are rows of eight numbers, of which the first is the class.
+    train, test = (Split(images, labels.reshape(len(labels), -1)[:, 0].contiguous()) for images, labels in (tensors[:2], tensors[2:]))
+    return train, test
 
+
+def _find_file(places: Sequence[Path], name: str) -> Path | None:
+    candidates = [place / file for place in places for file in (name, f"{name}.gz")]
+    return next((path for path in candidates if os.path.lexists(path)), None)
+
+
+def _download(name: str, kind: str, folder: Path) -> None:
+    # Imported here: torchvision costs seconds, and only a download needs it.
     from filelock import FileLock
     from torchvision import datasets
 
-    kind = {"fashion_mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST, "qmnist": datasets.QMNIST}[name]
     try:
-        if download:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # All processes that share the folder come here; the first one fetches, the others then find the files.
-        with FileLock(folder / f".{name}.lock") if download else nullcontext():
-            parts = [kind(str(folder), train=train, download=download) for train in (True, False)]
-    except Exception as error:  # torchvision raises many kinds, by data set and by what is wrong with the file
+        with FileLock(folder / f".{name}.lock"):
+            for train in (True, False):
+                getattr(datasets, kind)(str(folder), train=train, download=True)
+    except Exception as error:  # torchvision raises many kinds
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        advice = "check the network and the folder" if download else "add --download to fetch them, or copy them there"
-        raise UserError(f"the files of {name} in {folder / kind.__name__} are missing or damaged: {advice} ({reason})") from error
-    # QMNIST's targets are rows of eight numbers, the label first.
-    train, test = (Split(part.data, part.targets.reshape(len(part.targets), -1)[:, 0].long().contiguous()) for part in parts)
-    return train, test
+        raise UserError(f"the files of {name} cannot be fetched into {folder}: check the network and the folder ({reason})") from error
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The numbers in a file of MNIST's own format: uint8 images [n, height, width] or int64 labels [n] or [n, columns]."""
+    try:
+        content = read_file(path, _FILE_BYTES_MAX)
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(_FILE_BYTES_MAX + 1)
+        # Two zeros, the type, the number of dimensions; then each dimension, then the numbers, of four bytes or one, the highest first.
+        dtype: Any = {8: "u1", 12: ">i4"}[content[2]]
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4).tolist()
+        values = np.frombuffer(content, dtype, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, LookupError, zlib.error) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+        raise UserError(f"the data file {path} cannot be read or is damaged: {reason}") from error
+    return torch.from_numpy(values.copy()) if dimensions == 3 else torch.from_numpy(values.astype(np.int64))
 
 
 def _make_synthetic(size: int, part: str) -> Split:

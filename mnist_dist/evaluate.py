@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.options import Parser, read_options_file
+from mnist_dist.options import Parser, path_argument, read_options_file
 from mnist_dist.program import print_answer
 from mnist_dist.record import CONFIG_FILE
 from mnist_dist.world import find_world
@@ -33,9 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("mnist_dist.evaluate", "Count what the weights of a run get right. Any number of processes gives the same counts.")
-    parser.add_argument("run", metavar="RUN", help="a run folder, or a .safetensors file that a run wrote")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
     parser.add_argument("--split", choices=("test", "train", "holdout"), default="test", help="the images to count (default: test)")
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the files of a data set that is not embedded (default: the run's)")
+    parser.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        type=path_argument,
+        help="folder of a data set that is not embedded (default: the run's)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a GPU, else the CPU (default: auto)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="(default: as in the run's config, else auto)")
     parser.add_argument("--threads", metavar="N", help="CPU threads of each process; 0: usable cores / processes on the node (default: 0)")
@@ -82,19 +87,12 @@ def _make_config(options: argparse.Namespace, dataset: str) -> Config:
 
 
 def _to_json(split: str, evaluation: "Evaluation", facts: dict[str, Any]) -> str:
-    values = {
-        "accuracy": evaluation.accuracy,
-        "errors": evaluation.errors,
-        "images": evaluation.images,
-        "loss": evaluation.loss,
-        "class_accuracy": evaluation.class_accuracy,
-        "confusion_matrix": evaluation.confusion,
-    }
-    return json.dumps({f"{split}/{name}": value for name, value in values.items()} | facts)
+    names = ("accuracy", "errors", "images", "loss", "class_accuracy", "confusion_matrix")
+    return json.dumps(evaluation.name_values(split, *names) | facts)
 
 
 def _to_text(options: argparse.Namespace, evaluation: "Evaluation", facts: dict[str, Any]) -> str:
-    confusion = evaluation.confusion
+    confusion = evaluation.confusion_matrix
     labels = range(len(confusion))
     lines = [
         f"{options.run}: {evaluation.images:,} {options.split} images of {facts['dataset']}, "

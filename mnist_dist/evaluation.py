@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,20 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a split. `confusion[i][j]`: images of class i that were taken for class j."""
+    """What a model makes of a split. `confusion_matrix[i][j]`: images of class i that were taken for class j."""
 
     loss: float
-    confusion: list[list[int]]
+    confusion_matrix: list[list[int]]
 
     @property
     def images(self) -> int:
         """Number of images."""
-        return sum(map(sum, self.confusion))
+        return sum(map(sum, self.confusion_matrix))
 
     @property
     def errors(self) -> int:
         """Number of wrong predictions."""
-        return self.images - sum(self.confusion[i][i] for i in range(len(self.confusion)))
+        return self.images - sum(self.confusion_matrix[i][i] for i in range(len(self.confusion_matrix)))
 
     @property
     def accuracy(self) -> float:
@@ -41,7 +42,11 @@ class Evaluation:
     @property
     def class_accuracy(self) -> list[float | None]:
         """Part of the images of each class that are right (fraction); None for a class without images."""
-        return [row[label] / sum(row) if any(row) else None for label, row in enumerate(self.confusion)]
+        return [row[label] / sum(row) if any(row) else None for label, row in enumerate(self.confusion_matrix)]
+
+    def name_values(self, split: str, *names: str) -> dict[str, Any]:
+        """The attributes called `names`, under the names that files give them: `test/loss` where `split` is `test`."""
+        return {f"{split}/{name}": getattr(self, name) for name in names}
 
 
 @torch.no_grad()

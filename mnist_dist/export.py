@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mnist_dist.config import EMBEDDED_DATASETS, Config
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Parser
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("mnist_dist.export", "Write the model of a run, its normalisation included, as a file that needs none of this package.")
-    parser.add_argument("run", metavar="RUN", help="a run folder, or a .safetensors file that a run wrote")
-    parser.add_argument("file", metavar="FILE", type=Path, help="the file to write: NAME.pt2 (torch.export) or NAME.onnx")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
+    parser.add_argument("file", metavar="FILE", type=path_argument, help="the file to write: NAME.pt2 (torch.export) or NAME.onnx")
     parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
     return parser.parse_args(arguments)
 
 
 def _export(options: argparse.Namespace) -> int:
-    file: Path = options.file
+    file = Path(options.file)
     if file.suffix not in (".pt2", ".onnx"):
         raise UserError(f"the file to write is {file}; a name that ends in .pt2 or .onnx is wanted")
     if os.path.isdir(file) or not os.path.isdir(file.parent):
@@ -53,8 +53,8 @@ def _export(options: argparse.Namespace) -> int:
     if file.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)} (a .pt2 file needs none)")
 
-    from mnist_dist.checkpoint import write_atomically
     from mnist_dist.data import load_dataset
+    from mnist_dist.files import write_atomically
     from mnist_dist.weights import load_model
 
     trained = load_model(options.run)

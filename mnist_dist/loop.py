@@ -27,6 +27,7 @@ from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row
 from mnist_dist.run_folder import RunFolder
 from mnist_dist.state import TrainingState
+from mnist_dist.weights import make_header
 from mnist_dist.world import find_world
 
 _log = logging.getLogger(__name__)
@@ -56,19 +57,19 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every}
         if group.broadcast(shared) != shared:
             raise UserError("this rank was given other options than rank zero: start all processes with the same command")
-        found = run.open()
-        if found.result is not None:
-            _log.info("%s is finished: %s; nothing to do", run.path, _summarize(config, found.result))
-            return Result(Stop.NONE, found.result["step"], found.result)
-
+        # Whatever can be refused is refused before the run folder is made.
+        if (result := run.check()) is not None:
+            _log.info("%s is finished: %s; nothing to do", run.path, _summarize(config, result))
+            return Result(Stop.NONE, result["step"], result)
         data = load_dataset(config)
         state = TrainingState(config, data.fingerprint(), group)
         data = data.to(group.device)
-        if found.checkpoint is not None:
-            state.restore(found.checkpoint)
+
+        saved = run.open()
+        recorded = state.restore(saved) if saved is not None else []
         facts = {"launcher": world.launcher, "world_size": group.size, "device": group.device.type, "precision": group.precision}
         facts["threads"] = torch.get_num_threads()
-        run.start(state.step, facts)
+        run.start(state.step, facts, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
 
         def compute(images: Tensor, labels: Tensor, transforms: Tensor) -> Tensor:
@@ -80,12 +81,13 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
             state.optimizer.step()
             return loss.detach()
 
+        state.settle(make_inputs(data.train.images[:1], data.mean, data.std))
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
         meter = Meter(config, group, state.step)
         state.model.train()
-        with Progress(state.step, config.total_steps, group.is_main, config.evaluated_on) as progress:
+        with Progress(state.step, config.total_steps, group.is_main, config) as progress:
             for batch in make_loader(data.train, config, group.accelerator, state.step):
                 if batch.step != state.step:
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
@@ -102,8 +104,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                     row = meter.read(state, learning_rate)
                     if evaluate_now:
                         evaluation = evaluate(state.model, data.evaluated, data.mean, data.std, group)
-                        row |= {"test/loss": evaluation.loss, "test/accuracy": evaluation.accuracy}
-                        row["test/class_accuracy"] = evaluation.class_accuracy
+                        row |= evaluation.name_values(config.evaluated_split, "loss", "accuracy", "class_accuracy")
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)
@@ -135,11 +136,7 @@ def _describe_result(state: TrainingState, evaluation: Evaluation, data: Dataset
     return {
         "step": state.step,
         "epoch": state.step / state.config.steps_per_epoch,
-        "test/accuracy": evaluation.accuracy,
-        "test/errors": evaluation.errors,
-        "test/images": evaluation.images,
-        "test/loss": evaluation.loss,
-        "test/confusion_matrix": evaluation.confusion,
+        **evaluation.name_values(state.config.evaluated_split, "accuracy", "errors", "images", "loss", "confusion_matrix"),
         "elapsed_s": round(elapsed_s, 3),
         "images_per_s": round(state.step * state.config.batch_size / elapsed_s, 1),
         "dataset": state.config.dataset,
@@ -156,11 +153,12 @@ def _describe_result(state: TrainingState, evaluation: Evaluation, data: Dataset
 
 def _encode_weights(state: TrainingState, config: Config, data: Dataset) -> bytes:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.bare_model.state_dict().items()}
-    return safetensors.torch.save(tensors, {"dataset": config.dataset, "mean": str(data.mean), "std": str(data.std)})
+    return safetensors.torch.save(tensors, make_header(config.dataset, data.mean, data.std))
 
 
 def _summarize(config: Config, values: Row) -> str:
+    accuracy, errors, images = (values[f"{config.evaluated_split}/{name}"] for name in ("accuracy", "errors", "images"))
     return (
-        f"{config.evaluated_on} accuracy {values['test/accuracy']:.2%} ({values['test/errors']} of {values['test/images']} wrong) "
+        f"{config.evaluated_on} accuracy {accuracy:.2%} ({errors} of {images} wrong) "
         f"after {values['step']} steps, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} images/s"
     )

@@ -59,3 +59,16 @@ def build_optimizer(
     return torch.optim.AdamW(
         parameters, rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
     )
+
+
+def describe_state(parameters: Iterable[nn.Parameter], config: Config) -> dict[str, list[int]]:
+    """The shape of each tensor that the optimizer of `config` keeps once it has made a step, by the parameter's index and its own name."""
+    shapes: dict[str, list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        like_parameter, single = {
+            "muon": (["average"], []) if parameter.ndim >= 2 else (["average", "square_average"], ["updates"]),
+            "sgd": (["momentum_buffer"] if config.momentum else [], []),
+            "adamw": (["exp_avg", "exp_avg_sq"], ["step"]),
+        }[config.optimizer]
+        shapes |= {f"{index}/{name}": list(parameter.shape) for name in like_parameter} | {f"{index}/{name}": [] for name in single}
+    return shapes

@@ -12,15 +12,18 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from mnist_dist.errors import UserError
+from mnist_dist.files import expand_path, read_file
 
-_FILE_BYTES_MAX = 1 << 20
+_FILE_BYTES_MAX = 1 << 16  # what takes about a second to parse
+_TEXT_MAX = 4096  # characters of one value: no path may be longer
 
 
-def option(group: str, default: Any, description: str, *, recipe: bool = False, **limits: Any) -> Any:
-    """A field of an `Options` model, shown under `group` in --help. `recipe`: see `Config.recipe`."""
-    return Field(default, description=description, json_schema_extra={"group": group, "recipe": recipe}, **limits)
+def option(group: str, default: Any, description: str, *, recipe: bool = False, folder: bool = False, **limits: Any) -> Any:
+    """A field of an `Options` model, shown under `group` in --help. `recipe`: see `Config.recipe`. `folder`: see `expand_path`."""
+    return Field(default, description=description, json_schema_extra={"group": group, "recipe": recipe, "folder": folder}, **limits)
 
 
 class Options(BaseModel):
@@ -31,12 +34,25 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_any(cls, value: Any, info: Any) -> Any:
+        # Before anything looks at the value, or shows it in a message: Python refuses to write out a number of 5,000 digits.
+        if (isinstance(value, str) and len(value) > _TEXT_MAX) or (isinstance(value, int) and abs(value) >= 2**64):
+            raise PydanticCustomError("too_long", "a value of such a size is not allowed")
+        field = cls.model_fields[info.field_name]
         # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("true and false are not allowed here")
         if isinstance(value, str) and not value.isprintable():
-            raise ValueError("printable characters are wanted")
-        return value
+            raise ValueError("expected printable characters")
+        is_folder = isinstance(field.json_schema_extra, dict) and field.json_schema_extra["folder"]
+        return expand_path(value) if is_folder and isinstance(value, str) else value
+
+
+def path_argument(text: str) -> str:
+    """The type of a path on a command line: what `expand_path` makes of it. Raises `argparse.ArgumentTypeError`."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)}: {error}") from error
 
 
 Model = TypeVar("Model", bound=Options)
@@ -59,6 +75,8 @@ def _explain(model: type[Options], detail: Any) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return _explain_unknown(name, name, model.model_fields)
+    if detail["type"] == "too_long":
+        return f"{name} has a value of more than {_TEXT_MAX} characters or 64 bits; allowed: {_describe_allowed(model, name)}"
     if detail["type"] != "value_error":  # pydantic's own words; those of our validators stay
         message = f"allowed: {_describe_allowed(model, name)}"
     return f"{name} is {reprlib.repr(detail['input'])}; {message}"
@@ -153,29 +171,36 @@ class Parser(argparse.ArgumentParser):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
+    """SafeLoader that takes no tags and no endless scalars, and refuses a key written twice, where YAML would silently keep the last.
+
+    Options are plain text, numbers, lists and mappings. What a tag such as `!!timestamp x` would call fails in many ways on bad input.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags such as {event.tag[:40]} are not allowed")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _TEXT_MAX:
+            raise yaml.YAMLError(f"a value has more than {_TEXT_MAX} characters")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {reprlib.repr(key)} stands there twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_options_file(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, not yet validated. Raises `UserError` on anything but a mapping of options."""
     try:
-        with path.open("rb") as file:
-            text = file.read(_FILE_BYTES_MAX + 1)
-        if len(text) > _FILE_BYTES_MAX:
-            raise UserError(f"config file {path} has more than {_FILE_BYTES_MAX} bytes: that is no config")
-        values = yaml.load(text.decode(), Loader=_StrictLoader)  # noqa: S506  _StrictLoader is a SafeLoader
+        values = yaml.load(read_file(path, _FILE_BYTES_MAX).decode(), Loader=_StrictLoader)  # noqa: S506  _StrictLoader is a SafeLoader
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"config file {path} is not valid YAML: {reason[:300]}") from error
     if values is None:

@@ -19,14 +19,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
 from mnist_dist.augment import augment, draw_transforms, make_inputs
-from mnist_dist.checkpoint import write_atomically
 from mnist_dist.config import CLASSES, DIGITS, Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.data import Split, load_dataset
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Parser
+from mnist_dist.files import write_atomically
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import Row, Run, read_run
+from mnist_dist.record import PLOTS, Row, Run, read_run
 from mnist_dist.weights import load_model
 
 _INK, _MUTED, _LINE = "#1f2328", "#656d76", "#d8dee4"
@@ -145,14 +145,15 @@ def _draw_predictions(split: Split, predictions: Predictions, indices: Tensor, n
     return draw_grid(split.images[chosen], captions, title, subtitle)
 
 
-def draw_curves(rows: Sequence[Row], evaluated_on: str = "test") -> Figure:
-    """Losses, accuracy and learning rate over the steps of the rows of metrics.jsonl; `evaluated_on` as of `Config`."""
+def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
+    """Losses, accuracy and learning rate over the steps of the rows of metrics.jsonl."""
+    split, evaluated_on = config.evaluated_split, config.evaluated_on
     figure = Figure(figsize=(9.2, 6.2), dpi=_DPI, layout=_make_layout())
     panels: list[Axes] = figure.subplots(2, 2, sharex=True).flatten().tolist()
     curves = [
         ("train/loss", "Training loss", _BLUE, "{:.3f}"),
-        ("test/loss", f"{evaluated_on.capitalize()} loss", _ORANGE, "{:.4f}"),
-        ("test/accuracy", f"{evaluated_on.capitalize()} accuracy", _ORANGE, "{:.2%}"),
+        (f"{split}/loss", f"{evaluated_on.capitalize()} loss", _ORANGE, "{:.4f}"),
+        (f"{split}/accuracy", f"{evaluated_on.capitalize()} accuracy", _ORANGE, "{:.2%}"),
         ("train/learning_rate", "Learning rate", _GREY, "{:.2g}"),
     ]
     for axes, (key, title, colour, form) in zip(panels, curves, strict=True):
@@ -223,12 +224,12 @@ def draw_run(run: Run, device: torch.device | str = "cpu") -> Drawing:
     figures: dict[str, Figure] = {}
     left_out = []
     if run.rows:
-        figures["curves"] = draw_curves(run.rows, run.config.evaluated_on)
+        figures["curves"] = draw_curves(run.rows, run.config)
     else:
         left_out.append("curves: metrics.jsonl has no rows yet")
     trained = None
     if run.result is not None:
-        figures["confusion_matrix"] = draw_confusion(run.result["test/confusion_matrix"], run.config.class_names)
+        figures["confusion_matrix"] = draw_confusion(run.result[f"{run.config.evaluated_split}/confusion_matrix"], run.config.class_names)
         trained = load_model(run.path)
     else:
         left_out.append("confusion_matrix, correct_classification, incorrect_classification: the run is not finished")
@@ -273,7 +274,7 @@ def draw_plots(run_dir: Path, device: torch.device | str = "cpu") -> list[Path]:
         raise UserError("\n".join(f"left out {sentence}" for sentence in drawing.left_out))
     for sentence in drawing.left_out:
         _log.warning("left out %s", sentence)
-    return save_figures(drawing.figures, run.path / "plots")
+    return save_figures(drawing.figures, run.path / PLOTS)
 
 
 def print_written(program: str, description: str, arguments: Sequence[str] | None, write: Callable[[Path], list[Path]]) -> int:
@@ -281,8 +282,8 @@ def print_written(program: str, description: str, arguments: Sequence[str] | Non
 
     def work() -> int:
         parser = Parser(program, description)
-        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, such as runs/mnist")
-        run_dir = parser.parse_args(arguments).run_dir
+        parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="folder of a run, such as runs/mnist")
+        run_dir = Path(parser.parse_args(arguments).run_dir)
         set_up_logging(rank=0, world_size=1)
         for path in write(run_dir):
             print(path)

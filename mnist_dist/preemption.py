@@ -15,7 +15,7 @@ class Stop(enum.IntEnum):
 
     NONE = 0
     REQUEUE = 1  # SIGUSR1, SIGUSR2: time is nearly up; save, and run on in a new job
-    TERMINATE = 2  # SIGTERM: Slurm requeues by itself where it means to
+    TERMINATE = 2  # SIGTERM: Slurm requeues by itself where it means to; SIGHUP: the terminal or the connection is closed
     INTERRUPT = 3  # Ctrl-C
 
     @property
@@ -28,6 +28,7 @@ _STOP_OF_SIGNAL: dict[int, Stop] = {
     signal.SIGUSR1: Stop.REQUEUE,
     signal.SIGUSR2: Stop.REQUEUE,
     signal.SIGTERM: Stop.TERMINATE,
+    signal.SIGHUP: Stop.TERMINATE,
     signal.SIGINT: Stop.INTERRUPT,
 }
 
@@ -48,7 +49,10 @@ class StopSignals:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in _STOP_OF_SIGNAL:
-            signal.signal(number, lambda *_: None)
+            # Under nohup a closed terminal is no reason to stop. The other signals are always meant: batch scripts let them be ignored
+            # until this program can heed them.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         return self
 
@@ -66,7 +70,13 @@ class StopSignals:
                 again = stop == self.received == Stop.INTERRUPT
                 self.received = max(self.received, stop)
                 if stop and (again or not self._deferred):
+                    if not self._deferred:
+                        _say(b"stopped by a signal before the training began\n")
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
-                    with contextlib.suppress(OSError):  # nobody may be reading any more
-                        os.write(2, b"\nSaving and stopping as soon as the step is done; Ctrl-C again stops at once.\n")
+                    _say(b"\nSaving and stopping as soon as the step is done; Ctrl-C again stops at once.\n")
+
+
+def _say(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        os.write(2, text)

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.world import find_world
@@ -34,7 +35,8 @@ def print_answer(work: Callable[[], int]) -> int:
 
     def answer() -> int:
         try:
-            status = work()
+            with contextlib.redirect_stdout(_Printable(sys.stdout)):
+                status = work()
             sys.stdout.flush()
             return status
         except BrokenPipeError:
@@ -54,6 +56,19 @@ def _find_prefix() -> str:
     return ""
 
 
-def make_printable(text: str) -> str:
-    """`text` without what could move a terminal's cursor or colour it: such characters become escapes."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+class _Printable(io.TextIOBase):
+    """A stream that lets only printable text through: names and logs of runs may come from somebody else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(make_printable(text, kept="\n\t"))
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def make_printable(text: str, kept: str = "") -> str:
+    """`text` without what could move a terminal's cursor or colour it: such characters, but for `kept` ones, become escapes."""
+    return "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)

@@ -1,22 +1,36 @@
-"""The record of a run: metrics.jsonl as a run writes it, and its whole folder as others read it. Imports no torch."""
+"""The record of a run: the files of its folder, metrics.jsonl as a run writes it, and all of it as others read it. Imports no torch."""
 
+import io
 import json
 import logging
 import os
 import re
+import stat
 import threading
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import CLASSES, Config, make_config
 from mnist_dist.errors import UserError
+from mnist_dist.files import TEMPORARY_SUFFIX, is_marked, read_file, write_atomically
 from mnist_dist.options import read_options_file
 
+# All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
 CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "starts.jsonl", "result.json"
-LOCK_FILE = "lock"
-CHECKPOINT_NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")  # its step, and the start of the SHA-256 of its bytes
-_RESULT_NUMBERS = ("step", "test/accuracy", "test/errors", "test/images", "test/loss", "elapsed_s", "images_per_s", "world_size")
+WEIGHTS_FILE, REPORT_FILE, LOCK_FILE = "model.safetensors", "report.html", "lock"
+CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", re.compile(r"step_(\d{8,18})-([0-9a-f]{16})\.pt")  # its step, its SHA-256's beginning
+PLOTS = "plots"
+PICTURES = ("curves", "confusion_matrix", "incorrect_classification", "correct_classification", "data_sample", "augmented_sample")
+_FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
+
+_RECORD_BYTES_MAX = 256 << 20
+_ROWS_MAX = 1_000_000
+_SMALL_BYTES_MAX = 1 << 20  # of a result, a lock, a note
+_RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
+_EVALUATED_NUMBERS = ("accuracy", "errors", "images", "loss")
 
 Row = dict[str, Any]
 
@@ -28,35 +42,50 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.steps = array("q")  # of the rows in the file, and of those that still wait for the disk
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise OSError(None, f"{path.name} is not a regular file")
         self._end = 0  # where the next row goes: what lies behind it was never finished
         self._pending = b""
         self._writing = threading.Lock()  # rows come from the loop, `sync` from the thread that writes checkpoints
         self._waiting = False
-        self.last_step = 0
 
-    def truncate(self, step: int) -> None:
-        """Keep the rows up to `step`, and of a torn last row nothing."""
-        kept = 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            row = _parse_row(line)
-            if row is None and number < len(lines):
-                _log.warning("row %d of %s is damaged: it and the rows after it are lost", number, self.path)
-            if row is None or row["step"] > step:
-                break
-            kept += len(line)
-            self.last_step = row["step"]
-        os.ftruncate(self._descriptor, kept)
-        self._end = kept
+    def cut_back(self, step: int, promised: Iterable[int] | None = None) -> None:
+        """Keep the valid rows up to `step`. Names on the log what is damaged, and which of the `promised` steps have no row."""
+        content = read_file(self.path, _RECORD_BYTES_MAX)
+        kept, damaged = io.BytesIO(), []
+        for number, line in enumerate(io.BytesIO(content), start=1):
+            row = parse_row(line)
+            if row is not None and row["step"] > step:
+                continue
+            if row is None or (self.steps and row["step"] <= self.steps[-1]):
+                if line.endswith(b"\n"):  # else it was torn: the run was killed while it wrote
+                    damaged.append(number)
+                continue
+            kept.write(line)
+            self.steps.append(row["step"])
+        if damaged:
+            _log.warning("%s: %s damaged or out of order and left out", self.path, _name_some(damaged, "line", "lines"))
+        missing = sorted(set(promised or ()) - set(self.steps))
+        if missing:
+            _log.warning(
+                "%s lacks rows that the checkpoint has seen, of %s: somebody has changed it", self.path, _name_some(missing, "step")
+            )
+        good = kept.getvalue()
+        if content.startswith(good):
+            os.ftruncate(self._descriptor, len(good))
+        else:
+            self._replace(good)
+        self._end = len(good)
 
     def append(self, row: Row) -> None:
         """Add a row. Where the disk refuses it, it is kept for the next try and a warning is given."""
-        assert row["step"] > self.last_step, "rows only go forward"
-        self.last_step = row["step"]
+        assert not self.steps or row["step"] > self.steps[-1], "rows only go forward"
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
-            self._flush(line)
+            self._flush(line, row["step"])
             self._waiting = False
         except OSError as error:
             if not self._waiting:  # said once, not for every row
@@ -68,17 +97,56 @@ class Record:
         self._flush()
         os.fsync(self._descriptor)
 
-    def _flush(self, line: bytes = b"") -> None:
+    def _flush(self, line: bytes = b"", step: int | None = None) -> None:
         with self._writing:
             self._pending += line
+            if step is not None:
+                self.steps.append(step)
+            self._notice_changes()
             while self._pending:
                 written = os.pwrite(self._descriptor, self._pending, self._end)
                 self._end += written
                 self._pending = self._pending[written:]
 
+    def _notice_changes(self) -> None:
+        """Put right what somebody did to the file since the last row, and say so: no row goes where nobody finds it. Raises OSError."""
+        own = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self.path).st_ino
+        except FileNotFoundError:
+            there = None
+        content = os.pread(self._descriptor, self._end, 0) if own.st_size < self._end or there != own.st_ino else b""
+        if own.st_size < self._end:
+            rows_before = len(self.steps) - self._pending.count(b"\n")
+            content = content[: content.rfind(b"\n") + 1]
+            rows = content.count(b"\n")
+            lost = self.steps[rows:rows_before].tolist()
+            del self.steps[rows:rows_before]
+            os.ftruncate(self._descriptor, len(content))
+            self._end = len(content)
+            _log.warning("somebody has cut %s: the rows of %s are lost", self.path, _name_some(lost, "step"))
+        elif own.st_size > self._end:  # written by somebody else, or half a row that the disk had no room for
+            os.ftruncate(self._descriptor, self._end)
+        if there != own.st_ino:
+            self._replace(content)
+            _log.warning("somebody has removed or replaced %s: it is written again, with all rows", self.path)
+
+    def _replace(self, content: bytes) -> None:
+        write_atomically(self.path, content)
+        old, self._descriptor = self._descriptor, os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        os.close(old)
+
     def close(self) -> None:
         """Give the file back."""
         os.close(self._descriptor)
+
+
+def _name_some(numbers: list[int], one: str, several: str = "") -> str:
+    """Some numbers in words: `step 5`, or `12 steps from 50 to 600`."""
+    if len(numbers) == 1:
+        return f"{one} {numbers[0]} is" if several else f"{one} {numbers[0]}"
+    words = f"{len(numbers)} {several or one + 's'} from {numbers[0]} to {numbers[-1]}"
+    return f"{words} are" if several else words
 
 
 @dataclass(frozen=True)
@@ -95,15 +163,30 @@ class Run:
 def read_run(run_dir: Path) -> Run:
     """Read the run in `run_dir`. Raises `UserError` where that is no run folder or one of its files is damaged."""
     if not os.path.isfile(run_dir / CONFIG_FILE):  # unlike Path.is_file, False for a name that the system refuses
-        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}; the folder that --run_dir named is wanted")
-    return Run(run_dir, read_config(run_dir), _read_rows(run_dir / METRICS_FILE), _read_rows(run_dir / STARTS_FILE), read_result(run_dir))
+        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}; expected the folder that --run_dir named")
+    config = read_config(run_dir)
+    return Run(run_dir, config, read_rows(run_dir, config), read_starts(run_dir), read_result(run_dir, config))
 
 
-def check_recipe(run_dir: Path, config: Config) -> None:
-    """Raise `UserError` that shows what differs if the folder holds a run of another recipe than `config`'s."""
+def check_folder(run_dir: Path, config: Config) -> None:
+    """Raise `UserError` if `run_dir` cannot be listed, or holds another run than `config`'s, or files of ours that belong to none."""
+    try:
+        os.scandir(run_dir).close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror or error}; expected a writable folder") from error
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
+    elif not list_newest_first(run_dir / CHECKPOINTS):
+        for name in _FILES:
+            path = run_dir / name
+            if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
+                raise UserError(
+                    f"run_dir {run_dir} holds {name} but no {CONFIG_FILE}, so it is not a run, and {name} would be overwritten: "
+                    "use another run_dir, or move that file away"
+                )
 
 
 def check_same(there: Row, asked: Row, what: str) -> None:
@@ -118,10 +201,36 @@ def check_same(there: Row, asked: Row, what: str) -> None:
         raise UserError("\n".join([what, *differences]))
 
 
+def remove_temporary_files(run_dir: Path) -> None:
+    """Delete what a killed writer left behind: regular files under names that this program gives them, and nothing else. Raises OSError."""
+    paths = [run_dir / f"{name}{TEMPORARY_SUFFIX}" for name in _FILES]
+    paths += [run_dir / PLOTS / f"{name}.png{TEMPORARY_SUFFIX}" for name in PICTURES]
+    for path in (run_dir / CHECKPOINTS).glob(f"step_*{TEMPORARY_SUFFIX}"):
+        if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
+            paths.append(path)
+    for path in paths:
+        if os.path.isfile(path) and not os.path.islink(path):
+            path.unlink(missing_ok=True)
+
+
+def list_newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoints in a folder by falling step, valid or not."""
+    return sorted((path for path in checkpoints.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=find_step, reverse=True)
+
+
+def find_step(path: Path) -> int:
+    """The step that a checkpoint's name carries."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
 def read_config(run_dir: Path) -> Config:
-    """The config of the run in a folder. Raises `UserError` where the file is missing or damaged."""
+    """The config of the run in a folder, with the folder as it is called here. Raises `UserError` where the file is missing or damaged."""
     path = run_dir / CONFIG_FILE
-    return make_config(read_options_file(path), str(path))
+    values = read_options_file(path)
+    values.pop("run_dir", None)
+    return make_config(values, str(path)).model_copy(update={"run_dir": str(run_dir)})
 
 
 @dataclass(frozen=True)
@@ -137,65 +246,127 @@ class Holder:
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell."""
+    """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell, or is the copy of another folder's."""
     try:
-        text = (run_dir / LOCK_FILE).read_text(errors="replace")[:500]
+        text, _, mark = read_file(run_dir / LOCK_FILE, _SMALL_BYTES_MAX).decode(errors="replace").partition("\n")
     except OSError:
         return None
-    match = re.fullmatch(r"process (\d+) on (.+?)(?: \(Slurm job (\d+)\))?", text.strip())
-    return Holder(int(match[1]), match[2], match[3] or "") if match else None
+    match = re.fullmatch(r"process (\d{1,18}) on (.{1,255}?)(?: \(Slurm job (\d{1,18})\))?", text.strip())
+    return Holder(int(match[1]), match[2], match[3] or "") if match and is_marked(run_dir, mark) else None
 
 
-def read_result(run_dir: Path) -> Row | None:
-    """The result of a finished run, None before. Raises `UserError` where the file is damaged."""
+def read_result(run_dir: Path, config: Config | None) -> Row | None:
+    """The result of a finished run of `config`, which may not be known; None before. Raises `UserError` where the file is damaged."""
     path = run_dir / RESULT_FILE
-    content = _read_file(path)
+    content = _read(path, _SMALL_BYTES_MAX)
     if content is None:
         return None
     result = parse_object(content)
-    good = {name: isinstance(result.get(name), int | float) for name in _RESULT_NUMBERS}
-    good["test/confusion_matrix"] = _is_confusion(result.get("test/confusion_matrix"))
+    result = _rename_split(result, config) if config else result
+    split = config.evaluated_split if config else "holdout" if "holdout/accuracy" in result else "test"
+    good = {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, *(f"{split}/{name}" for name in _EVALUATED_NUMBERS))}
+    good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= config.total_steps)
+    good[f"{split}/confusion_matrix"] = _is_confusion(result.get(f"{split}/confusion_matrix"))
     for name in good:
         if not good[name]:
             raise UserError(f"{path} is damaged: it has no valid {name}; delete it to let the run write it again from its last checkpoint")
     return result
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> list[Row]:
+    """The rows of metrics.jsonl, or those in its last `tail_bytes`. Raises `UserError` where one is damaged or their steps do not rise."""
+    path = run_dir / METRICS_FILE
+    rows: list[Row] = []
+    for number, row in _read_lines(path, tail_bytes):
+        if not is_row(row):
+            raise UserError(f"{path} is damaged: line {number} is not a JSON object of numbers with a step")
+        if rows and row["step"] <= rows[-1]["step"]:
+            raise UserError(f"{path} is damaged: line {number} is of step {row['step']}, after one of step {rows[-1]['step']}")
+        rows.append(_rename_split(row, config))
+    return rows
+
+
+def read_starts(run_dir: Path) -> list[Row]:
+    """The rows of starts.jsonl. Raises `UserError` where one is damaged."""
+    path = run_dir / STARTS_FILE
     rows = []
-    for number, line in enumerate((_read_file(path) or b"").splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break  # the run is writing it now, or was killed while it did
-        row = _parse_row(line)
-        if row is None:
-            raise UserError(f"{path} is damaged: line {number} is not a JSON object with a step")
+    for number, row in _read_lines(path):
+        if not is_count(row.get("step")) or not all(
+            value is None or is_number(value) or isinstance(value, str | bool) for value in row.values()
+        ):
+            raise UserError(f"{path} is damaged: line {number} is not a JSON object of words and numbers with a step")
         rows.append(row)
     return rows
 
 
-def _read_file(path: Path) -> bytes | None:
+def read_note(path: Path) -> Row:
+    """The JSON object in a small file; an empty one where there is none, or where it is damaged."""
     try:
-        return path.read_bytes()
+        return parse_object(read_file(path, _SMALL_BYTES_MAX))
+    except OSError:
+        return {}
+
+
+def _read(path: Path, bytes_max: int, *, tail: bool = False) -> bytes | None:
+    try:
+        return read_file(path, bytes_max, tail=tail)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _parse_row(line: bytes) -> Row | None:
+def _read_lines(path: Path, tail_bytes: int | None = None) -> Iterable[tuple[int, Row]]:
+    """The number and the object of each complete line; an empty object for a damaged one. Raises `UserError`."""
+    content = _read(path, tail_bytes or _RECORD_BYTES_MAX, tail=tail_bytes is not None) or b""
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if not line.endswith(b"\n"):
+            break  # the run is writing it now, or was killed while it did
+        if number > _ROWS_MAX:
+            raise UserError(f"{path} has more than {_ROWS_MAX:,} lines, the most that are read")
+        row = parse_object(line)
+        if row or tail_bytes is None or number > 1:  # the tail may begin amid a line
+            yield number, row
+
+
+def parse_row(line: bytes) -> Row | None:
+    """The row of metrics.jsonl in a complete line; None where it is damaged."""
     row = parse_object(line)
-    return row if line.endswith(b"\n") and isinstance(row.get("step"), int) else None
+    return row if line.endswith(b"\n") and is_row(row) else None
 
 
 def parse_object(text: bytes) -> Row:
     """The JSON object in `text`; an empty one where there is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
+def is_row(row: Row) -> bool:
+    """Whether `row` is one of metrics.jsonl: a step, and numbers or lists of numbers, some of which may not be known."""
+    values = (entry for value in row.values() for entry in (value if isinstance(value, list) else [value]))
+    return is_count(row.get("step")) and all(value is None or is_number(value) for value in values)
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` can be a number of steps, images or processes."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number."""
+    return type(value) in (int, float) and -1e300 < value < 1e300  # type: ignore[operator]
+
+
+def _rename_split(row: Row, config: Config) -> Row:
+    """`row` with what was evaluated on held-out images under their name: older versions called these `test/`, too."""
+    if config.evaluated_split == "test":
+        return row
+    return {re.sub("^test/", f"{config.evaluated_split}/", name): value for name, value in row.items()}
+
+
 def _is_confusion(value: object) -> bool:
     rows = value if isinstance(value, list) else []
-    return [isinstance(row, list) and [type(count) for count in row] for row in rows] == [[int] * CLASSES] * CLASSES
+    return [isinstance(row, list) and [is_count(count) for count in row] for row in rows] == [[True] * CLASSES] * CLASSES

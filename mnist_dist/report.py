@@ -13,12 +13,12 @@ from string import Template
 
 import torch
 
-from mnist_dist.checkpoint import write_atomically
 from mnist_dist.config import Config
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError
+from mnist_dist.files import write_atomically
 from mnist_dist.plots import draw_run, print_written, save_figures
-from mnist_dist.record import Run, read_run
+from mnist_dist.record import PLOTS, REPORT_FILE, Run, read_run
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def write_report(run_dir: Path, device: torch.device | str = "cpu") -> Path:
     drawing = draw_run(run, device)
     for sentence in drawing.left_out:
         _log.warning("left out %s", sentence)
-    pictures = {path.stem: path.read_bytes() for path in save_figures(drawing.figures, run.path / "plots")}
-    path = run.path / "report.html"
+    pictures = {path.stem: path.read_bytes() for path in save_figures(drawing.figures, run.path / PLOTS)}
+    path = run.path / REPORT_FILE
     try:
         write_atomically(path, make_page(run, pictures, drawing.left_out).encode(errors="replace"))
     except OSError as error:
@@ -123,10 +123,11 @@ def _summarize(run: Run) -> tuple[str, dict[str, str]]:
     if result is None:
         step = max([row["step"] for row in run.rows], default=0)
         return f"Not finished: the record ends at step {step:,} of {total:,}.", {}
-    wrong = f"{result['test/errors']:,} of {result['test/images']:,} {run.config.evaluated_on} images are wrong"
+    accuracy, loss, errors, images = (result[f"{run.config.evaluated_split}/{name}"] for name in ("accuracy", "loss", "errors", "images"))
+    wrong = f"{errors:,} of {images:,} {run.config.evaluated_on} images are wrong"
     return f"Finished after {result['step']:,} steps: {wrong}.", {
-        f"{run.config.evaluated_on} accuracy": f"{result['test/accuracy']:.2%}",
-        f"{run.config.evaluated_on} loss": f"{result['test/loss']:.4f}",
+        f"{run.config.evaluated_on} accuracy": f"{accuracy:.2%}",
+        f"{run.config.evaluated_on} loss": f"{loss:.4f}",
         "training time": format_duration(result["elapsed_s"]),
         "images per second": f"{result['images_per_s']:,.0f}",
         "processes": f"{result['world_size']:,} ({result.get('device', '?')}, {result.get('precision', '?')})",
@@ -167,7 +168,7 @@ def _class_table(run: Run) -> str:
     if run.result is None:
         return ""
     rows = []
-    for label, counts in enumerate(run.result["test/confusion_matrix"]):
+    for label, counts in enumerate(run.result[f"{run.config.evaluated_split}/confusion_matrix"]):
         images, wrong = sum(counts), sum(counts) - counts[label]
         other = max((i for i in range(len(counts)) if i != label), key=counts.__getitem__)
         taken_for = f"{run.config.class_names[other]} ({counts[other]})" if wrong else "none"

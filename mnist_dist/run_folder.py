@@ -9,44 +9,40 @@ import logging
 import os
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mnist_dist import checkpoint
-from mnist_dist.checkpoint import write_atomically
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import mark_folder, write_atomically
 from mnist_dist.record import (
+    CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
+    PICTURES,
+    PLOTS,
     RESULT_FILE,
     STARTS_FILE,
+    WEIGHTS_FILE,
     Holder,
     Record,
     Row,
-    check_recipe,
+    check_folder,
     read_holder,
     read_result,
+    remove_temporary_files,
 )
 from mnist_dist.tracking import AccelerateTracker, NoTracker, open_tracker
-from mnist_dist.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
 
 _LOCK_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a run finds in its folder: the result of a finished run, or the checkpoint to go on from, or nothing."""
-
-    result: dict[str, Any] | None = None
-    checkpoint: bytes | None = None
 
 
 class RunFolder:
@@ -59,9 +55,8 @@ class RunFolder:
         self.config = config
         self.group = group
         self.path = Path(config.run_dir)
-        self.checkpoints = self.path / "checkpoints"
-        self._lock: int | None = None
-        self._record: Record | None = None
+        self._lock: Lock | None = None
+        self._record: Record | None = None  # this, the lock and the writer: on rank zero alone
         self._writer: checkpoint.Writer | None = None
         self._trackers: list[NoTracker] = []
         self._saved_s = time.monotonic()
@@ -77,54 +72,75 @@ class RunFolder:
         if self._record is not None:
             self._record.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
 
-    def open(self) -> Found:
-        """Make or take over the folder. Raises `UserError` if it is another run's, in use or not writable; nothing is changed then."""
+    def check(self) -> Row | None:
+        """The result, if the run is finished. Raises `UserError` for what makes this start impossible; nothing is made or changed."""
+
+        def check() -> Row | None:
+            check_folder(self.path, self.config)
+            if self.config.log_with is not None:
+                AccelerateTracker.check(self.config.log_with)
+            return read_result(self.path, self.config)
+
+        return self.group.on_main(check)
+
+    def open(self) -> checkpoint.Saved | None:
+        """Make or take over the folder; the newest checkpoint in it.
+
+        Raises `UserError` if it is in use or not writable, `RunError` if it has checkpoints of which none can be used.
+        """
         return self.group.on_main(self._open)
 
-    def _open(self) -> Found:
+    def _open(self) -> checkpoint.Saved | None:
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            check_recipe(self.path, self.config)
-            checkpoint.remove_temporary_files(self.path, self.checkpoints)
-            result = read_result(self.path)
-            if result is not None:
-                return Found(result=result)
-            newest = checkpoint.read_newest(self.checkpoints)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+            check_folder(self.path, self.config)  # again: another run may have come first
+            if read_result(self.path, self.config) is not None:
+                raise UserError(f"run_dir {self.path} has been finished by another process meanwhile; nothing is left to do")
+            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+            remove_temporary_files(self.path)
+            newest = checkpoint.read_newest(self.path / CHECKPOINTS)
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
-            raise UserError(
-                f"run_dir {self.path} cannot be used: {error.strerror or error}; a folder that can be written is wanted"
-            ) from error
-        return Found(checkpoint=newest)
+            raise UserError(f"run_dir {self.path} cannot be used: {error.strerror or error}; expected a writable folder") from error
+        return newest
 
-    def start(self, step: int, facts: Row) -> None:
-        """Begin or continue at `step`: later rows of the record go, and the start is noted in starts.jsonl."""
-        self.group.on_main(lambda: self._start(step, facts))
+    def start(self, step: int, facts: Row, promised_rows: Sequence[int] = ()) -> None:
+        """Begin or continue at `step`: later rows of the record go, and the start is noted in starts.jsonl.
 
-    def _start(self, step: int, facts: Row) -> None:
+        `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
+        """
+        self.group.on_main(lambda: self._start(step, facts, promised_rows))
+
+    def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
-        if self.config.log_with is not None:
-            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
-            self._record.truncate(step)
-            with (self.path / STARTS_FILE).open("ab+") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a row that was torn goes
-                file.write(json.dumps({"time": now, "step": step, "host": platform.node(), **facts}).encode() + b"\n")
+            self._record.cut_back(step, promised_rows)
+            self._note_start({"time": now, "step": step, "host": platform.node(), **facts})
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {error.strerror or error}") from error
-        self._writer = checkpoint.Writer(self.checkpoints, self.config.keep_checkpoints, self._record.sync)
+        self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._record.sync)
+        if self.config.log_with is not None:
+            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
         self._trackers.append(open_tracker(self.config.wandb, self.path, self.config.model_dump(), project=self.config.wandb_project))
+
+    def _note_start(self, start: Row) -> None:
+        path = self.path / STARTS_FILE
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a row that was torn goes
+            file.write(json.dumps(start).encode() + b"\n")
 
     def append(self, row: Row) -> None:
         """Add a row to the record and its mirror."""
         if self._record is not None:
+            assert self._lock is not None
+            self._lock.check()
             self._record.append(row)
             for tracker in self._trackers:
                 tracker.log(row)
@@ -139,16 +155,20 @@ class RunFolder:
             self._saved_s = time.monotonic()  # also where nothing comes of it: a slow disk is not asked again at each step
             # Weights that are not finite are left to the next row of the record, which will tell.
             if self._writer.is_free(state.step) and state.is_finite():
-                self._writer.submit(state.step, state.encode())
+                assert self._record is not None
+                self._writer.submit(state.step, state.encode(self._record.steps))
 
     def save_last(self, state: "TrainingState") -> Path:
         """Write the checkpoint with which this start ends. Raises `RunError` where that fails."""
 
         def save() -> Path:
             assert self._writer is not None
+            assert self._record is not None
+            assert self._lock is not None
+            self._lock.check()
             if not state.is_finite():
                 raise RunError(f"the weights are not finite after step {state.step}; the run stops here and keeps its last checkpoint")
-            return self._writer.finish(state.step, state.encode())
+            return self._writer.finish(state.step, state.encode(self._record.steps))
 
         return self.group.on_main(save)
 
@@ -161,7 +181,7 @@ class RunFolder:
                 write_atomically(self.path / RESULT_FILE, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
             except OSError as error:
                 reason = error.strerror or error
-                raise RunError(f"the result cannot be written to {self.path}: {reason}; the same command goes on from here") from error
+                raise RunError(f"the result cannot be written to {self.path}: {reason}; the same command resumes from here") from error
 
         self.group.on_main(write)
 
@@ -175,9 +195,10 @@ class RunFolder:
                     from mnist_dist.report import write_report  # matplotlib is imported only now
 
                     _log.info("report: %s", write_report(self.path, self.group.device))
-                    pictures = sorted((self.path / "plots").glob("*.png"))
+                    drawn = (self.path / PLOTS / f"{name}.png" for name in PICTURES)
+                    pictures = [path for path in drawn if path.is_file()]
             except Exception as error:
-                _log.warning("no report, but the run is whole: %s (python -m mnist_dist.report %s tries again)", error, self.path)
+                _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
             for tracker in self._trackers:
                 tracker.log_images(result["step"], {f"images/{path.stem}": path for path in pictures})
                 if self.config.wandb_model:
@@ -191,37 +212,69 @@ class RunFolder:
                 raise
             _log.warning("the other ranks did not wait for the report and the mirror of the run, which is finished; see --timeout_s")
 
-    def _take_lock(self) -> None:
-        # A lock of the kernel, not a file's presence: it goes with the process that holds it, however that ends. On one node it is certain.
-        # Over NFS and Lustre (mounted with -o flock) it holds between nodes, and a dead node's lock goes when the server gives up on it.
-        descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+class Lock:
+    """Lets one job at a time write in a run folder. Goes with the process that holds it, however that ends.
+
+    Both the folder and a file in it are locked. The folder's lock cannot be removed by hand, but NFS has none on folders; the file's holds
+    there too, and on Lustre mounted with -o flock, and says who holds it. On one node both are certain; between nodes a dead node's lock
+    goes when the file server gives up on it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Take the lock. Raises `UserError` if the folder is in use, OSError if it is not writable."""
+        self.run_dir = run_dir
+        self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
-            _lock_soon(descriptor)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.path)
-            else:
-                os.close(descriptor)
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                holder = read_holder(self.path) or "another process"
-                raise UserError(f"run_dir {self.path} is in use by {holder}: wait for it, or use another run_dir") from None
-        else:
-            own = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
-            os.ftruncate(descriptor, 0)
-            with contextlib.suppress(OSError):  # the text only serves the message above, and launch.jobs
-                os.pwrite(descriptor, str(own).encode(), 0)
-        self._lock = descriptor
+            _lock_soon(self._descriptors[0], run_dir)
+            self._take_file()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take_file(self) -> None:
+        path = self.run_dir / LOCK_FILE
+        self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
+        if not _lock_soon(self._descriptors[-1], self.run_dir):
+            _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
+        holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
+        with contextlib.suppress(OSError):  # the text only serves the message of another job, and launch.jobs
+            os.ftruncate(self._descriptors[-1], 0)
+            os.pwrite(self._descriptors[-1], f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
+
+    def check(self) -> None:
+        """Notice that somebody removed the file of the lock, and take it again. Raises `RunError` if another job was quicker."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
+                return
+        try:
+            self._take_file()
+            _log.warning("somebody has removed the lock of %s: it is taken again", self.run_dir)
+        except UserError as error:
+            raise RunError(f"somebody has removed the lock of {self.run_dir}, and this run stops: {error}") from error
+        except OSError:
+            pass  # the folder is gone, or its disk: what is to be written there will tell
+
+    def release(self) -> None:
+        """Give the folder back."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
 
 
-def _lock_soon(descriptor: int) -> None:
-    """Lock a file, or raise OSError. A program that lists runs may hold it for a moment, to see whether it is locked."""
+def _lock_soon(descriptor: int, run_dir: Path) -> bool:
+    """Lock a file or folder; False where the file system cannot. Raises `UserError` if it is locked already.
+
+    A program that lists runs may hold it for a moment, to see whether it is locked.
+    """
     end = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES) or time.monotonic() > end:
-                raise
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return False
+            if time.monotonic() > end:
+                holder = read_holder(run_dir) or "another process"
+                raise UserError(f"run_dir {run_dir} is in use by {holder}: wait for it, or use another run_dir") from None
             time.sleep(0.05)

@@ -1,16 +1,19 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
-from mnist_dist.optimization import build_optimizer
+from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.record import check_same
 
 
@@ -28,6 +31,16 @@ class TrainingState:
         self.step = 0
         self._start_s = time.perf_counter()
 
+    def settle(self, inputs: Tensor) -> None:
+        """Let DDP lay out its buckets for good, by a backward pass on some `inputs` of the model whose gradients are dropped.
+
+        DDP lays them out anew after the first backward pass of every start, in the order in which the gradients came. Where a number lies
+        decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
+        """
+        if self.model is not self.bare_model:
+            self.model(inputs).sum().backward()
+            self.optimizer.zero_grad()
+
     @property
     def elapsed_s(self) -> float:
         """Seconds of training so far, those of earlier starts included."""
@@ -42,38 +55,75 @@ class TrainingState:
         """Whether every parameter is a finite number."""
         return all(bool(parameter.isfinite().all()) for parameter in self.bare_model.parameters())
 
-    def encode(self) -> bytes:
-        """The state as the bytes of a checkpoint."""
+    def encode(self, rows: Sequence[int]) -> bytes:
+        """The state as the bytes of a checkpoint, which also promises that metrics.jsonl has a row for each step of `rows`."""
         return checkpoint.encode(
             {
                 "step": self.step,
                 "recipe": self.config.recipe(),
                 "data": self.fingerprint,
                 "elapsed_s": self.elapsed_s,
+                "rows": torch.tensor(rows, dtype=torch.int64),
                 "model": self.bare_model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
         )
 
-    def restore(self, content: bytes) -> None:
-        """Take over the state in a checkpoint's bytes. Raises `UserError` for one of another recipe, model or data set."""
-        state = checkpoint.decode(content)
-        check_same(state["recipe"], self.config.recipe(), "the checkpoint is of another run; use another run_dir, or the same options:")
+    def restore(self, saved: checkpoint.Saved) -> list[int]:
+        """Take over the state of a checkpoint; the steps of the rows that metrics.jsonl must have.
+
+        Raises `UserError` for a checkpoint of another recipe, model or data set, `RunError` for one that this program cannot have written.
+        """
+        try:
+            return self._restore(checkpoint.decode(saved.content))
+        except (UserError, RunError) as error:
+            raise type(error)(f"checkpoint {saved.path}: {error}") from error
+
+    def _restore(self, state: dict[str, Any]) -> list[int]:
+        model, optimizer = _read_field(state, "model", dict), _read_field(state, "optimizer", dict)
+        slots = {
+            f"{index!r}/{name}": value
+            for index, tensors in _read_field(optimizer, "state", dict).items()
+            for name, value in (tensors if isinstance(tensors, dict) else {"": None}).items()
+        }
+        step, elapsed_s, rows = _read_field(state, "step", int), _read_field(state, "elapsed_s", float), state.get("rows", torch.tensor([]))
+        # Options that came later had no say in an older run: their defaults do what it did.
+        stored = _read_field(state, "recipe", dict)
+        if not all(isinstance(name, str) and isinstance(value, str | int | float | None) for name, value in stored.items()):
+            raise RunError("it is damaged: its recipe is not a list of options")
+        recipe = Config.model_construct().recipe() | stored
+        check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
+        check_same(_shapes(model), _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
         check_same(
-            _shapes(state["model"]), _shapes(self.bare_model.state_dict()), "the checkpoint is of another model; use another run_dir:"
-        )
-        check_same(
-            {"data": state["data"]},
+            {"data": _read_field(state, "data", str)},
             {"data": self.fingerprint},
-            "the checkpoint was trained on other data; use another run_dir, or the same data:",
+            "it was trained on other data; use another run_dir, or the same data:",
         )
-        self.bare_model.load_state_dict(state["model"])
+        expected = describe_state(self.bare_model.parameters(), self.config)
+        check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")
+        for name, tensor in [*model.items(), *slots.items()]:
+            if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise RunError(f"it is damaged: {name} holds values that are not finite numbers")
+        if not 1 <= step <= self.config.total_steps:
+            raise RunError(f"it is damaged: its step is {step}; the run has {self.config.total_steps}")
+        if not 0 <= elapsed_s < math.inf:
+            raise RunError(f"it is damaged: its elapsed_s is {elapsed_s}")
+        if not isinstance(rows, Tensor) or rows.ndim != 1:
+            raise RunError("it is damaged: its rows are not a list of steps")
+        self.bare_model.load_state_dict(model)
         # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
         settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
-        self.step = state["step"]
-        self._start_s = time.perf_counter() - state["elapsed_s"]
+        self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": settings})
+        self.step = step
+        self._start_s = time.perf_counter() - elapsed_s
+        return [int(row) for row in rows.tolist()]
+
+
+def _read_field(state: dict[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
+        raise RunError(f"it is damaged: its {name} is missing or not of the kind {kind.__name__}")
+    return state[name]
 
 
 def _shapes(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return {str(name)[:80]: list(tensor.shape) if isinstance(tensor, Tensor) else "no tensor" for name, tensor in tensors.items()}

@@ -24,8 +24,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_dist.checkpoint import write_atomically
 from mnist_dist.errors import UserError
+from mnist_dist.files import write_atomically
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -192,13 +192,9 @@ class AccelerateTracker(NoTracker):
     """One of Accelerate's trackers, within the training process. Its first failure is a warning and its end."""
 
     def __init__(self, name: str, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
-        """Begin or continue at `step`. Raises `UserError` where the tracker's package is not installed."""
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        """Begin or continue at `step`."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        if name not in map(str, get_available_trackers()):
-            raise UserError(
-                f"log_with is {name}, whose package is not installed: pip install it (comet_ml, others by the same name), or leave it out"
-            )
         kind = LOGGER_TYPE_TO_CLASS[name]
         self._name = name
         self._tracker: Any = None
@@ -214,6 +210,16 @@ class AccelerateTracker(NoTracker):
             if step == 0:
                 tracker.store_init_configuration(_hide_secrets(config))
             _log.info("%s follows this run, too", name)
+
+    @staticmethod
+    def check(name: str) -> None:
+        """Raise `UserError` where the tracker's package is not installed."""
+        from accelerate.tracking import get_available_trackers
+
+        if name not in map(str, get_available_trackers()):
+            raise UserError(
+                f"log_with is {name}, whose package is not installed: pip install it (comet_ml, others by the same name), or leave it out"
+            )
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ any world must give the same curve up to the rounding of its sums: a wrong gradi
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from importlib import resources
 from pathlib import Path
 
 from mnist_dist.config import Config
-from mnist_dist.errors import RunError
-from mnist_dist.options import Parser
-from mnist_dist.program import run_program
-from mnist_dist.record import METRICS_FILE, read_run
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import read_file, write_atomically
+from mnist_dist.options import Parser, path_argument
+from mnist_dist.program import print_answer
+from mnist_dist.record import METRICS_FILE, is_number, read_run
 
 # SGD at a calm learning rate: at a high one, rounding grows tenfold every few steps; and Muon lifts it up to the size of its update.
 _OPTIONS = {
@@ -31,6 +33,7 @@ _OPTIONS = {
     "report": False,
     "wandb": "disabled",
 }
+_BYTES_MAX = 1 << 20
 TOLERANCE = 1e-4  # worlds and thread counts differ by less than 1e-6 here; the mistakes this is for by more than 5e-4
 
 
@@ -53,16 +56,36 @@ def compare(losses: list[float], reference: list[float]) -> str:
     return f"right: {len(losses)} steps, largest relative difference to the recorded curve {max(differences):.1e} (allowed {TOLERANCE:.0e})"
 
 
-def verify() -> int:
-    """Train, compare and report on rank zero; the exit status."""
+def read_reference(path: Path) -> list[float]:
+    """The losses in a file that `--record` wrote. Raises `UserError`."""
+    try:
+        losses = json.loads(read_file(path, _BYTES_MAX))
+    except OSError as error:
+        raise UserError(f"the reference {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        losses = None
+    if not isinstance(losses, list) or not losses or not all(is_number(loss) and loss > 0 for loss in losses):
+        raise UserError(f"the reference {path} is not a list of losses; expected a file that `python -m mnist_dist.verify --record` wrote")
+    return losses
+
+
+def verify(reference: Path | None = None, record: Path | None = None) -> int:
+    """Train; on rank zero compare with the file `reference` (none: the one that ships), or write the file `record`; the exit status."""
+    if record is not None and (os.path.lexists(record) or not os.path.isdir(record.parent)):
+        raise UserError(f"the file to record is {record}, which exists or whose folder does not; expected a new name in an existing folder")
+    expected = read_reference(reference or Path(str(resources.files("mnist_dist") / "reference.json")))
     from mnist_dist.loop import train
 
-    reference = json.loads((resources.files("mnist_dist") / "reference.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "verify"
         result = train(make_config(run_dir))
         if (run_dir / METRICS_FILE).exists():  # rank zero's
-            print(compare([row["train/loss"] for row in read_run(run_dir).rows], reference), f"in a world of {result.values['world_size']}")
+            losses = [row["train/loss"] for row in read_run(run_dir).rows]
+            if record is not None:
+                write_atomically(record, (json.dumps(losses, indent=1) + "\n").encode())
+                print(f"recorded {len(losses)} steps in {record}")
+            else:
+                print(compare(losses, expected), f"in a world of {result.values['world_size']}")
     return 0
 
 
@@ -70,12 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 the curve is met, 2 a user's mistake, 1 the rest."""
 
     def run() -> int:
-        Parser("mnist_dist.verify", "Train a few steps, alone or in any world, and compare their losses with a recorded curve.").parse_args(
-            arguments
-        )
-        return verify()
+        parser = Parser("mnist_dist.verify", "Train a few steps, alone or in any world, and compare their losses with a recorded curve.")
+        choice = parser.add_mutually_exclusive_group()
+        choice.add_argument("--reference", metavar="FILE", type=path_argument, help="the curve to compare with (default: the shipped one)")
+        choice.add_argument("--record", metavar="FILE", type=path_argument, help="write the curve into a new file instead")
+        options = parser.parse_args(arguments)
+        return verify(*(None if name is None else Path(name) for name in (options.reference, options.record)))
 
-    return run_program(run)
+    return print_answer(run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The trained weights of a run, read back: model.safetensors and what its header says of the data."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from mnist_dist.config import DATASET_SIZES
 from mnist_dist.errors import UserError
 from mnist_dist.model import CNN, build_model
+from mnist_dist.record import WEIGHTS_FILE, parse_object
 
-WEIGHTS_FILE = "model.safetensors"
 _BYTES_MAX = 64 << 20
+_HEADER = "mnist_dist"
 
 
 class TrainedModel(NamedTuple):
@@ -55,7 +57,7 @@ def load_model(path: str | Path) -> TrainedModel:
         if size > _BYTES_MAX:
             raise UserError(f"{file} has {size:,} bytes; weights of this model have at most {_BYTES_MAX:,}")
         with safetensors.safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
+            metadata = _read_header(content.metadata() or {})
             _check_shapes(file, {name: content.get_slice(name).get_shape() for name in content.keys()}, expected)  # noqa: SIM118
             tensors = {name: content.get_tensor(name) for name in expected}
     except safetensors.SafetensorError as error:
@@ -72,6 +74,17 @@ def load_model(path: str | Path) -> TrainedModel:
     if metadata["dataset"] not in DATASET_SIZES:
         raise UserError(f"{file} says that its dataset is {metadata['dataset'][:40]!r}; known: {', '.join(DATASET_SIZES)}")
     return TrainedModel(model.eval(), _read_number(file, metadata, "mean"), _read_number(file, metadata, "std"), metadata)
+
+
+def make_header(dataset: str, mean: float, std: float) -> dict[str, str]:
+    """The metadata of a file of weights. One entry: safetensors writes several in random order, so that equal runs had other bytes."""
+    return {_HEADER: json.dumps({"dataset": dataset, "mean": str(mean), "std": str(std)}, sort_keys=True)}
+
+
+def _read_header(metadata: dict[str, str]) -> dict[str, str]:
+    """The metadata of a file of weights, also of one by an older version, which had the entries side by side."""
+    entries = parse_object(metadata[_HEADER].encode(errors="replace")) if _HEADER in metadata else metadata
+    return {name: value for name, value in entries.items() if isinstance(value, str)}
 
 
 def _check_shapes(file: Path, shapes: dict[str, list[int]], expected: dict[str, torch.Tensor]) -> None:

@@ -37,6 +37,8 @@ class World:
                 f"{self.launcher} says this is rank {self.rank} of {self.size} and local rank {self.local_rank} of {self.local_size}; "
                 "a rank must be below its count: check how the processes are started"
             )
+        if not 0 <= self.port < 65_536:
+            raise UserError(f"the port at which the processes meet is {self.port}; allowed: 1 to 65535 (see MASTER_PORT)")
 
     def variables(self) -> dict[str, str]:
         """The environment variables by which torch and Accelerate find this world."""
@@ -98,7 +100,7 @@ def _read_int(environ: Mapping[str, str], name: str, default: int | None = None)
     if not text and default is not None:
         return default
     if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"the environment variable {name} is {text!r}; a whole number is wanted")
+        raise UserError(f"the environment variable {name} is {text!r}; expected a whole number")
     return int(text)
 
 
@@ -108,7 +110,7 @@ def _read_tasks_per_node(text: str, node: int, size: int) -> int:
     for entry in filter(None, text.split(",")):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", entry)
         if match is None:
-            raise UserError(f"the environment variable SLURM_STEP_TASKS_PER_NODE is {text!r}; a list such as 2(x3),1 is wanted")
+            raise UserError(f"the environment variable SLURM_STEP_TASKS_PER_NODE is {text!r}; expected a list such as 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts[node] if node < len(counts) else size
 

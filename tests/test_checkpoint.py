@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import TINY, Train, run_ranks
 
-from mnist_dist import checkpoint
+from mnist_dist import checkpoint, files, record
 from mnist_dist.errors import RunError, UserError
 
 STATE = {"step": 1, "recipe": {"seed": 1}, "model": {"weight": torch.arange(1000.0)}}
@@ -23,8 +23,8 @@ def content_of(step):
 
 
 def newest_step(folder):
-    content = checkpoint.read_newest(folder)
-    return None if content is None else checkpoint.decode(content)["step"]
+    saved = checkpoint.read_newest(folder)
+    return None if saved is None else checkpoint.decode(saved.content)["step"]
 
 
 def test_a_checkpoint_comes_back_and_only_the_newest_are_kept(tmp_path):
@@ -62,20 +62,26 @@ class KillDuringSave:
 
             return counted
 
-        open_ = Path.open
-
-        def open_half(path, mode="r", *rest):
-            file = open_(path, mode, *rest)
+        def open_half(descriptor, mode):
+            file = open(descriptor, mode)  # noqa: SIM115
             if self.half:
                 file.write(content_of(4)[:1000])
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return file
 
-        Path.open, Path.unlink = count(open_half), count(Path.unlink)
+        files.open, Path.unlink = open_half, count(Path.unlink)
         os.fsync, os.replace, os.open = count(os.fsync), count(os.replace), count(os.open)
         checkpoint.write(folder, 4, content_of(4), keep=2)
         return calls
+
+
+def remove_temporary_files(checkpoints):
+    (checkpoints.parent / "run").mkdir(exist_ok=True)
+    link = checkpoints.parent / "run/checkpoints"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoints)
+    record.remove_temporary_files(link.parent)
 
 
 def test_a_writer_killed_at_any_stage_leaves_a_valid_checkpoint(tmp_path):
@@ -86,7 +92,7 @@ def test_a_writer_killed_at_any_stage_leaves_a_valid_checkpoint(tmp_path):
         folder.mkdir()
         run_ranks(tmp_path, KillDuringSave(str(folder), at), expect=-signal.SIGKILL)
         assert newest_step(folder) == (3 if at <= 3 else 4)
-        checkpoint.remove_temporary_files(folder)
+        remove_temporary_files(folder)
         assert len(list(folder.iterdir())) == (2 if at <= 3 else 3)
         # The next save tidies up what the killed one could not.
         checkpoint.write(folder, 5, content_of(5), keep=2)
@@ -97,7 +103,7 @@ def test_a_writer_killed_at_any_stage_leaves_a_valid_checkpoint(tmp_path):
     run_ranks(tmp_path, KillDuringSave(str(half), 0, half=True), expect=-signal.SIGKILL)
     assert newest_step(half) == 3
     assert [path.suffix for path in half.iterdir()].count(".tmp") == 1
-    checkpoint.remove_temporary_files(half)
+    remove_temporary_files(half)
     assert len(list(half.iterdir())) == 2
 
 
@@ -132,7 +138,7 @@ def test_any_damage_to_the_newest_is_seen_and_the_one_before_is_used(tmp_path, c
 def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         checkpoint.write(tmp_path, step, content_of(step), keep=9).write_bytes(b"")
-    with pytest.raises(RunError, match=r"none of the 2 checkpoints .* is whole"):
+    with pytest.raises(RunError, match=r"none of the 2 checkpoints .* is valid"):
         checkpoint.read_newest(tmp_path)
 
 
@@ -152,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path):
     whole = checkpoint.write(tmp_path, 1, content_of(1), keep=9)
     unreadable = tmp_path / whole.name.replace("step_00000001", "step_00000002")
     unreadable.mkdir()
-    with pytest.raises(RunError, match=r"step_00000002-\w+.pt cannot be read \(Is a directory\)"):
+    with pytest.raises(RunError, match=r"step_00000002-\w+.pt cannot be read \(it is a folder\)"):
         checkpoint.read_newest(tmp_path)
 
 
@@ -165,7 +171,7 @@ def test_a_file_that_holds_code_is_refused_even_with_the_right_checksum(tmp_path
     buffer = io.BytesIO()
     torch.save({"format": 1, "evil": Evil()}, buffer)
     for content in (buffer.getvalue(), pickle.dumps(Evil()), b"", b"PK\x03\x04"):
-        with pytest.raises(RunError, match="not one of this program"):
+        with pytest.raises(RunError, match="not a checkpoint of this program"):
             checkpoint.decode(content)
 
 
@@ -201,7 +207,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_
         path.write_bytes(b"")
     rows = (folder / "metrics.jsonl").read_bytes()
     text = run_ranks(tmp_path, Train(arguments), world=2, expect=1)
-    assert text.count("is whole: restore one of them") == 2
+    assert text.count("is valid: restore one of them") == 2
     assert (folder / "metrics.jsonl").read_bytes() == rows
     assert whole
 
@@ -218,10 +224,10 @@ def edit_newest(folder, edit):
     ("edit", "words"),
     [
         (lambda state: state["recipe"].update(learning_rate=0.5), "learning_rate: 0.5 there, 0.01 asked for"),
-        (lambda state: state["recipe"].pop("seed"), "seed: (not there) there, 0 asked for"),
+        (lambda state: state["recipe"].update(lookahead=5), "lookahead: 5 there, (not there) asked for"),
         (lambda state: state["model"].update({"linear2.bias": torch.zeros(11)}), "linear2.bias: [11] there, [10] asked for"),
         (lambda state: state["model"].pop("conv1.weight"), "conv1.weight: (not there) there"),
-        (lambda state: state.update(data="0123"), "the checkpoint was trained on other data"),
+        (lambda state: state.update(data="0123"), "it was trained on other data"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(tmp_path, edit, words):

@@ -99,7 +99,7 @@ def test_a_class_without_images_has_no_accuracy():
         (["RUN", "--device", "cuda"], "device is cuda"),
         (["RUN", "--pecision", "fp32"], "--pecision"),
         (["clothes.safetensors"], "fashion_mnist needs data_dir"),
-        (["clothes.safetensors", "--data_dir", "empty"], "files of fashion_mnist in empty"),
+        (["clothes.safetensors", "--data_dir", "empty"], "fashion_mnist lacks train-images-idx3-ubyte"),
     ],
 )
 def test_a_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, run, arguments, message):
@@ -209,10 +209,11 @@ def test_a_run_with_held_out_images_is_evaluated_on_them_and_the_program_counts_
     text = run_ranks(tmp_path, Train([*TINY, "--train_size", "74", "--test_size", "none", "--holdout", "24", "--run_dir", str(folder)]))
     assert "held-out accuracy" in text
     result = json.loads((folder / "result.json").read_text())
-    assert result["test/images"] == 24
+    assert result["holdout/images"] == 24
+    assert not any(name.startswith("test/") for name in result)  # one name, one number
     assert evaluate.main([str(folder), "--split", "holdout", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["holdout/confusion_matrix"] == result["test/confusion_matrix"]
+    assert answer["holdout/confusion_matrix"] == result["holdout/confusion_matrix"]
     assert evaluate.main([str(folder), "--json", "--threads", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["test/images"] == 1_024
     assert evaluate.main([str(run), "--split", "holdout"]) == 2

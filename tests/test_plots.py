@@ -192,7 +192,7 @@ def test_no_wrong_or_no_right_prediction_is_said():
 def test_the_curves_show_the_rows():
     rows = [{"step": step, "train/loss": 2.0 / step, "train/learning_rate": 0.1} for step in (50, 100, 150)]
     rows[1] |= {"test/loss": 0.5, "test/accuracy": 0.75}
-    figure = draw_curves(rows)
+    figure = draw_curves(rows, Config())
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["Training loss", "Test loss", "Test accuracy", "Learning rate"]
     lines = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
@@ -205,7 +205,7 @@ def test_the_curves_show_the_rows():
 
 @pytest.mark.parametrize("rows", [[], [{"step": 7, "train/loss": float("nan"), "train/learning_rate": 1e-7}]])
 def test_few_or_odd_rows_are_drawn_all_the_same(rows):
-    figure = draw_curves(rows)
+    figure = draw_curves(rows, Config())
     assert render(figure).std() > 0
     assert read_texts(figure) == ["not measured yet"] * (2 if rows else 4)
 
@@ -319,7 +319,7 @@ def test_a_wrong_command_line_is_a_users_mistake(capsys, main):
 
 @pytest.mark.parametrize(("main", "in_the_way"), [(plots.main, "plots"), (report.main, "report.html/folder")])
 def test_a_place_that_cannot_be_written_is_one_message(run_dir, capsys, monkeypatch, main, in_the_way):
-    monkeypatch.setattr(plots, "draw_run", lambda run, device: plots.Drawing({"curves": draw_curves(run.rows)}, []))
+    monkeypatch.setattr(plots, "draw_run", lambda run, device: plots.Drawing({"curves": draw_curves(run.rows, run.config)}, []))
     monkeypatch.setattr(report, "draw_run", plots.draw_run)
     path = run_dir / in_the_way
     path.parent.mkdir(exist_ok=True)
@@ -407,14 +407,15 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
 def test_the_report_says_which_images_it_counts(run_dir, holdout, what):
     run = read_run(run_dir)
     config = run.config.model_copy(update={"holdout": holdout})
-    assert f"{what} images by class" in Page(report.make_page(dataclasses.replace(run, config=config), {}, [])).text
+    result = {name.replace("test/", f"{config.evaluated_split}/"): value for name, value in run.result.items()}
+    assert f"{what} images by class" in Page(report.make_page(dataclasses.replace(run, config=config, result=result), {}, [])).text
 
 
 def test_what_comes_from_files_is_text_in_the_report(run_dir):
     nasty = "<script>alert('1')</script>&amp;\"$title"
     folder = run_dir.rename(run_dir.parent / "<b>&\"'")
     config = (folder / "config.yaml").read_text().splitlines()
-    (folder / "config.yaml").write_text("\n".join([f"run_dir: {json.dumps(nasty)}", *config[1:]]))
+    (folder / "config.yaml").write_text("\n".join([*config, f"wandb_project: {json.dumps(nasty)}"]).replace("wandb_project: null\n", ""))
     result = json.loads((folder / "result.json").read_text()) | {"versions": {nasty: nasty}, "device": nasty, "precision": nasty}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "starts.jsonl").write_text(json.dumps({"step": 0, nasty: nasty}) + "\n")

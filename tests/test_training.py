@@ -74,7 +74,7 @@ def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
     assert result["images_per_s"] > 0
     assert result["versions"]["torch"] == str(torch.__version__)
     with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata()["dataset"] == "synthetic"
+        assert json.loads(file.metadata()["mnist_dist"])["dataset"] == "synthetic"
         build_model(1).load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
@@ -92,7 +92,7 @@ class Evaluate:
             for size in self.sizes:
                 evaluation = evaluate(model, dataset.test.first(size), dataset.mean, dataset.std, group)
                 if group.is_main:
-                    print(json.dumps([evaluation.confusion, round(evaluation.loss, 5)]))
+                    print(json.dumps([evaluation.confusion_matrix, round(evaluation.loss, 5)]))
 
 
 def test_the_evaluation_counts_every_image_once_in_every_world(tmp_path):

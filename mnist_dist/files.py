@@ -1,0 +1,100 @@
+"""Files as this program reads and writes them, and folders as people write them. Imports no torch.
+
+What lies in a run folder may come from somebody else, or be damaged: nothing is read that is no regular file, or of no sensible size.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
+    """The bytes of a regular file of at most `bytes_max`; with `tail`, the last `bytes_max` of a larger one.
+
+    Never waits, as opening a FIFO would. Raises OSError, also for what is no regular file, or too large.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "that cannot be the name of a file", str(path)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}", str(path))
+    with open(descriptor, "rb") as file:
+        size = status.st_size
+        if size > bytes_max and not tail:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {bytes_max:,} that are read", str(path))
+        file.seek(max(0, size - bytes_max))
+        return file.read(min(size, bytes_max))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        # Someone else's link or FIFO under this name is an error.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, where the file system can."""
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def expand_path(text: str) -> str:
+    """`text` with a leading `~` and every `$NAME` or `${NAME}` replaced, as a shell would have done.
+
+    A YAML file and `--run_dir=~/x` reach the program as they are written. Raises ValueError where there is nothing to put in their place:
+    otherwise folders called `~` and `$SCRATCH` would be made.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no user {expanded.split('/')[0]!r}; write ./{text} for a folder of that name")
+
+    def find(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ValueError(f"the environment variable {name} is not set; set it, or write out the folder")
+        return os.environ[name]
+
+    expanded = re.sub(r"\$(?:(\w+)|\{(\w+)\})", find, expanded)
+    if "$" in expanded:
+        raise ValueError("a $ must begin the name of an environment variable, such as $SCRATCH or ${SCRATCH}")
+    return expanded
+
+
+def mark_folder(folder: Path) -> str:
+    """A line that tells `folder` from a copy of it: its inode and its absolute path."""
+    path = os.path.abspath(folder)
+    return f"{os.stat(path).st_ino} {path}"
+
+
+def is_marked(folder: Path, mark: str) -> bool:
+    """Whether `mark` was made for `folder`, which may have been moved or restored since; True for the empty mark of older versions."""
+    inode, _, path = mark.strip().partition(" ")
+    here = os.path.abspath(folder)
+    try:
+        return not mark.strip() or path == here or inode == str(os.stat(here).st_ino)
+    except OSError:
+        return False
