@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -140,7 +141,7 @@ def submit_to_slurm(
     request: Request, configs: Sequence[Config], folder: Path, parallel: int | None = None, group: str = ""
 ) -> list[tuple[str, Path]]:
     """Queue a job for each of `configs`, more than one as an array. Its name and log for each. Raises `UserError`."""
-    _prepare_folders(configs, folder)
+    made = _prepare_folders(configs, folder)
     executor = make_slurm_executor(request, folder, len(configs), parallel, group)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
@@ -151,6 +152,11 @@ def submit_to_slurm(
             submitted.append((job.job_id, folder / f"{job.job_id}.log"))
             write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(submitted[-1][1])})
     except (FailedJobError, FailedSubmissionError) as error:
+        for path in reversed(made):  # as if nothing had been asked for
+            if path.name == "slurm":
+                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -217,14 +223,19 @@ def _make_training(config: Config) -> Training:
     return Training(config.run_dir, list_arguments(config))
 
 
-def _prepare_folders(configs: Sequence[Config], folder: Path) -> None:
+def _prepare_folders(configs: Sequence[Config], folder: Path) -> list[Path]:
+    """Make the folders for the files of the jobs, which only their user can read; those that were not there yet, parents first."""
+    made: list[Path] = []
     try:
         for private in [folder, *(Path(config.run_dir) / "slurm" for config in configs)]:
+            missing = [path for path in (private, *private.parents) if not path.exists()]
             private.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):  # an earlier job's; or somebody's own folder, which stays as open as it is
+            if private in missing:  # one that is there may be somebody's own, and stays as open as it is
                 private.mkdir(mode=0o700)
+            made += reversed(missing)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror or error}; expected a writable folder") from error
+    return made
 
 
 def _make_private(folder: Path, job_id: str) -> None:

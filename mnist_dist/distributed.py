@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, InitProcessGroupKwargs, patch_environment
 from torch import distributed as dist
 
 from mnist_dist.config import Config
@@ -200,12 +200,20 @@ def _make_accelerator(world: World, device: str, precision: str, timeout: timede
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
-    except RuntimeError as error:
-        if not is_loss(error):
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_loss(error):
+            raise RunError(
+                f"rank {world.rank} of {world.size} could not join the others at {world.address}:{world.port} within "
+                f"{timeout.total_seconds():g} s: {first_line} (a port that is taken? set MASTER_PORT to a free one)"
+            ) from error
+        # Accelerate reads some forty variables, and each fails in its own way on a value that it does not know.
+        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        if not variables:
             raise
-        raise RunError(
-            f"rank {world.rank} of {world.size} could not join the others at {world.address}:{world.port} within "
-            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]} (a port that is taken? set MASTER_PORT to a free one)"
+        raise UserError(
+            f"Accelerate cannot start ({first_line}); of its variables the environment has "
+            f"{', '.join(f'{name}={os.environ[name][:40]!r}' for name in variables)}: correct or unset them"
         ) from error
 
 
@@ -276,6 +284,11 @@ def _check_settings(group: Group) -> None:
     if accelerator.distributed_type not in allowed:
         raise UserError(
             f"Accelerate is set up for {accelerator.distributed_type.value}; allowed: {', '.join(kind.value for kind in allowed)}"
+        )
+    compiler = accelerator.state.dynamo_plugin.backend
+    if compiler != DynamoBackend.NO:
+        raise UserError(
+            f"ACCELERATE_DYNAMO_BACKEND is {compiler.value.lower()}; allowed: no (a compiled step is not what the tests vouch for)"
         )
     accumulation = accelerator.gradient_accumulation_steps
     if accumulation != 1:

@@ -37,7 +37,7 @@ class World:
                 f"{self.launcher} says this is rank {self.rank} of {self.size} and local rank {self.local_rank} of {self.local_size}; "
                 "a rank must be below its count: check how the processes are started"
             )
-        if not 0 <= self.port < 65_536:
+        if self.size > 1 and not 1 <= self.port < 65_536:
             raise UserError(f"the port at which the processes meet is {self.port}; allowed: 1 to 65535 (see MASTER_PORT)")
 
     def variables(self) -> dict[str, str]:
