@@ -7,6 +7,7 @@ damage to any byte shows. It is an ordinary `torch.save` file, always loaded wit
 import hashlib
 import io
 import logging
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import read_file, write_atomically
+from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.record import find_step, list_newest_first
 
 FORMAT = 2
@@ -45,7 +46,8 @@ def decode(content: bytes) -> dict[str, Any]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > len(content):  # this program compresses nothing
                 raise ValueError("it would unpack to more than its size")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused below
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("format")
     except Exception as error:  # zipfile, pickle and torch raise nearly every kind
         reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
@@ -123,7 +125,7 @@ class Writer:
         try:
             return self._write(step, content)
         except OSError as error:
-            raise RunError(f"the checkpoint of step {step} could not be written: {_describe(error)}; older ones are intact") from error
+            raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}; older ones are intact") from error
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, if any. A failure is a warning."""
@@ -138,11 +140,7 @@ class Writer:
         if self._running is not None:
             error = self._running.exception()
             if isinstance(error, OSError):
-                _log.warning("a checkpoint could not be written, training goes on without it: %s", _describe(error))
+                _log.warning("a checkpoint could not be written, training goes on without it: %s", describe_error(error))
             elif error is not None:
                 raise error
             self._running = None
-
-
-def _describe(error: OSError) -> str:
-    return f"{error.strerror or error} ({error.filename or 'while writing'})"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
 
+_LINES_BYTES_MAX = 16 << 20
+
 
 def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
     """The bytes of a regular file of at most `bytes_max`; with `tail`, the last `bytes_max` of a larger one.
@@ -37,10 +39,11 @@ def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    # Somebody's link or FIFO under this name is an error, and stays.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o666)
     try:
-        # Someone else's link or FIFO under this name is an error.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +53,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a small file of lines; a last one that was torn goes. Raises OSError."""
+    content = read_file(path, _LINES_BYTES_MAX) if os.path.lexists(path) else b""
+    with path.open("ab") as file:
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(line + b"\n")
+
+
+def describe_error(error: OSError) -> str:
+    """What the system says, and of which file."""
+    reason = error.strerror or str(error)
+    return f"{reason} ({error.filename})" if error.filename else reason
 
 
 def sync_folder(folder: Path) -> None:

@@ -70,9 +70,7 @@ class Record:
             _log.warning("%s: %s damaged or out of order and left out", self.path, _name_some(damaged, "line", "lines"))
         missing = sorted(set(promised or ()) - set(self.steps))
         if missing:
-            _log.warning(
-                "%s lacks rows that the checkpoint has seen, of %s: somebody has changed it", self.path, _name_some(missing, "step")
-            )
+            _log.warning("%s lacks rows that the checkpoint promises, those of %s", self.path, _name_some(missing, "step"))
         good = kept.getvalue()
         if content.startswith(good):
             os.ftruncate(self._descriptor, len(good))
@@ -198,7 +196,8 @@ def check_same(there: Row, asked: Row, what: str) -> None:
         if there.get(name, missing) != asked.get(name, missing)
     ]
     if differences:
-        raise UserError("\n".join([what, *differences]))
+        more = [f"  and {len(differences) - 20} more"] if len(differences) > 20 else []
+        raise UserError("\n".join([what, *differences[:20], *more]))
 
 
 def remove_temporary_files(run_dir: Path) -> None:
@@ -319,13 +318,14 @@ def _read(path: Path, bytes_max: int, *, tail: bool = False) -> bytes | None:
 def _read_lines(path: Path, tail_bytes: int | None = None) -> Iterable[tuple[int, Row]]:
     """The number and the object of each complete line; an empty object for a damaged one. Raises `UserError`."""
     content = _read(path, tail_bytes or _RECORD_BYTES_MAX, tail=tail_bytes is not None) or b""
+    begins_amid_a_line = len(content) == tail_bytes
     for number, line in enumerate(io.BytesIO(content), start=1):
         if not line.endswith(b"\n"):
             break  # the run is writing it now, or was killed while it did
         if number > _ROWS_MAX:
             raise UserError(f"{path} has more than {_ROWS_MAX:,} lines, the most that are read")
         row = parse_object(line)
-        if row or tail_bytes is None or number > 1:  # the tail may begin amid a line
+        if row or number > 1 or not begins_amid_a_line:
             yield number, row
 
 

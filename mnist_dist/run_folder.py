@@ -17,7 +17,7 @@ from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import mark_folder, write_atomically
+from mnist_dist.files import append_line, describe_error, mark_folder, write_atomically
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -104,7 +104,7 @@ class RunFolder:
             newest = checkpoint.read_newest(self.path / CHECKPOINTS)
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be used: {error.strerror or error}; expected a writable folder") from error
+            raise UserError(f"run_dir {self.path} cannot be used: {describe_error(error)}; expected a writable folder") from error
         return newest
 
     def start(self, step: int, facts: Row, promised_rows: Sequence[int] = ()) -> None:
@@ -121,20 +121,14 @@ class RunFolder:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.cut_back(step, promised_rows)
-            self._note_start({"time": now, "step": step, "host": platform.node(), **facts})
+            start = {"time": now, "step": step, "host": platform.node(), **facts}
+            append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._record.sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
         self._trackers.append(open_tracker(self.config.wandb, self.path, self.config.model_dump(), project=self.config.wandb_project))
-
-    def _note_start(self, start: Row) -> None:
-        path = self.path / STARTS_FILE
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a row that was torn goes
-            file.write(json.dumps(start).encode() + b"\n")
 
     def append(self, row: Row) -> None:
         """Add a row to the record and its mirror."""
@@ -180,8 +174,9 @@ class RunFolder:
                 write_atomically(self.path / WEIGHTS_FILE, weights)
                 write_atomically(self.path / RESULT_FILE, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
             except OSError as error:
-                reason = error.strerror or error
-                raise RunError(f"the result cannot be written to {self.path}: {reason}; the same command resumes from here") from error
+                raise RunError(
+                    f"the result cannot be written to {self.path}: {describe_error(error)}; the same command resumes from here"
+                ) from error
 
         self.group.on_main(write)
 

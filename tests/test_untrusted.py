@@ -1,0 +1,627 @@
+"""What lies in a run folder is not trusted, nor taken for our own: it may be damaged, copied, or somebody else's."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TINY, Train, run_ranks, start_ranks
+
+from launch import cluster, jobs, submit
+from launch.runs import read_state
+from launch.training import write_note
+from mnist_dist import checkpoint, run_folder
+from mnist_dist.config import Config, make_config, parse_command_line
+from mnist_dist.errors import UserError
+from mnist_dist.files import expand_path, is_marked, mark_folder, read_file
+from mnist_dist.options import read_options_file
+from mnist_dist.record import Record, list_newest_first, read_config, read_holder, read_result, read_run
+from mnist_dist.run_folder import Lock
+
+LONG = [*TINY, "--steps", "5000"]
+
+
+def hash_files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of ten steps that lost its result: it would resume from its last checkpoint, of step 10."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run_ranks(folder.parent, Train([*TINY, "--optimizer", "muon", "--run_dir", str(folder)]))
+    (folder / "result.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def run_dir(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def resume(run_dir, *, expect=0):
+    return run_ranks(run_dir.parent, Train([*TINY, "--optimizer", "muon", "--run_dir", str(run_dir)]), expect=expect)
+
+
+# Whose files
+
+
+def test_only_files_of_its_own_names_are_removed_or_replaced(run_dir):
+    theirs = {"notes.tmp": b"a", "checkpoints/model.pt.tmp": b"b", "plots/mine.png.tmp": b"c", "metrics.csv": b"d"}
+    ours = ["config.yaml.tmp", "result.json.tmp", "plots/curves.png.tmp", "checkpoints/step_00000007-0123456789abcdef.pt.tmp"]
+    for name in [*theirs, *ours]:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_bytes(theirs.get(name, b"half"))
+    (run_dir / "x.tmp").mkdir()
+    (run_dir / "model.safetensors.tmp").symlink_to(run_dir / "notes.tmp")
+    text = resume(run_dir, expect=1)  # somebody's link is under a name that is needed: it is neither followed nor removed
+    assert "Traceback" not in text
+    assert "model.safetensors.tmp" not in text or "cannot be written" in text
+    assert all((run_dir / name).read_bytes() == content for name, content in theirs.items())
+    assert not any((run_dir / name).exists() for name in ours)
+    (run_dir / "model.safetensors.tmp").unlink()
+    resume(run_dir)
+    assert all((run_dir / name).read_bytes() == content for name, content in theirs.items())
+    assert (run_dir / "x.tmp").is_dir()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "model.safetensors", "report.html", "starts.jsonl"])
+def test_a_folder_that_is_no_run_but_has_a_file_of_such_a_name_is_refused(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("somebody else's\n")
+    text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(tmp_path / "run")]), 2, expect=2)
+    assert text.count(f"holds {name} but no config.yaml, so it is not a run") == 2
+    assert hash_files(tmp_path / "run") == {name: b"somebody else's\n"}
+
+
+def test_a_folder_that_holds_other_things_is_used_beside_them(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(tmp_path / "run")]))
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dataset", "fashion_mnist", "--data_dir", "nowhere"],
+        ["--log_with", "aim"],
+        ["--device", "cuda"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_refused_is_refused_before_the_run_folder_is_made(tmp_path, arguments):
+    text = run_ranks(tmp_path, Train([*TINY, "--train_size", "100", "--run_dir", str(tmp_path / "run"), *arguments]), 2, expect=2)
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+# Checkpoints with the right checksum
+
+
+def expand(shape):
+    return torch.zeros(1).expand(shape)
+
+
+DAMAGES = {
+    "no step": lambda state: state.pop("step"),
+    "a step that is text": lambda state: state.update(step="10"),
+    "a step that is true": lambda state: state.update(step=True),
+    "a step below zero": lambda state: state.update(step=-1),
+    "a step of zero": lambda state: state.update(step=0),
+    "a step beyond the end": lambda state: state.update(step=10**12),
+    "no recipe": lambda state: state.pop("recipe"),
+    "a recipe that is a list": lambda state: state.update(recipe=[1]),
+    "a recipe with a tensor": lambda state: state["recipe"].update(seed=torch.zeros(3)),
+    "a recipe with odd keys": lambda state: state["recipe"].update({3: 4}),
+    "no data": lambda state: state.pop("data"),
+    "data that is a number": lambda state: state.update(data=4),
+    "no time": lambda state: state.pop("elapsed_s"),
+    "a time that is no number": lambda state: state.update(elapsed_s=float("nan")),
+    "a time without end": lambda state: state.update(elapsed_s=float("inf")),
+    "a time that is text": lambda state: state.update(elapsed_s="long"),
+    "a time below zero": lambda state: state.update(elapsed_s=-1.0),
+    "no model": lambda state: state.pop("model"),
+    "a model that is none": lambda state: state.update(model=None),
+    "a model that is a tensor": lambda state: state.update(model=torch.zeros(3)),
+    "a weight that is text": lambda state: state["model"].update({"conv1.bias": "zeros"}),
+    "a weight that is no number": lambda state: state["model"]["conv1.bias"].fill_(float("nan")),
+    "a weight of whole numbers": lambda state: state["model"].update({"conv1.bias": torch.zeros(32, dtype=torch.int64)}),
+    "a weight without memory": lambda state: state["model"].update({"conv1.bias": torch.zeros(32, device="meta")}),
+    "a sparse weight": lambda state: state["model"].update({"conv1.bias": torch.zeros(32).to_sparse()}),
+    "a huge weight": lambda state: state["model"].update({"conv1.bias": expand((10**6, 10**6))}),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "an optimizer that is text": lambda state: state.update(optimizer="muon"),
+    "an optimizer without state": lambda state: state["optimizer"].pop("state"),
+    "an optimizer with nothing in its state": lambda state: state["optimizer"].update(state={}),
+    "an optimizer with a list": lambda state: state["optimizer"].update(state=[1, 2]),
+    "an optimizer that lacks a parameter": lambda state: state["optimizer"]["state"].pop(3),
+    "an optimizer that lacks a tensor": lambda state: state["optimizer"]["state"][1].pop("square_average"),
+    "an optimizer with a number for a parameter": lambda state: state["optimizer"]["state"].update({2: 4}),
+    "an optimizer with text for a tensor": lambda state: state["optimizer"]["state"][2].update(average="none"),
+    "an optimizer with another shape": lambda state: state["optimizer"]["state"][2].update(average=torch.zeros(3)),
+    "an optimizer with text for indices": lambda state: state["optimizer"].update(
+        state={str(key): value for key, value in state["optimizer"]["state"].items()}
+    ),
+    "an optimizer with more": lambda state: state["optimizer"]["state"][2].update(more=torch.zeros(3)),
+    "an optimizer that is no number": lambda state: state["optimizer"]["state"][0]["average"].fill_(float("inf")),
+    "rows that are text": lambda state: state.update(rows="all"),
+    "rows that are a matrix": lambda state: state.update(rows=torch.zeros(3, 3)),
+    "a format that is text": lambda state: state.update(format="x" * 10_000),
+}
+
+
+@dataclass(frozen=True)
+class ResumeEach:
+    """A process that resumes from the damaged checkpoint in each of some folders, and prints how each start ended."""
+
+    folder: str
+
+    def __call__(self):
+        from mnist_dist.train import main
+
+        for run_dir in sorted(Path(self.folder).iterdir()):
+            print(f"\n=== {run_dir.name}", file=sys.stderr, flush=True)
+            status = main([*TINY, "--optimizer", "muon", "--run_dir", str(run_dir)])
+            print(f"\nstatus {status}", file=sys.stderr, flush=True)
+
+
+def test_a_checkpoint_with_the_right_checksum_and_odd_fields_is_named_in_one_message(stopped, tmp_path):
+    newest = list_newest_first(stopped / "checkpoints")[0]
+    names = list(DAMAGES)
+    for number, name in enumerate(names):
+        folder = shutil.copytree(stopped, tmp_path / "runs" / f"{number:02}")
+        state = torch.load(newest, weights_only=True)
+        DAMAGES[name](state)
+        buffer = tmp_path / "state.pt"
+        torch.save(state, buffer)
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "checkpoints").mkdir()
+        checkpoint.write(folder / "checkpoints", 10, buffer.read_bytes(), keep=1)
+    text = run_ranks(tmp_path, ResumeEach(str(tmp_path / "runs")))
+    assert "Traceback" not in text
+    answers = re.findall(r"=== (\d\d)\n(.*?)\nstatus (\d)", text, re.DOTALL)
+    assert len(answers) == len(names)
+    for name, (number, answer, status) in zip(names, answers, strict=True):
+        lines = answer.strip().splitlines()
+        assert status in "12", (name, answer)
+        assert f"error: checkpoint {tmp_path / 'runs' / number}/checkpoints/step_00000010-" in lines[0], (name, answer)
+        assert all(line.startswith("error: ") for line in lines), (name, answer)
+        assert len(answer) < 2500, name
+
+
+def test_a_checkpoint_that_would_unpack_to_more_is_refused():
+    import io
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(200_000_000))
+    start = time.monotonic()
+    with pytest.raises(Exception, match="unpack to more than its size"):
+        checkpoint.decode(buffer.getvalue())
+    assert time.monotonic() - start < 1
+
+
+def test_options_that_came_later_do_not_part_a_run_from_its_older_checkpoints(run_dir):
+    newest = list_newest_first(run_dir / "checkpoints")[0]
+    state = checkpoint.decode(newest.read_bytes())
+    for name in ("holdout", "nesterov", "label_smoothing"):  # as if these options had not been there yet
+        assert state["recipe"].pop(name) == Config.model_fields[name].default
+    del state["rows"]
+    newest.unlink()
+    checkpoint.write(run_dir / "checkpoints", 10, checkpoint.encode(state), keep=1)
+    lines = (run_dir / "config.yaml").read_text().splitlines()
+    (run_dir / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith(("holdout", "nesterov", "label_sm"))))
+    assert "finished" in resume(run_dir)
+
+
+# Files that are none
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "huge"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "starts.jsonl", "result.json", "checkpoints/step_00000011-0123456789abcdef.pt", "lock"]
+)
+def test_what_is_no_regular_file_of_a_sensible_size_is_named_and_never_waited_for(run_dir, tmp_path, name, kind):
+    path = run_dir / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    start = time.monotonic()
+    state = read_state(run_dir, [])
+    assert time.monotonic() - start < 2
+    if name not in ("lock", "checkpoints/step_00000011-0123456789abcdef.pt", "starts.jsonl") or kind != "huge":
+        assert name.startswith(("lock", "checkpoints")) or f"damaged {name}" in state.state or kind == "huge"
+    if name == "lock":
+        return  # it only says who has the folder
+    text = resume(run_dir, expect=None)
+    assert "Traceback" not in text
+    assert str(path) in text or path.name in text
+    assert os.path.lexists(path)
+
+
+def test_a_file_is_read_within_its_bounds(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    assert read_file(path, 10) == b"0123456789"
+    assert read_file(path, 4, tail=True) == b"6789"
+    with pytest.raises(OSError, match="it has 10 bytes, more than the 9"):
+        read_file(path, 9)
+    with pytest.raises(OSError, match="cannot be the name"):
+        read_file("a\0b", 9)
+
+
+# What is read for a listing
+
+ODD_ROWS = {
+    "a loss that is text": '{"step": 1, "train/loss": "low"}',
+    "a loss that is a list of text": '{"step": 1, "train/loss": ["low"]}',
+    "an accuracy that is an object": '{"step": 1, "test/accuracy": {}}',
+    "NaN": '{"step": 1, "train/loss": NaN}',
+    "a step that is text": '{"step": "1"}',
+    "a step that is true": '{"step": true}',
+    "a step below zero": '{"step": -5}',
+    "a huge step": '{"step": 1' + "0" * 400 + "}",
+    "endless digits": '{"step": 1' + "0" * 10_000 + "}",
+    "deep JSON": '{"step": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    "no object": "[1, 2]",
+    "no JSON": "\x1b[31mred",
+}
+ODD_YAML = {
+    "a tag": "seed: !!python/name:os.system",
+    "a tagged whole number": "seed: !!int x",
+    "a tagged time": "run_dir: !!timestamp ''",
+    "a tagged float": "learning_rate: !!float ''",
+    "a tagged set": "seed: !!set [1]",
+    "a tagged pair": "seed: !!omap [1]",
+    "bytes": "seed: !!binary =",
+    "a tag for nothing": "seed: !!null x",
+    "a whole number of a megabyte": "seed: " + "9" * 60_000,
+    "the same in other digits": "seed: 0x" + "f" * 60_000,
+    "the same by sixties": "seed: 1" + ":59" * 2_000,
+    "a time that is none": "run_dir: 2020-99-99",
+    "deep": "seed: " + "[" * 30_000,
+    "many whole numbers as keys": "".join(f"{number}: 1\n" for number in range(7_000)),
+    "keys that are lists": "? [1, 2]\n: 3",
+    "aliases of aliases": "".join(["a: &a0 [x]\n", *(f"b{n}: &a{n + 1} [*a{n}, *a{n}, *a{n}, *a{n}]\n" for n in range(30))]),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+@pytest.mark.parametrize("file", ["metrics.jsonl", "starts.jsonl", "result.json"])
+def test_one_damaged_file_does_not_end_the_listing_of_the_others(run_dir, capsys, name, file):
+    other = shutil.copytree(run_dir, run_dir.parent / "second")
+    (run_dir / file).write_text(ODD_ROWS[name] + "\n")
+    assert jobs.main([str(run_dir.parent)]) == 0
+    answer = capsys.readouterr()
+    lines = answer.out.splitlines()
+    assert any(line.startswith("second ") and "stopped" in line for line in lines), answer.out
+    if file != "starts.jsonl" or name in ("NaN", "no object", "no JSON", "deep JSON", "endless digits") or "step" in name:
+        assert any(line.startswith("run ") and f"damaged {file}" in line for line in lines), answer.out
+    assert answer.err == ""
+    assert jobs.main([str(run_dir.parent), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+    assert other
+
+
+@pytest.mark.parametrize("name", ODD_YAML)
+def test_odd_yaml_is_one_message_within_a_second(run_dir, capsys, name):
+    good = (run_dir / "config.yaml").read_text()
+    shutil.copytree(run_dir, run_dir.parent / "second")
+    (run_dir / "config.yaml").write_text(ODD_YAML[name] + "\n")
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        read_config(run_dir)
+    assert time.process_time() - start < 1.5
+    assert len(str(error.value).splitlines()[0]) < 500
+    assert jobs.main([str(run_dir.parent)]) == 0
+    assert "damaged config.yaml" in capsys.readouterr().out
+    assert good
+
+
+@pytest.mark.parametrize("value", ["9" * 100_000, "1e400", "-" + "9" * 30, "0x10", "٣" * 5_000], ids=range(5))
+def test_a_number_of_any_length_on_the_command_line_is_one_short_message(value):
+    for option in ("--seed", "--batch_size", "--learning_rate", "--steps"):
+        with pytest.raises(UserError) as error:
+            parse_command_line([f"{option}={value}"])
+        assert len(str(error.value)) < 300
+
+
+def test_a_result_beyond_the_end_is_not_believed(run_dir):
+    resume(run_dir)
+    config = read_config(run_dir)
+    result = json.loads((run_dir / "result.json").read_text())
+    for step in (10**12, 11, 0, -1, 10.0, "10"):
+        (run_dir / "result.json").write_text(json.dumps(result | {"step": step}))
+        with pytest.raises(UserError, match="no valid step"):
+            read_result(run_dir, config)
+    for elapsed_s in ("long", None, True):
+        (run_dir / "result.json").write_text(json.dumps(result | {"elapsed_s": elapsed_s}))
+        with pytest.raises(UserError, match="no valid elapsed_s"):
+            read_result(run_dir, config)
+
+
+def test_held_out_figures_of_older_runs_are_found_under_their_own_name(tmp_path):
+    arguments = [*TINY, "--train_size", "74", "--test_size", "none", "--holdout", "24", "--run_dir", str(tmp_path / "run")]
+    run_ranks(tmp_path, Train(arguments))
+    new = read_run(tmp_path / "run")
+    assert {"holdout/accuracy", "holdout/loss", "holdout/class_accuracy"} < {*new.rows[-1]}
+    for name in ("metrics.jsonl", "result.json"):
+        path = tmp_path / "run" / name
+        path.write_text(path.read_text().replace('"holdout/', '"test/'))
+    assert read_run(tmp_path / "run") == new
+    assert read_state(tmp_path / "run", []).accuracy == new.result["holdout/accuracy"]
+
+
+# Paths
+
+
+def test_a_folder_is_found_as_a_shell_would_find_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert expand_path("~/runs") == f"{tmp_path}/runs"
+    assert expand_path("$SCRATCH/x-${SCRATCH}") == "/scratch/me/x-/scratch/me"
+    assert expand_path("runs/a~b") == "runs/a~b"
+    for text, words in (("~nobody-here/x", "no user '~nobody-here'"), ("$NOWHERE/x", "NOWHERE is not set"), ("a$", "must begin")):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            expand_path(text)
+    (tmp_path / "config.yaml").write_text("run_dir: ~/runs\ndataset: kmnist\ndata_dir: $SCRATCH/data\n")
+    config = parse_command_line(["--config", "~/config.yaml"])
+    assert (config.run_dir, config.data_dir) == (f"{tmp_path}/runs", "/scratch/me/data")
+    assert make_config({"run_dir": "~/x"}).run_dir == parse_command_line(["--run_dir=~/x"]).run_dir == f"{tmp_path}/x"
+    with pytest.raises(UserError, match=r"run_dir is '\$NOWHERE/x'; the environment variable NOWHERE is not set"):
+        parse_command_line(["--run_dir", "$NOWHERE/x"])
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "predict", "export", "report", "plots"])
+def test_every_program_finds_folders_alike(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = "$NOWHERE_AT_ALL/x"
+    words = {"train": [f"--run_dir={folder}"], "predict": [folder, "picture.png"], "export": [folder, "a.pt2"]}
+    command = [sys.executable, "-m", f"mnist_dist.{program}", *words.get(program, [folder])]
+    answer = subprocess.run(command, text=True, capture_output=True, cwd=Path(__file__).parents[1], timeout=60)
+    assert answer.returncode == 2
+    assert "NOWHERE_AT_ALL is not set" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_the_launchers_find_folders_alike(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "fashion").mkdir()
+    arguments = ["--dry_run", "--dataset", "fashion_mnist", "--data_dir=~/fashion", "--run_dir=~/runs/x"]
+    assert submit.main(arguments) == 0
+    assert f"{tmp_path}/runs/x/slurm" in capsys.readouterr().out
+    assert jobs.main(["$NOWHERE_AT_ALL/runs"]) == 2
+    assert "NOWHERE_AT_ALL is not set" in capsys.readouterr().err
+
+
+# The lock
+
+
+def test_a_removed_lock_does_not_let_a_second_run_in(tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*LONG, "--run_dir", str(folder)]
+    [first] = start_ranks(tmp_path, Train(arguments))
+    first.wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    (folder / "lock").unlink()
+    assert "is in use by" in run_ranks(tmp_path, Train(arguments), expect=2)
+    first.wait_for(lambda: read_holder(folder) is not None)  # it is taken again
+    assert f"somebody has removed the lock of {folder}" in first.text
+    assert read_state(folder, []).pid == first.process.pid
+    assert f"in use by process {first.process.pid} on" in run_ranks(tmp_path, Train(arguments), expect=2)
+    first.kill(15)
+    assert first.wait() == 143
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, len(rows) + 1)]
+
+
+def test_where_folders_have_no_lock_a_run_that_lost_its_file_to_another_stops(tmp_path, monkeypatch):
+    """As on NFS, where only files that are open for writing can be locked."""
+    lock = fcntl.flock
+
+    def only_files(descriptor, operation):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", only_files)
+    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.1)
+    first = Lock(tmp_path)
+    with pytest.raises(UserError, match="is in use by process"):
+        Lock(tmp_path)
+    (tmp_path / "lock").unlink()
+    second = Lock(tmp_path)
+    with pytest.raises(Exception, match=r"somebody has removed the lock of .*, and this run stops: .* is in use by process"):
+        first.check()
+    second.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524, errno.EINVAL, errno.EIO, errno.EPERM])
+def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    Lock(tmp_path).release()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the file system of {tmp_path} has no locks: make sure that no second job uses this folder"
+    ]
+
+
+# The record
+
+
+def rows_of(*steps):
+    return "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "words"),
+    [
+        (rows_of(1, 2, 3, 4), [1, 2, 3], []),
+        (rows_of(1, 2, 3) + '{"step": 4, "tra', [1, 2, 3], []),
+        ("", [], ["lacks rows that the checkpoint promises, those of 3 steps from 1 to 3"]),
+        (rows_of(1, 3), [1, 3], ["lacks rows that the checkpoint promises, those of step 2"]),
+        (rows_of(1, 2, 2, 3), [1, 2, 3], ["line 3 is damaged or out of order and left out"]),
+        (rows_of(1, 2, 1, 2, 3), [1, 2, 3], ["2 lines from 3 to 4 are damaged or out of order"]),
+        (rows_of(1) + "garbage\n" + rows_of(2, 3), [1, 2, 3], ["line 2 is damaged"]),
+        (rows_of(3, 2, 1), [3], ["2 lines from 2 to 3 are damaged", "those of 2 steps from 1 to 2"]),
+    ],
+)
+def test_the_record_is_compared_with_what_the_checkpoint_promises(tmp_path, caplog, text, kept, words):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    record = Record(path)
+    record.cut_back(3, [1, 2, 3])
+    record.append({"step": 9})
+    record.sync()
+    record.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 9]
+    messages = [entry.getMessage() for entry in caplog.records]
+    assert len(messages) == len(words)
+    assert all(word in message for word, message in zip(words, messages, strict=True)), messages
+
+
+def test_rows_that_are_lost_between_two_starts_are_named(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:4]))
+    text = resume(run_dir)
+    assert f"{run_dir / 'metrics.jsonl'} lacks rows that the checkpoint promises, those of 6 steps from 5 to 10" in text
+
+
+@pytest.mark.parametrize("change", ["remove", "empty", "replace", "shorten", "lengthen"])
+def test_a_record_that_somebody_changes_during_the_run_is_noticed(tmp_path, caplog, change):
+    path = tmp_path / "metrics.jsonl"
+    record = Record(path)
+    record.cut_back(0)
+    for step in (1, 2, 3):
+        record.append({"step": step})
+    if change == "remove":
+        path.unlink()
+    elif change == "empty":
+        os.truncate(path, 0)
+    elif change == "shorten":
+        os.truncate(path, 20)
+    elif change == "lengthen":
+        with path.open("a") as file:
+            file.write("a note of mine\n")
+    else:  # as an editor saves
+        (tmp_path / "new").write_text("")
+        os.replace(tmp_path / "new", path)
+    record.append({"step": 4})
+    record.append({"step": 5})
+    record.sync()
+    expected = {"empty": [4, 5], "shorten": [1, 4, 5]}.get(change, [1, 2, 3, 4, 5])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == expected == record.steps.tolist()
+    words = {
+        "remove": "has removed or replaced",
+        "replace": "has removed or replaced",
+        "empty": "the rows of 3 steps from 1 to 3 are lost",
+        "shorten": "the rows of 2 steps from 2 to 3 are lost",
+    }
+    assert len(caplog.records) == (change in words)
+    assert words.get(change, "") in caplog.text
+
+
+# Copies
+
+
+def test_a_copy_is_not_taken_for_the_original(tmp_path, capsys, monkeypatch):
+    original = tmp_path / "original"
+    (original / "slurm").mkdir(parents=True)
+    (original / "config.yaml").write_text(make_config({"run_dir": str(original)}).to_yaml())
+    write_note(original, "job", {"job": "12", "log": "12.log"})
+    lock = Lock(original)
+    os.pwrite(lock._descriptors[-1], (original / "lock").read_bytes().replace(b"\n", b" (Slurm job 12)\n", 1), 0)
+    copy = shutil.copytree(original, tmp_path / "copy")
+    queue = [cluster.Job("12", "12", "RUNNING", "", "node1", 0)]
+    assert read_state(original, queue).is_active
+    assert read_state(original, queue).job == "12"
+    assert not read_state(copy, queue).is_active
+    assert read_state(copy, queue).job == ""
+    monkeypatch.setattr(cluster, "read_jobs", lambda: queue)
+    monkeypatch.setattr(cluster, "run_slurm", lambda *command: pytest.fail(f"{command} must not be called"))
+    assert jobs.main(["cancel", str(copy)]) == 2
+    assert "does not run" in capsys.readouterr().err
+    lock.release()
+    moved = original.rename(tmp_path / "moved")
+    assert read_state(moved, queue).job == "12"
+
+
+def test_a_folders_mark_knows_moves_and_copies(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    mark = mark_folder(folder)
+    assert is_marked(folder, mark)
+    assert is_marked(folder, "")
+    copy = shutil.copytree(folder, tmp_path / "b")
+    assert not is_marked(copy, mark)
+    moved = folder.rename(tmp_path / "c")
+    assert is_marked(moved, mark)
+    restored = shutil.copytree(moved, folder)  # a backup comes back to the old place
+    assert is_marked(restored, mark)
+
+
+# The terminal
+
+
+def test_escape_sequences_in_names_do_not_reach_the_terminal(tmp_path, capsys):
+    folder = tmp_path / "runs" / "red\x1b[31m\x07"
+    (folder / "slurm").mkdir(parents=True)
+    (folder / "config.yaml").write_text(Config().to_yaml())
+    (folder / "starts.jsonl").write_text(json.dumps({"step": 0, "host": "node\x1b[2J"}) + "\n")
+    log = folder / "slurm/1.log"
+    log.write_text("fine\tso far\n\x1b]0;title\x07done\n")
+    write_note(folder, "job", {"job": "1\x1b[5m", "log": str(log)})
+    assert jobs.main([str(tmp_path / "runs")]) == 0
+    assert jobs.main(["follow", str(folder)]) == 1
+    answer = capsys.readouterr()
+    assert "fine\tso far\n" in answer.out
+    for word in (r"red\x1b[31m\x07", r"node\x1b[2J", r"1\x1b[5m", r"\x1b]0;title"):
+        assert word in answer.out
+    assert not {"\x1b", "\x07"} & {*answer.out, *answer.err}
+
+
+# The same bytes
+
+
+def test_two_equal_runs_have_equal_files_of_weights(stopped, tmp_path):
+    run_ranks(tmp_path, Train([*TINY, "--optimizer", "muon", "--run_dir", str(tmp_path / "run")]))
+    digests = {hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in (stopped, tmp_path / "run")}
+    assert len(digests) == 1
+
+
+def test_the_header_of_the_weights_is_the_same_in_every_process(tmp_path):
+    code = "import safetensors.torch as s, torch, hashlib; from mnist_dist.weights import make_header\n"
+    code += "print(hashlib.sha256(s.save({'a': torch.zeros(2)}, make_header('mnist', 0.1, 0.3))).hexdigest())"
+    outputs = {subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(outputs) == 1
+
+
+def test_a_config_file_of_many_keys_is_read_in_time(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(f"{number}: 1\n" for number in range(20_000)))
+    start = time.process_time()
+    with pytest.raises(UserError):
+        read_options_file(path)
+    assert time.process_time() - start < 1
