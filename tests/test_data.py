@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import multiprocessing
+import os
 import shutil
 import struct
 import time
@@ -104,6 +105,45 @@ def test_files_of_torchvision_data_sets_are_used(tmp_path, name, folder):
     assert dataset.train.images.shape == (60_000, 28, 28)
     assert int(dataset.test.images[0, 0, 0]) == 7
     assert dataset.test.labels[:12].tolist() == [*range(10), 0, 1]
+
+
+@pytest.mark.parametrize("folder", ["", "FashionMNIST", "FashionMNIST/raw"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_files_are_found_as_people_have_them(tmp_path, folder, compressed):
+    """In the folder itself, as distributions have them, or in torchvision's; compressed, as they are published, or not."""
+    write_idx_files(tmp_path / folder, mark=3)
+    for path in (tmp_path / folder).glob("*-ubyte") if compressed else []:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+        path.unlink()
+    dataset = load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+    assert int(dataset.train.images[5, 3, 3]) == 3
+    assert dataset.train.labels.dtype == torch.int64
+    (tmp_path / folder / ("t10k-labels-idx1-ubyte" + ".gz" * compressed)).unlink()
+    with pytest.raises(UserError) as error:
+        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+    assert f"fashion_mnist lacks t10k-labels-idx1-ubyte (or the same with .gz) in {tmp_path} and in {tmp_path}/FashionMNIST/raw" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("fault", ["bomb", "cut", "other bytes", "fifo", "other type", "floats"])
+def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
+    write_idx_files(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte"
+    content = file.read_bytes()
+    file.unlink()
+    packed = tmp_path / "train-images-idx3-ubyte.gz"
+    if fault == "fifo":
+        os.mkfifo(packed)
+    else:
+        good = gzip.compress(content, 1)
+        header = {"other type": b"\0\0\x0b\3", "floats": b"\0\0\x0d\3"}.get(fault, content[:4])
+        damaged = {"bomb": gzip.compress(bytes(1 << 30), 1), "cut": good[:-100], "other bytes": b"PK" + good}
+        packed.write_bytes(damaged.get(fault, gzip.compress(header + content[4:], 1)))
+    start = time.process_time()
+    with pytest.raises(UserError, match=str(packed)):
+        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+    assert time.process_time() - start < 5
 
 
 def test_qmnist_takes_the_label_of_its_eight_numbers(tmp_path):

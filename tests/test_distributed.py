@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from processes import find_free_port, run_ranks, start_ranks
+from processes import TINY, find_free_port, run_ranks, start_ranks
 
 from mnist_dist import distributed
 from mnist_dist.config import Config
@@ -253,3 +253,52 @@ def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_
     done, folder = launch(tmp_path, *command, "--num_processes", "1", "-m")
     assert done.returncode == 0, done.stderr
     assert '"world_size": 1' in (folder / "result.json").read_text()
+
+
+@pytest.mark.parametrize("port", ["0", "99999", "65536", "x", "-1"])
+def test_a_port_that_is_none_is_named(port):
+    for environ in (TORCHRUN, SRUN):
+        with pytest.raises(UserError, match="PORT"):
+            find_world(environ | {"MASTER_PORT": port})
+
+
+ODD = {
+    "ACCELERATE_USE_CPU": "maybe",
+    "ACCELERATE_DEBUG_MODE": "maybe",
+    "ACCELERATE_CPU_AFFINITY": "maybe",
+    "ACCELERATE_DYNAMO_BACKEND": "fast",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "maybe",
+    "ACCELERATE_FP8_BACKEND": "none",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "many",
+    "ACCELERATE_MIXED_PRECISION": "fp12",
+    "ACCELERATE_TORCH_DEVICE": "toaster",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_SAGEMAKER": "true",
+}
+
+
+@dataclass(frozen=True)
+class StartInOddEnvironments:
+    """A process that tries to start with each of the odd variables, and with a compiler."""
+
+    run_dir: str
+
+    def __call__(self):
+        from mnist_dist.train import main
+
+        for name, value in [*ODD.items(), ("ACCELERATE_DYNAMO_BACKEND", "inductor")]:
+            os.environ[name] = value
+            assert main([*TINY, "--run_dir", self.run_dir]) == 2, name
+            del os.environ[name]
+
+
+def test_odd_values_of_accelerates_variables_are_named(tmp_path):
+    text = run_ranks(tmp_path, StartInOddEnvironments(str(tmp_path / "run")))
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    for line, (name, value) in zip(lines, ODD.items(), strict=False):
+        assert (name in line and value in line) or name == "ACCELERATE_MIXED_PRECISION", line
+    assert "ACCELERATE_DYNAMO_BACKEND is inductor; allowed: no" in lines[-1]
+    assert len(lines) == len(ODD) + 1
+    assert not (tmp_path / "run").exists()

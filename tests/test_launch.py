@@ -280,6 +280,70 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
 
 
+def test_a_sweep_counts_its_combinations_before_it_makes_them(no_slurm, capsys):
+    thousand = ",".join(map(str, range(1000)))
+    start = time.process_time()
+    words = [f"seed={thousand}", f"learning_rate={thousand}", f"momentum={thousand}", f"weight_decay={thousand}"]
+    assert sweep.main([*words, "--config", "smoke", "--cluster", "local"]) == 2
+    assert f"the sweep has {1000**4} combinations; at most 1000 are allowed" in capsys.readouterr().err
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("value", ["a/b", "../x", "/tmp/x"])
+def test_a_swept_value_does_not_make_a_folder_elsewhere(no_slurm, tmp_path, capsys, value):
+    assert sweep.main([f"wandb_project=a,{value}", "--config", "smoke", "--cluster", "local"]) == 2
+    assert "cannot hold a /" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("memory_gb", ["0.0004", "0", "1e-9", "0.00099"])
+def test_memory_that_slurm_would_read_as_all_is_refused(no_slurm, capsys, memory_gb):
+    assert submit.main(["--config", "smoke", "--dry_run", "--memory_gb", memory_gb]) == 2
+    assert "allowed: a number, at least 0.001" in capsys.readouterr().err
+    assert submit.main(["--config", "smoke", "--dry_run", "--memory_gb", "0.001"]) == 0
+    assert "--mem=1M\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def fake_slurm(monkeypatch, tmp_path):
+    """Slurm's commands, each of which prints a text and ends with a status."""
+
+    def make(**answers):
+        for name, (status, text) in ({"squeue": (0, ""), "scontrol": (0, ""), "sbatch": (0, ""), "srun": (0, "")} | answers).items():
+            path = tmp_path / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"#!/bin/sh\ncat <<'END' >&{1 if status == 0 else 2}\n{text}\nEND\nexit {status}\n")
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+
+    return make
+
+
+def test_a_dry_run_needs_no_controller_that_answers(fake_slurm, capsys):
+    fake_slurm(sinfo=(1, "slurm_load_partitions: Unable to contact slurm controller"))
+    assert submit.main(["--config", "smoke", "--dry_run"]) == 0
+    answer = capsys.readouterr()
+    assert "#SBATCH" in answer.out
+    assert "Unable to contact slurm controller; the request is not compared with the cluster" in answer.err
+    assert submit.main(["--config", "smoke"]) == 1
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
+
+
+def test_a_job_that_sbatch_refuses_leaves_no_folder_but_those_that_were_there(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO), sbatch=(1, "sbatch: error: Batch job submission failed: Invalid account"))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
+    assert "sbatch refused the job: Batch job submission failed: Invalid account" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+    Path("runs/a/slurm").mkdir(parents=True)
+    Path("runs/a/slurm/notes").write_text("mine")
+    Path("runs/a/slurm").chmod(0o755)
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
+    assert Path("runs/a/slurm/notes").read_text() == "mine"
+    assert Path("runs/a/slurm").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_sweep_of_a_file_and_of_words_is_the_same(no_slurm, tmp_path):
     (tmp_path / "s.yaml").write_text("config: smoke\nsweep: {learning_rate: [0.1, 0.10, 1e-3], seed: [0, 1]}\nfixed: {steps: 3}\n")
     given = {"words": ["s.yaml"], "config": None}

@@ -132,6 +132,45 @@ def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
 
 
 @dataclass(frozen=True)
+class StopAndResume:
+    """A rank that trains each recipe unbroken, and stopped after each of its six steps in one of two further runs."""
+
+    folder: str
+    world: int
+
+    def __call__(self):
+        from mnist_dist.loop import train
+
+        # With more ranks than one, a stop is agreed upon in one step and heeded after the next.
+        runs = {"unbroken": [], "even": [1, 1], "odd": [2, 1]} if self.world > 1 else {"unbroken": [], "even": [2, 2], "odd": [1, 2, 2]}
+        for name, recipe in RECIPES.items():
+            for kind, stops in runs.items():
+                for step in [*stops, 99]:
+                    os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", "0")) + 1)  # a start joins at a port of its own
+                    train(parse_command_line([*TINY, *recipe, "--steps", "6", "--run_dir", f"{self.folder}/{name} {kind}"]), StopAt(step))
+
+
+RECIPES = {
+    f"{optimizer} {precision}": ["--optimizer", optimizer, "--precision", precision]
+    for optimizer in ("sgd", "muon")
+    for precision in ("fp32", "bf16")
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_on_any_number_of_ranks_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, world):
+    run_ranks(tmp_path, StopAndResume(str(tmp_path), world), world)
+    for name in RECIPES:
+        expected = (tmp_path / f"{name} unbroken/model.safetensors").read_bytes()
+        steps = set()
+        for kind in ("even", "odd"):
+            folder = tmp_path / f"{name} {kind}"
+            steps |= {json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()}
+            assert (folder / "model.safetensors").read_bytes() == expected, folder
+        assert steps == ({0, 1, 2, 3, 4, 5} if world == 1 else {0, 2, 3, 4, 5})
+
+
+@dataclass(frozen=True)
 class TrainOnce(TrainUntil):
     """One start that is stopped in the course of a step."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from processes import TINY, Train, run_ranks, start_ranks
+from processes import TINY, Train, find_free_port, run_ranks, start_ranks
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
@@ -465,3 +465,57 @@ def test_a_busy_disk_is_asked_again_only_when_the_time_has_come_again(tmp_path):
     for step in (7, 8, 9):
         run.save_if_due(SimpleNamespace(step=step))  # nothing of the state is read, let alone encoded
     assert asked == [7]
+
+
+def start_program(folder, *prefix, **options):
+    command = [*prefix, sys.executable, "-m", "mnist_dist.train", *LONG, "--run_dir", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_rows(folder, process):
+    end = time.monotonic() + 60
+    while count_rows(folder) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_closed_terminal_saves_and_stops_the_run_but_not_under_nohup(tmp_path):
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    processes = [start_program(plain), start_program(kept, "nohup")]
+    for folder, process in zip((plain, kept), processes, strict=True):
+        wait_for_rows(folder, process)
+        process.send_signal(signal.SIGHUP)
+    assert processes[0].wait(20) == 143
+    assert saved_steps(plain) == [count_rows(plain)]
+    rows = count_rows(kept)
+    end = time.monotonic() + 20
+    while count_rows(kept) < rows + 20:
+        assert processes[1].poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)  # it still heeds the others
+    assert processes[1].wait(20) == 143
+
+
+def test_torchrun_that_hands_on_a_closed_terminal_lets_the_ranks_save(tmp_path):
+    folder = tmp_path / "run"
+    command = ["nohup", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(find_free_port())]
+    command += ["-m", "mnist_dist.train", *LONG, "--run_dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(folder, process)
+    process.send_signal(signal.SIGHUP)
+    process.wait(40)
+    assert saved_steps(folder) == [count_rows(folder)]
+
+
+def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path):
+    """From the moment that Python has begun with the program itself; before, nothing of ours is there to answer."""
+    for delay_s in (0.1, 0.15, 0.2, 0.3, 0.4):
+        process = start_program(tmp_path / "run")
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=20)
+        if process.returncode != -signal.SIGINT or text:  # on a slow machine Python itself may not be there yet
+            assert (process.returncode, text) == (130, "stopped by a signal before the training began\n"), delay_s
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The recorded curve: any right world meets it, and the mistakes it is for do not."""
 
 import json
+import os
 from dataclasses import dataclass
 from importlib import resources
 
@@ -8,7 +9,7 @@ import pytest
 from processes import run_ranks
 
 from mnist_dist.errors import RunError
-from mnist_dist.verify import TOLERANCE, compare, make_config, verify
+from mnist_dist.verify import TOLERANCE, compare, main, make_config, verify
 
 REFERENCE = json.loads((resources.files("mnist_dist") / "reference.json").read_text())
 
@@ -54,3 +55,35 @@ def test_what_is_compared():
     for losses in (off, [*REFERENCE[:-1], float("nan")], REFERENCE[:-1]):
         with pytest.raises(RunError):
             compare(losses, REFERENCE)
+
+
+def test_the_curve_that_ships_can_be_recorded_again_and_another_be_compared_with(tmp_path):
+    run_ranks(tmp_path, Main(("--record", str(tmp_path / "curve.json"))), 2)
+    recorded = json.loads((tmp_path / "curve.json").read_text())
+    assert compare(recorded, REFERENCE)
+    assert "right: 40 steps" in run_ranks(tmp_path, Main(("--reference", str(tmp_path / "curve.json"))))
+    recorded[7] *= 1.001
+    (tmp_path / "other.json").write_text(json.dumps(recorded))
+    assert "the loss of step 8 is" in run_ranks(tmp_path, Main(("--reference", str(tmp_path / "other.json"))), expect=1)
+
+
+def test_a_curve_that_is_none_or_would_be_overwritten_is_refused(tmp_path, capsys):
+    (tmp_path / "curve.json").write_text("[1, 2]")
+    assert main(["--record", str(tmp_path / "curve.json")]) == main(["--record", str(tmp_path / "absent/curve.json")]) == 2
+    assert "expected a new name in an existing folder" in capsys.readouterr().err
+    for text in ("[]", "{}", "[1, NaN]", '["1"]', "[" * 100_000, "[-1]", "[1" + "0" * 5000 + "]"):
+        (tmp_path / "curve.json").write_text(text)
+        assert main(["--reference", str(tmp_path / "curve.json")]) == 2
+        assert "is not a list of losses" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "fifo")
+    assert main(["--reference", str(tmp_path / "fifo")]) == main(["--reference", str(tmp_path / "absent")]) == 2
+
+
+@dataclass(frozen=True)
+class Main:
+    """The program with some arguments."""
+
+    arguments: tuple[str, ...]
+
+    def __call__(self):
+        return main(self.arguments)
