@@ -199,3 +199,13 @@ def parse_object(text: bytes) -> Row:
 def _is_confusion(value: object) -> bool:
     rows = value if isinstance(value, list) else []
     return [isinstance(row, list) and [type(count) for count in row] for row in rows] == [[int] * CLASSES] * CLASSES
+
+
+def mark_folder(run_dir: Path) -> str:
+    """One line that names a folder: its inode and its absolute path. Raises OSError."""
+    return f"{os.stat(run_dir).st_ino} {os.path.abspath(run_dir)!a}"
+
+
+def is_marked(run_dir: Path, mark: str) -> bool:
+    """Whether `mark` names this folder, moved or not; False for a copy, whose inode and path are both others. No mark fits all."""
+    return not mark or any(mine == theirs for mine, theirs in zip(mark_folder(run_dir).split(" ", 1), mark.split(" ", 1), strict=False))
