@@ -12,7 +12,8 @@ from typing import Any
 class BadServer:
     """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, or an HTTP status.
 
-    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary` and `files` (names); `bodies` has all.
+    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary` and `files` (names); `upserts` has the
+    variables of the requests that make or change a run, `bodies` has all.
     """
 
     def __init__(self, mode: str = "good") -> None:
@@ -22,6 +23,7 @@ class BadServer:
         self.files: list[str] = []
         self.bodies: list[bytes] = []
         self.run_ids: set[str] = set()
+        self.upserts: list[dict[str, Any]] = []
         self._over = threading.Event()
         self._http = _Server(("127.0.0.1", 0), self._make_handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -86,6 +88,7 @@ class BadServer:
         match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
         operation, variables = match and match[1], request.get("variables", {})
         if operation == "UpsertBucket":
+            self.upserts.append(variables)
             new = variables["name"] not in self.run_ids
             self.run_ids |= {variables["name"]} - {None}
             entity = {"id": "1", "name": "someone"}

@@ -1,6 +1,7 @@
 """Whatever happens to Weights & Biases, training goes on, and what it logged can be read."""
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -27,7 +28,8 @@ from processes import TINY, Rank, run_ranks, start_ranks
 from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
-from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, open_tracker
+from mnist_dist.errors import UserError
+from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, check_project, open_tracker
 from mnist_dist.world import World
 
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
@@ -47,11 +49,21 @@ class Train:
     last: int = 40
     result: dict | None = field(default_factory=lambda: RESULT)
     file_bytes_max: int = 0
+    unknown_user: bool = False
 
     def __call__(self):
+        if self.unknown_user:
+            user = os.getuid()
+            if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+                print("no user namespaces")
+                return 0
+            Path("/proc/self/uid_map").write_text(f"54321 {user} 1")
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             del os.environ[name]
         os.environ.update({"HOME": str(self.folder / "home"), "SOME_TOKEN": KEY, **self.environ})
+        if self.unknown_user:
+            del os.environ["HOME"]
+        os.chdir(self.folder)
         if self.file_bytes_max:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes_max, self.file_bytes_max))
         set_up_logging(0, 1)
@@ -97,15 +109,15 @@ class Play:
     folder: Path
     server: BadServer
     key: bool = True
+    environ: dict[str, str] = field(default_factory=dict)
     rank: Rank = None
 
     def start(self, **changes) -> None:
-        self.folder.mkdir(exist_ok=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)
         Image.new("L", (28, 28), 200).save(self.folder / "sample.png")
         (self.folder / "go").unlink(missing_ok=True)
-        environ = {"WANDB_BASE_URL": self.server.url, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"} | (
-            {"WANDB_API_KEY": KEY} if self.key else {}
-        )
+        environ = {"WANDB_BASE_URL": self.server.url, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", "TMPDIR": str(self.temporary)}
+        environ |= ({"WANDB_API_KEY": KEY} if self.key else {}) | self.environ
         (self.rank,) = start_ranks(self.folder, replace(Train(self.folder, environ), **changes))
 
     def wait_for(self, text: str) -> None:
@@ -129,6 +141,20 @@ class Play:
     def end(self) -> None:
         self.go()
         assert self.rank.wait() == 0, self.rank.text
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / ("t" * 108)  # no socket fits into it
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All that live in this play's folder."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.folder / "run" / "wandb" / "cache") == process.environ().get("WANDB_CACHE_DIR"):
+                    found.append(process)
+        return found
 
     @property
     def mirror(self) -> psutil.Process:
@@ -318,7 +344,7 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     play = plays("with_a_good_server")
     (run_id,) = play.server.run_ids
     assert [piece.name.split("-")[-1] for piece in play.pieces] == [run_id, run_id]
-    assert run_id == (play.folder / "run" / "wandb" / "run_id").read_text().strip()
+    assert run_id == (play.folder / "run" / "wandb" / "run_id").read_text().splitlines()[0]
     steps = [row["step"] for row in play.server.rows if "train/loss" in row]
     assert steps in ([*range(1, 41)], [*range(1, 26), *range(25, 41)])
     assert play.warnings == 0, play.logs
@@ -415,12 +441,46 @@ def mirror_stopped(play):
 def training_killed(play):
     play.start()
     play.wait_for_upload(20)
-    mirror = play.mirror
-    scratch = mirror.environ()["TMPDIR"]
+    mirror, helper = play.mirror, play.helper
+    assert KEY not in "".join(mirror.cmdline() + helper.cmdline())
     play.rank.process.kill()
-    psutil.wait_procs([mirror], 11)
+    psutil.wait_procs([mirror, helper], 11)
     assert not mirror.is_running()
-    shutil.rmtree(scratch)  # all that is left behind
+    assert not helper.is_running()
+
+
+@play
+def training_killed_while_wandb_hangs(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    mirror, helper = play.mirror, play.helper
+    helper.suspend()
+    play.rank.process.kill()
+    psutil.wait_procs([mirror], 12)
+    assert not mirror.is_running()
+    helper.resume()
+    psutil.wait_procs([helper], 5)
+
+
+@play
+def everything_killed_and_started_again(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    for process in (play.mirror, play.helper, play.rank.process):
+        process.kill()
+    play.rank.process.join()
+    (left,) = (play.folder / "run" / "wandb").glob("tmp-*")
+    assert any(left.iterdir())
+    other = play.folder / "other"
+    other.mkdir()
+    (other / "file").touch()
+    left.with_name("tmp-link").symlink_to(other)
+    play.start(first=21)
+    play.end()
 
 
 def test_a_dead_mirror_is_given_up(plays):
@@ -444,6 +504,14 @@ def test_the_mirror_outlives_a_killed_training_by_as_long_as_it_needs_to_finish(
     assert (piece.steps, piece.ended) == ([*range(1, 21)], True)
 
 
+def test_what_even_the_mirror_could_not_remove_goes_with_the_next_start_and_nothing_else(plays):
+    play = plays("everything_killed_and_started_again")
+    assert [path.name for path in (play.folder / "run" / "wandb").glob("tmp-*")] == ["tmp-link"]
+    assert (play.folder / "other" / "file").exists()
+    (play.folder / "run" / "wandb" / "tmp-link").unlink()
+    assert [piece.steps for piece in play.pieces] == [[*range(1, 21)], [*range(21, 41)]]
+
+
 @play
 def full_disk(play):
     play.key = False
@@ -459,15 +527,111 @@ def test_a_full_disk_costs_rows_of_the_mirror_and_nothing_else(plays):
     assert play.warnings == 1, play.logs
 
 
+def damage_key(play):
+    play.environ["WANDB_API_KEY"] = f"{KEY[:30]}\n{KEY[30:]}\n"
+
+
+def damage_address(play):
+    play.environ["WANDB_BASE_URL"] = play.server.url.removeprefix("http://")
+
+
+def damage_settings(play):
+    for folder in (play.folder / "wandb", play.folder / "home" / ".config" / "wandb"):
+        folder.mkdir(parents=True)
+        (folder / "settings").write_bytes(b"\xff\xfe[default")
+
+
+def put_pipe_for_settings(play):
+    (play.folder / "wandb").mkdir()
+    os.mkfifo(play.folder / "wandb" / "settings")
+
+
+def damage_every_variable(play):
+    from wandb import Settings
+
+    play.environ |= {
+        f"WANDB_{name.upper()}": "\trub/bish?\n" for name in [*Settings.model_fields, "dir", "name", "notes", "tags", "job_type"]
+    }
+    del play.environ["WANDB_MODE"]  # which says that a try online is not wanted
+    play.environ |= {"PYTHONWARNINGS": "error", "WANDB_SERVICE": "rubbish", "WANDB_CONFIG_DIR": "/nowhere", "HOME": "/nowhere"}
+
+
+def play_damage(damage):
+    def act(play: Play) -> None:
+        play.folder.mkdir()
+        damage(play)
+        play.start()
+        play.wait_for("keeps this run offline")
+        play.end()
+
+    return act
+
+
+DAMAGES = (damage_key, damage_address, damage_settings, put_pipe_for_settings, damage_every_variable)
+PLAYS |= {damage.__name__: play_damage(damage) for damage in DAMAGES}
+
+
+@pytest.mark.parametrize("damage", [damage.__name__ for damage in DAMAGES])
+def test_whatever_is_wrong_in_the_environment_the_run_is_there_offline(plays, damage):
+    play = plays(damage)
+    (piece,) = play.pieces
+    assert piece.name.startswith("offline-run-")
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.warnings == 1, play.logs
+
+
+@play
+def unknown_user(play):
+    play.start(unknown_user=True)
+    play.end()
+
+
+def test_a_user_without_a_name_and_a_home_is_mirrored(plays):
+    play = plays("unknown_user")
+    if "no user namespaces" in play.logs:
+        pytest.skip("needs user namespaces")
+    assert play.warnings == 0, play.logs
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
+
+
+@play
+def under_an_agent_of_a_sweep(play):
+    play.environ |= {"WANDB_SWEEP_ID": "sw33p123", "WANDB_RUN_ID": "agents0id", "WANDB_RESUME": "never"}
+    play.start()
+    play.end()
+    play.environ["WANDB_RUN_ID"] = "another1d"
+    play.start(first=41, middle=42, last=43)
+    play.end()
+
+
+def test_under_an_agent_a_new_folder_is_the_agents_run_and_stays_it(plays):
+    play = plays("under_an_agent_of_a_sweep")
+    assert play.warnings == 0, play.logs
+    assert play.server.run_ids == {"agents0id"}
+    sweeps = [variables["sweep"] for variables in play.server.upserts]
+    assert sweeps[0] == "sw33p123"
+    assert sweeps[-1] is None
+    assert play.logs.count("this run folder is the run agents0id on W&B; not heeded: WANDB_RUN_ID, WANDB_RESUME, WANDB_SWEEP_ID") == 1
+
+
+def test_nothing_is_left_of_any_mirror(plays):
+    for name in PLAYS.keys() - SLOW_PLAYS:
+        play = plays(name)
+        psutil.wait_procs(play.processes, 5)  # W&B's helper looks from time to time whether the mirror is there
+        assert play.processes == [], name
+        assert [*play.temporary.iterdir()] == [], name
+        assert [path for path in (play.folder / "run" / "wandb").glob("tmp-*") if not path.is_symlink()] == [], name
+
+
 def test_no_key_is_written_printed_or_sent_in_a_body(plays):
     for name in PLAYS.keys() - SLOW_PLAYS:
         play = plays(name)
         for path in play.folder.rglob("*"):
             if path.is_file() and path.name != ".netrc":
                 content = path.read_bytes()
-                assert KEY.encode() not in content, path
+                assert KEY[:30].encode() not in content, path
                 assert b"hush-hush" not in content, path
-        assert not any(KEY.encode() in body or b"hush-hush" in body for body in play.server.bodies)
+        assert not any(KEY[:30].encode() in body or b"hush-hush" in body for body in play.server.bodies)
 
 
 PICTURES = {"augmented_sample", "confusion_matrix", "correct_classification", "curves", "data_sample", "incorrect_classification"}
@@ -540,3 +704,86 @@ def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
     assert type(open_tracker("offline", tmp_path / "run", {})) is NoTracker
     assert [record.message.split(": ")[0] for record in caplog.records] == ["this run is not mirrored to W&B"] * 2
+
+
+@pytest.fixture
+def starts(monkeypatch, tmp_path):
+    """What mirrors are started with, without starting them."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    starts = []
+    monkeypatch.setattr("mnist_dist.tracking.WandbTracker", lambda start, environ: starts.append(start))
+    return starts
+
+
+def test_a_moved_run_folder_is_the_same_run_and_a_copy_another(starts, tmp_path):
+    run, moved, copy = tmp_path / "run", tmp_path / "moved", tmp_path / "copy"
+    open_tracker("auto", run, {})
+    (run / "wandb" / "run_id").write_text("abcdef012345\n")  # as older versions wrote it
+    for _ in range(2):
+        open_tracker("auto", run, {})
+    run.rename(moved)
+    open_tracker("auto", moved, {})
+    shutil.copytree(moved, copy)
+    for folder in (copy, moved, copy):
+        open_tracker("auto", folder, {})
+    first, second, third, after_move, of_copy, of_original, again = [start["run"]["run_id"] for start in starts]
+    assert first != second == third == after_move == of_original == "abcdef012345"
+    assert of_copy == again != of_original
+
+
+@pytest.mark.parametrize("damage", ["pipe", "link to a pipe", "large", "rubbish", "of a copy"])
+def test_a_damaged_run_id_is_replaced(starts, tmp_path, damage):
+    path = tmp_path / "run" / "wandb" / "run_id"
+    path.parent.mkdir(parents=True)
+    if "pipe" in damage:
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe") if "link" in damage else path.with_name("pipe").rename(path)
+    else:
+        path.write_bytes({"large": b"a" * 100_000_000, "rubbish": b"\xff\0\n\n", "of a copy": b"abcdef012345\n1 '/elsewhere'\n"}[damage])
+    for _ in range(2):
+        open_tracker("auto", tmp_path / "run", {})
+    first, second = [start["run"]["run_id"] for start in starts]
+    assert first == second == path.read_text().splitlines()[0] != "abcdef012345"
+
+
+@pytest.mark.parametrize(("command", "expected"), [("offline", "offline"), ("disabled", None), ("enabled", "auto")])
+def test_auto_heeds_what_wandb_was_told_in_this_folder(starts, tmp_path, monkeypatch, command, expected):
+    subprocess.run([WANDB, command], check=True, capture_output=True)
+    open_tracker("auto", tmp_path / "run", {})
+    assert [start["mode"] for start in starts] == ([expected] if expected else [])
+    open_tracker("online", tmp_path / "run", {})
+    monkeypatch.setenv("WANDB_MODE", "online")
+    open_tracker("auto", tmp_path / "run", {})
+    monkeypatch.setenv("WANDB_MODE", "oflfine")
+    open_tracker("auto", tmp_path / "run", {})
+    assert [start["mode"] for start in starts[-3:]] == ["online", "auto", "offline"]
+
+
+def test_a_project_that_wandb_would_refuse_is_refused_before_the_run(starts, tmp_path, monkeypatch):
+    for name in ("mnist", "p" * 128, "Käse & more", None, ""):
+        check_project(name)
+    for name in ("a/b", "a\\b", "50%", "p" * 129, "two\nlines", "\udcff"):
+        with pytest.raises(UserError, match=r"wandb_project is .*: expected at most 128 printable characters, none of / \\ # \? % :"):
+            check_project(name)
+        open_tracker("auto", tmp_path / "run", {}, project=name)
+    assert {start["run"]["project"] for start in starts} == {"mnist-dist"}
+    monkeypatch.setenv("WANDB_PROJECT", "a:b")
+    check_project("mnist")
+    with pytest.raises(UserError, match="the variable WANDB_PROJECT is 'a:b'"):
+        check_project(None)
+
+
+def test_no_upload_is_advised_where_there_is_nothing_to_upload(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3")
+    broken.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(broken))
+    with open_tracker("offline", tmp_path / "run", {}) as tracker:
+        time.sleep(0.5)
+        tracker.log({"step": 1})
+    assert [record.message for record in caplog.records] == ["W&B's process died; metrics.jsonl has everything"]
+    assert not [*(tmp_path / "run" / "wandb").glob("tmp-*")]
