@@ -10,7 +10,8 @@ from typing import Any
 
 
 class BadServer:
-    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, or an HTTP status.
+    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, "hang at" and a word
+    in the request's path or body, or an HTTP status.
 
     `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary` and `files` (names); `upserts` has the
     variables of the requests that make or change a run, `bodies` has all.
@@ -52,12 +53,13 @@ class BadServer:
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 server.bodies.append(body)
-                if server.mode == "hang":
+                hangs = server.mode.startswith("hang") and server.mode[8:] in f"{self.path} {body.decode(errors='replace')}"
+                if hangs:
                     server._over.wait()
-                if server.mode in ("hang", "refuse"):
+                if hangs or server.mode == "refuse":
                     self.close_connection = True
                     return
-                status, content = (200, server._serve(self.path, body)) if server.mode == "good" else (int(server.mode), {})
+                status, content = (int(server.mode), {}) if server.mode.isdecimal() else (200, server._serve(self.path, body))
                 text = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))

@@ -307,6 +307,34 @@ def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(play
     assert play.warnings == 1, play.logs
 
 
+STAGES = ("RunResumeStatus", "UpsertBucket", "file_stream", "CreateRunFiles", "upload/")
+
+
+def play_hang(stage):
+    def act(play: Play) -> None:
+        play.server.mode = f"hang at {stage}"
+        play.start()
+        play.wait_for("middle")
+        play.wait_for("W&B ")
+        play.end()
+
+    return act
+
+
+PLAYS |= {f"hang at {stage}": play_hang(stage) for stage in STAGES}
+SLOW_PLAYS |= {f"hang at {stage}" for stage in STAGES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_wherever_the_server_hangs_the_run_ends_in_time_and_is_there(plays, stage):
+    play = plays(f"hang at {stage}")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.seconds["finish"] < 10
+    assert play.warnings == 1, play.logs
+
+
 @play
 def without_a_key(play):
     play.key = False
