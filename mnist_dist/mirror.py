@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
+_WRONG, _CONFUSION = "predictions/wrong", "predictions/confusion_matrix"
+_KILLED = 255  # the exit code of what someone ended, as W&B itself has it for Ctrl-C
 _FLUSH_S = 2.0  # how much of a run a SIGKILL of everything may cost
+_BEST = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
 # The settings whose variables are named otherwise.
 _SETTING_OF_VARIABLE = {
     "WANDB_DIR": "root_dir",
@@ -52,6 +55,8 @@ class Mirror:
         self._messages: list[Message] = []
         self._online = start["mode"] != "offline"
         self._known_step = 0
+        self._is_server_silent = False
+        self._is_stopped_from_the_page = False
         self._settings = self._make_settings()
         own = {name for name in environ if _find_setting(name) in self._settings.model_fields_set}  # ours wins, so theirs may be rubbish
         bare = dict(os.environ)
@@ -75,14 +80,14 @@ class Mirror:
         except ConnectionError:
             self._begin()
 
-    def close(self, exit_code: int) -> None:
+    def close(self) -> None:
         """End the run, as far as the server takes it in time; the rest stays in the run folder."""
         try:
             try:
-                self._run.finish(exit_code=exit_code)
+                self._finish()
             except ConnectionError:
                 self._begin()
-                self._run.finish(exit_code=exit_code)
+                self._finish()
         except TimeoutError:
             self._tell("W&B did not take everything in time", warning=True)
         if "Fatal error" in self._console.getvalue():
@@ -90,6 +95,22 @@ class Mirror:
         if not self._is_written():
             self._tell("W&B could not write all of this run to the run folder (is the disk full?)", warning=True)
         wandb.teardown()
+
+    def _finish(self) -> None:
+        last = self._messages[-1] if self._messages else {}
+        if last.get("finish") is not None:
+            self._run.finish(exit_code=0)
+        elif self._is_stopped_from_the_page:
+            self._run.finish(exit_code=_KILLED)
+        else:
+            if last.get("stopped"):
+                self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
+            self._run.finish(exit_code=1)
+
+    def _stop(self) -> None:
+        # Called in a thread of W&B's when someone presses stop on the page of the run.
+        self._is_stopped_from_the_page = True
+        self._tell("W&B: stop was pressed on the page of this run", stop=True)
 
     def _begin(self) -> None:
         """Open the run, online where that is wanted and possible, and send all that was logged so far."""
@@ -132,10 +153,11 @@ class Mirror:
             silent=False,  # what it says is read by `close`
             show_warnings=True,
             symlink=False,
-            stop_fn=lambda: None,  # the default sends SIGINT to this process when someone presses stop on the web page
+            stop_fn=self._stop,
+            stop_on_fatal_error=False,  # W&B would take what it cannot upload for the same request
             sagemaker_disable=True,  # there W&B takes an id of its own
             launch=False,
-            # Nothing goes to W&B but what is logged: no arguments, code, packages, host, console or measurements of the machine.
+            # Nothing goes to W&B but what is logged: no arguments, code, packages, host or console; the machine is measured if asked for.
             program="mnist_dist.mirror",
             console="off",
             disable_code=True,
@@ -144,9 +166,10 @@ class Mirror:
             host="",
             label_disable=True,
             save_code=False,
-            x_disable_machine_info=True,
+            x_disable_machine_info=not start["system_metrics"],
             x_disable_meta=True,
-            x_disable_stats=True,
+            x_disable_stats=not start["system_metrics"],
+            x_stats_pid=os.getppid(),
             x_disable_viewer=True,
             x_save_requirements=False,
         )
@@ -161,7 +184,9 @@ class Mirror:
         self._run = wandb.init(mode=mode, config=self._start["config"])
         # Rows are placed by our own step: W&B drops rows whose own step goes back, as after a SIGKILL.
         self._run.define_metric("*", step_metric="step")
-        for name, best in (("train/loss", "min"), ("test/loss", "min"), ("test/accuracy", "max")):
+        for name in ("step", "epoch"):  # what others are drawn over: no panels
+            self._run.define_metric(name, hidden=True)
+        for name, best in _BEST.items():
             self._run.define_metric(name, step_metric="step", summary=f"{best},last")
         # A server knows how far it got before a SIGKILL of this job or of the helper: what it has is not sent again.
         self._known_step = int(self._run.summary.get("step") or 0) if mode == "online" else 0
@@ -178,17 +203,40 @@ class Mirror:
                 self._run.log(message["row"])
             elif "images" in message:
                 self._run.log({"step": step} | {name: wandb.Image(path) for name, path in message["images"].items()})
+            elif "confusion" in message:
+                try:
+                    with self._waiting_for_the_server():
+                        self._run.log({"step": step} | _draw_predictions(message))
+                except Exception:
+                    drawn = _draw_predictions(message)
+                    for name, table in _find_tables(drawn):  # bound before, they are files of the run and no artifacts
+                        table.bind_to_run(self._run, name, self._run.step)
+                    self._run.log({"step": step} | drawn)
+                    raise
             elif "model" in message:
                 # The name carries the run's id: runs of one project do not mix their models.
                 artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
                 artifact.add_file(message["model"])
-                self._run.log_artifact(artifact)
+                with self._waiting_for_the_server():
+                    self._run.log_artifact(artifact)
             elif message["finish"] is not None:
                 self._run.summary.update({f"result/{name}": value for name, value in message["finish"].items()})
         except ConnectionError:  # the helper process died
             raise
         except Exception as error:  # this message cannot be sent, but the next one can
             self._tell(f"W&B did not take something that was logged ({_shorten(error)})", warning=True)
+
+    @contextlib.contextmanager
+    def _waiting_for_the_server(self) -> Iterator[None]:
+        """For artifacts, of which a table is one: W&B first asks the server about them, and waits. One that hangs is asked only once."""
+        if self._is_server_silent:
+            raise TimeoutError("the server does not answer")
+        try:
+            with _limit(self._start["limits_s"]["answer"]):
+                yield
+        except _TookTooLongError as error:
+            self._is_server_silent = True
+            raise TimeoutError("the server does not answer") from error
 
     def _is_written(self) -> bool:
         # On a full disk the helper drops rows and goes on; only its own log, if there is room for that, has a word on it.
@@ -200,6 +248,24 @@ class Mirror:
         except OSError:
             probe.unlink(missing_ok=True)
             return False
+
+
+def _draw_predictions(message: Message) -> dict[str, Any]:
+    """W&B's own table and plot of what a model predicted."""
+    classes, confusion = message["classes"], message["confusion"]
+    counted = [(label, predicted) for label, row in enumerate(confusion) for predicted, count in enumerate(row) for _ in range(count)]
+    labels, predictions = zip(*counted, strict=True) if counted else ((), ())
+    table = wandb.Table(columns=["image", "label", "predicted", *(f"probability/{name}" for name in classes)])
+    for path, label, probabilities in message["mistakes"]:
+        predicted = probabilities.index(max(probabilities))
+        table.add_data(wandb.Image(path), classes[label], classes[predicted], *probabilities)
+    matrix = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes, title="Confusion matrix")
+    return {_WRONG: table, _CONFUSION: matrix}
+
+
+def _find_tables(drawn: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The tables of what `_draw_predictions` returns, by the names under which W&B logs them."""
+    return [(_WRONG, drawn[_WRONG]), (f"{_CONFUSION}_table", drawn[_CONFUSION].table)]
 
 
 def _find_setting(variable: str) -> str | None:
@@ -224,7 +290,7 @@ class _TookTooLongError(BaseException):
 @contextlib.contextmanager
 def _limit(seconds: float) -> Iterator[None]:
     def give_up(*_: object) -> None:
-        raise _TookTooLongError(f"it did not start within {seconds:g} s")
+        raise _TookTooLongError(f"it took more than {seconds:g} s")
 
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -266,14 +332,14 @@ def main() -> None:
     global wandb
     scratch, status = os.environ["HOME"], 1
     # The pipes move to descriptors that W&B's helper does not inherit: it must not keep them open when this process has ended.
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", buffering=1)
+    source, sink = os.fdopen(os.dup(0), "rb"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
 
-    def tell(text: str, *, warning: bool = False, upload: bool = False) -> None:
+    def tell(text: str, **more: bool) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
-            print(json.dumps({"text": text, "warning": warning, "upload": upload}), file=sink)
+            os.write(sink, json.dumps({"text": text, **more}).encode() + b"\n")  # a line at once, as several threads tell something
 
     try:
         descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
@@ -288,12 +354,9 @@ def main() -> None:
         import wandb  # only now that this process will end, come what may
 
         mirror = Mirror(start, environ, tell)
-        finished = False
         for line in source:
-            message = json.loads(line)
-            mirror.take(message)
-            finished = message.get("finish") is not None
-        mirror.close(0 if finished else 1)
+            mirror.take(json.loads(line))
+        mirror.close()
         status = 0
     except Exception as error:
         tell(f"W&B failed ({_shorten(error)})", warning=True)

@@ -25,9 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mnist_dist.checkpoint import write_atomically
 from mnist_dist.errors import UserError
@@ -37,12 +37,13 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 _DEFAULT_PROJECT = "mnist-dist"
 _INIT_S = 5.0  # how long a server may take to accept the run, before the run is kept offline
+_ANSWER_S = 3.0  # how long a server may take to answer what W&B asks before it sends tables and weights
 _UPLOAD_S = 4.0  # how long a server may take for the rest, at the end
-_FINISH_S = 10.0  # how long the end may take in all; covers both, one after the other
+_FINISH_S = 10.0  # how long the end may take in all; covers all three, one after the other, or nearly so
 _PENDING_BYTES_MAX = 8 << 20
 _SMALL_FILE_BYTES = 65_536
-_NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, and not more than this many characters:
-_PROJECT_LENGTH_MAX = 128
+_NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, as the next
+_NAME_LENGTH_MAX = 128
 _SCRATCH_PREFIX = "tmp-"
 # What of the environment the mirror's process needs to find and read the same files as this one.
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
@@ -57,8 +58,21 @@ _HIDDEN = "(hidden)"
 _log = logging.getLogger(__name__)
 
 
+class Mistake(NamedTuple):
+    """An image that was taken for what it is not."""
+
+    image: Path
+    label: int  # the index of its class
+    probabilities: Sequence[float]  # of each class
+
+
 class NoTracker:
     """Mirrors nothing: for a run without W&B, and for every rank but zero."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether someone pressed stop on the page of the run. Takes microseconds, never waits, never raises."""
+        return False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Mirror a row of the record. Takes microseconds, never waits, never raises."""
@@ -66,11 +80,17 @@ class NoTracker:
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Mirror image files under names such as "images/data_sample", as `log` does. They are read within seconds, not at once."""
 
+    def log_predictions(self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]) -> None:
+        """Mirror how often the images of each class (rows) were taken for each class, and some mistakes, as `log_images` does."""
+
     def log_model(self, path: Path) -> None:
         """Mirror the file of the trained weights, as `log_images` does."""
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """End the mirror within 10 s: with the result of a finished run, or None for a run that stops before its end."""
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:
+        """End the mirror within 10 s.
+
+        `summary` is the result of a finished run, or None for a run that ends before: `stopped` by a signal and saved, or else failed.
+        """
 
     def __enter__(self) -> "NoTracker":
         return self
@@ -93,6 +113,7 @@ class WandbTracker(NoTracker):
         self._heard = b""
         self._warned = False
         self._over = False
+        self._stop_requested = False
         # For what W&B leaves behind where it is killed. In the run folder, where the next start finds it, on whatever machine that is.
         self._scratch = tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=self._folder)
         if os.path.expanduser("~") == "~":  # a user whom this machine does not know: W&B would not even start
@@ -130,20 +151,31 @@ class WandbTracker(NoTracker):
         os.set_blocking(self._output.fileno(), False)
         self._send(start)
 
+    @property
+    def stop_requested(self) -> bool:  # noqa: D102
+        self._hear()
+        return self._stop_requested
+
     def log(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         self._send({"row": _flatten(row)})
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:  # noqa: D102
         self._send({"step": step, "images": {name: os.path.abspath(path) for name, path in images.items()}})
 
+    def log_predictions(  # noqa: D102
+        self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]
+    ) -> None:
+        found = [(os.path.abspath(mistake.image), mistake.label, list(mistake.probabilities)) for mistake in mistakes]
+        self._send({"step": step, "confusion": confusion, "mistakes": found, "classes": list(classes)})
+
     def log_model(self, path: Path) -> None:  # noqa: D102
         self._send({"model": os.path.abspath(path)})
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:  # noqa: D102
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._over:
             return
         deadline = time.monotonic() + _FINISH_S
-        self._send({"finish": summary})
+        self._send({"finish": summary, "stopped": stopped})
         while not self._over and self._process.poll() is None and time.monotonic() < deadline:
             self._exchange()
             if not self._pending:
@@ -195,10 +227,11 @@ class WandbTracker(NoTracker):
             text = _CREDENTIALS_IN_URL.sub("//", said["text"])
             for secret in self._secrets:
                 text = text.replace(secret, _HIDDEN)
-            if said["warning"]:
+            if said.get("warning"):
                 self._warn(text)
             else:
-                _log.info("%s%s", text, self._advise("upload it") if said["upload"] else "")
+                _log.info("%s%s", text, self._advise("upload it") if said.get("upload") else "")
+            self._stop_requested = self._stop_requested or "stop" in said
 
     def _warn(self, text: str) -> None:
         if not self._warned:
@@ -278,7 +311,7 @@ class AccelerateTracker(NoTracker):
                 else:
                     self._tracker.log_images({name: [image]}, step=step)
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:  # noqa: D102
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._tracker is not None:
             with self._giving_up():
                 self._tracker.finish()
@@ -286,10 +319,14 @@ class AccelerateTracker(NoTracker):
 
 
 def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What trackers draw of a row: numbers, and a list such as the accuracy of each class as one number for each entry."""
+    """What trackers draw of a row: numbers, and a list such as test/class_accuracy as one number for each entry.
+
+    The latter become class_accuracy/0 and so on: what stands before the first "/" is the section in which trackers draw a number.
+    """
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        flat |= {f"{name}/{index}": entry for index, entry in enumerate(value)} if isinstance(value, list) else {name: value}
+        section = name.rpartition("/")[2]
+        flat |= {f"{section}/{index}": entry for index, entry in enumerate(value)} if isinstance(value, list) else {name: value}
     return flat
 
 
@@ -303,22 +340,37 @@ def check_project(name: str | None) -> None:
     project = name or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
     if not _is_project(project):
         raise UserError(
-            f"{'wandb_project' if name else 'the variable WANDB_PROJECT'} is {project!r}: expected at most {_PROJECT_LENGTH_MAX} "
+            f"{'wandb_project' if name else 'the variable WANDB_PROJECT'} is {project!r}: expected at most {_NAME_LENGTH_MAX} "
             f"printable characters, none of {' '.join(_NOT_IN_A_PROJECT)}"
         )
 
 
 def _is_project(name: str) -> bool:
-    return len(name) <= _PROJECT_LENGTH_MAX and name.isprintable() and not set(name) & set(_NOT_IN_A_PROJECT)
+    return len(name) <= _NAME_LENGTH_MAX and name.isprintable() and not set(name) & set(_NOT_IN_A_PROJECT)
 
 
-def open_tracker(mode: Mode, run_dir: Path, config: Mapping[str, Any], *, is_main: bool = True, project: str | None = None) -> NoTracker:
+def open_tracker(
+    mode: Mode,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    is_main: bool = True,
+    project: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    job_type: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    notes: str | None = None,
+    system_metrics: bool = False,
+) -> NoTracker:
     """Begin or continue the mirror of the run in `run_dir`. Returns at once and never raises; what happens is logged.
 
     `auto` is online with a key and a server that answers, else offline; WANDB_MODE, `wandb offline` and `wandb disabled` may turn it to
-    offline or disabled. Entity, group, tags and notes of the run are W&B's own variables (WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS,
-    WANDB_NOTES), and so is the project (WANDB_PROJECT) where `project` is None. One folder is one run on W&B, over all its starts. Under
-    `wandb agent`, a new folder is the run that the agent made for it.
+    offline or disabled. `facts` join the config there, and win: they say what came of "auto". Before job type, group, tags and notes W&B's
+    own variables have precedence (WANDB_JOB_TYPE, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES); the entity comes from WANDB_ENTITY alone, and
+    the project from WANDB_PROJECT where `project` is None. `system_metrics` are W&B's own measurements of this process and its machine.
+
+    One folder is one run on W&B, over all its starts. Under `wandb agent`, a new folder is the run that the agent made for it.
     """
     if mode == "auto":
         mode = _find_mode()
@@ -343,12 +395,14 @@ def open_tracker(mode: Mode, run_dir: Path, config: Mapping[str, Any], *, is_mai
             environ |= {name: os.environ[name] for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH") if name in os.environ}
         elif ignored := [name for name in _IDENTITY_VARIABLES if os.environ.get(name)]:
             _log.info("this run folder is the run %s on W&B; not heeded: %s", run_id, ", ".join(ignored))
+        defaults = {"NAME": run_dir.name, "JOB_TYPE": job_type, "RUN_GROUP": group, "TAGS": ",".join(tags), "NOTES": notes, "ENTITY": None}
         start = {
             "mode": mode,
             "run_dir": str(run_dir),
-            "run": _describe_run(run_id, project, run_dir) | ({"sweep_id": sweep} if in_sweep else {}),
-            "config": _hide_secrets(config),
-            "limits_s": {"init": _INIT_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
+            "run": _describe_run(run_id, project, defaults) | ({"sweep_id": sweep} if in_sweep else {}),
+            "config": _hide_secrets({**config, **(facts or {})}),
+            "system_metrics": system_metrics,
+            "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
         }
         return WandbTracker(start, environ)
     except OSError as error:
@@ -373,24 +427,24 @@ def _find_mode() -> Mode:
     return "disabled" if switch == "disabled" else "offline"
 
 
-def _describe_run(run_id: str, project: str | None, run_dir: Path) -> dict[str, Any]:
-    """What W&B shall know of the run, in values that it takes."""
+def _describe_run(run_id: str, project: str | None, defaults: Mapping[str, str | None]) -> dict[str, Any]:
+    """What W&B shall know of the run, as settings whose values it takes, whatever is in its variables."""
     project = project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
+    # The names of files may hold what is no character to W&B.
     told = {
-        "run_name": os.environ.get("WANDB_NAME") or run_dir.name,
-        "run_group": os.environ.get("WANDB_RUN_GROUP"),
-        "run_job_type": os.environ.get("WANDB_JOB_TYPE"),
-        "run_notes": os.environ.get("WANDB_NOTES"),
+        name: (os.environ.get(f"WANDB_{name}") or default or "").encode(errors="replace").decode() for name, default in defaults.items()
     }
-    # W&B takes no characters that are none, as the file system may have them.
-    run: dict[str, Any] = {name: value.encode(errors="replace").decode() for name, value in told.items() if value}
-    run |= {"run_id": run_id, "project": project if _is_project(project) else _DEFAULT_PROJECT}
-    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",")]
-    if good := [tag for tag in tags if 1 <= len(tag) <= 64 and tag.isprintable()]:
-        run["run_tags"] = good
-    if re.fullmatch(r"[\w.-]{1,128}", entity := os.environ.get("WANDB_ENTITY", "")):
-        run["entity"] = entity
-    return run
+    run = {
+        "run_id": run_id,
+        "project": project if _is_project(project) else _DEFAULT_PROJECT,
+        "entity": told["ENTITY"] if re.fullmatch(r"[\w.-]{1,128}", told["ENTITY"]) else None,
+        "run_name": told["NAME"][:_NAME_LENGTH_MAX],
+        "run_group": told["RUN_GROUP"][:_NAME_LENGTH_MAX],
+        "run_job_type": told["JOB_TYPE"][:_NAME_LENGTH_MAX],
+        "run_notes": told["NOTES"],
+        "run_tags": [tag for tag in map(str.strip, told["TAGS"].split(",")) if 1 <= len(tag) <= 64 and tag.isprintable()],
+    }
+    return {name: value for name, value in run.items() if value}
 
 
 def _find_places(folder: Path) -> dict[str, str]:

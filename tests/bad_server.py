@@ -13,15 +13,17 @@ class BadServer:
     """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, "hang at" and a word
     in the request's path or body, or an HTTP status.
 
-    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary` and `files` (names); `upserts` has the
-    variables of the requests that make or change a run, `bodies` has all.
+    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary`, `files` and `artifacts` (names);
+    `upserts` has the variables of the requests that make or change a run, `bodies` has all.
     """
 
     def __init__(self, mode: str = "good") -> None:
         self.mode = mode
+        self.stopped = False  # whether someone pressed stop on the page of the run
         self.summary: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.files: list[str] = []
+        self.artifacts: list[str] = []
         self.bodies: list[bytes] = []
         self.run_ids: set[str] = set()
         self.upserts: list[dict[str, Any]] = []
@@ -82,7 +84,7 @@ class BadServer:
                 self.rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
             if "wandb-summary.json" in files:
                 self.summary = json.loads(files["wandb-summary.json"]["content"][-1])
-            return {}
+            return {"stopped": True} if self.stopped else {}
         if path.startswith("/upload/"):
             self.files.append(path.removeprefix("/upload/"))
             return {}
@@ -99,6 +101,15 @@ class BadServer:
             return {"data": {"upsertBucket": {"bucket": bucket | {"historyLineCount": len(self.rows)}, "inserted": new}}}
         if operation == "RunResumeStatus":
             return {"data": {"model": self._describe_run(variables["name"])}}
+        if operation == "Viewer":
+            return {"data": {"viewer": {"id": "1", "entity": "someone", "username": "someone", "teams": {"edges": []}}}}
+        if operation == "ArtifactType":
+            return {"data": {"project": {"artifact": None}}}
+        if operation == "CreateArtifact":
+            self.artifacts.append(variables["input"]["artifactCollectionName"])
+            return {
+                "data": {"createArtifact": {"artifact": {"id": "4", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}}}
+            }
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "3", "uploadHeaders": [], "files": files}}}

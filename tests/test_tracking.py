@@ -29,7 +29,7 @@ from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
-from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, check_project, open_tracker
+from mnist_dist.tracking import AccelerateTracker, Mistake, NoTracker, WandbTracker, check_project, open_tracker
 from mnist_dist.world import World
 
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
@@ -48,6 +48,8 @@ class Train:
     middle: int = 20
     last: int = 40
     result: dict | None = field(default_factory=lambda: RESULT)
+    stopped: bool = False
+    system_metrics: bool = False
     file_bytes_max: int = 0
     unknown_user: bool = False
 
@@ -68,9 +70,11 @@ class Train:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes_max, self.file_bytes_max))
         set_up_logging(0, 1)
         before = dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake"}
+        config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake", "precision": "auto"}
         start = time.perf_counter()
-        tracker = open_tracker("auto", self.folder / "run", config)
+        facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
+        more = {"job_type": "train", "group": "ours", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
+        tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
         assert isinstance(tracker, WandbTracker)
         print("mirror", tracker._process.pid)
@@ -92,8 +96,15 @@ class Train:
                 while not (self.folder / "go").exists():
                     time.sleep(0.02)
                     tracker._exchange()  # as the rows of a longer run would
+                    if tracker.stop_requested:
+                        print("stop requested")
+                        break
+        if self.result is not None:
+            mistakes = [Mistake(self.folder / "sample.png", 0, [0.25, 0.75]), Mistake(self.folder / "sample.png", 1, [0.5, 0.5])]
+            tracker.log_predictions(self.last, [[7, 1], [1, 3]], mistakes, ["zero", "one"])
+            tracker.log_model(self.folder / "sample.png")
         start = time.perf_counter()
-        tracker.finish(self.result)
+        tracker.finish(self.result, stopped=self.stopped)
         seconds |= {"finish": time.perf_counter() - start, "log": sorted(logs)[len(logs) // 2], "longest log": max(logs)}
         tracker.log({"step": self.last + 1})  # too late, and no harm
         assert before == (dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
@@ -190,7 +201,14 @@ class Piece:
     steps: list[int]
     images: list[Path]
     config: dict
-    ended: bool
+    records: list[dict]
+
+    @property
+    def ended(self) -> bool:
+        return self.find("exit") != []
+
+    def find(self, kind: str) -> list[dict]:
+        return [record[kind] for record in self.records if record["type"] == kind]
 
 
 def read_records(path: Path) -> list[dict]:
@@ -206,7 +224,7 @@ def read_piece(path: Path) -> Piece:
     paths = [path / "files" / value for row in rows for name, value in row.items() if name == "images/data_sample.path"]
     config = {name: value for record in records if record["type"] == "run" for name, value in record["run"]["config"]["update"].items()}
     steps = [row["step"] for row in rows if "train/loss" in row]
-    return Piece(path.name, steps, paths, config, any(record["type"] == "exit" for record in records))
+    return Piece(path.name, steps, paths, config, records)
 
 
 PLAYS: dict[str, Callable[[Play], None]] = {}
@@ -380,7 +398,7 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
     assert play.server.summary["result/test/accuracy"] == 0.5
     assert play.server.summary["test/accuracy"] == {"last": 0.4, "max": 0.4}
-    assert play.server.summary["test/class_accuracy/1"] == 0.25
+    assert play.server.summary["class_accuracy/1"] == 0.25
     assert play.seconds["finish"] < 9
 
 
@@ -408,6 +426,118 @@ def test_the_command_in_the_log_uploads_all_pieces_of_a_requeued_run(plays):
     assert len(play.server.run_ids) == 1
     assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
     assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
+
+
+@play
+def stopped_by_a_signal(play):
+    play.key = False
+    play.environ |= {"WANDB_TAGS": "theirs", "WANDB_NOTES": "my note", "WANDB_JOB_TYPE": "my type", "WANDB_RUN_GROUP": "my group"}
+    play.start(last=25, result=None, stopped=True)
+    play.end()
+    play.start(first=26, middle=30, result=None)
+    play.end()
+
+
+def test_a_run_that_a_signal_stopped_is_preempted_and_one_that_broke_is_failed(plays):
+    stopped, broken = plays("stopped_by_a_signal").pieces
+    assert (len(stopped.find("preempting")), stopped.find("exit")) == (1, [{"exit_code": 1}])
+    assert (len(broken.find("preempting")), broken.find("exit")) == (0, [{"exit_code": 1}])
+    (finished,) = plays("without_a_key").pieces
+    assert (len(finished.find("preempting")), finished.find("exit")) == (0, [{"exit_code": 0}])
+
+
+def test_config_and_description_are_what_was_given_and_wandbs_own_variables_win(plays):
+    (piece,) = plays("without_a_key").pieces
+    assert piece.config["precision"] == "fp32"
+    assert piece.config["versions"] == {"torch": "2"}
+    assert piece.config["job_token"] == "(hidden)"
+    (run,) = piece.find("run")
+    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["train", "ours", ["one", "two"], "on host"]
+    (run, *_) = plays("stopped_by_a_signal").pieces[0].find("run")
+    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["my type", "my group", ["theirs"], "my note"]
+
+
+def test_panels_are_drawn_over_the_step_and_counters_have_none(plays):
+    (piece,) = plays("without_a_key").pieces
+    metrics = {metric.get("name") or metric.get("glob_name"): metric for metric in piece.find("metric")}
+    assert {name for name, metric in metrics.items() if metric.get("options", {}).get("hidden")} == {"step", "epoch"}
+    assert {metric["step_metric"] for name, metric in metrics.items() if name not in ("step", "epoch")} == {"step"}
+
+
+def test_mistakes_are_a_table_and_the_confusion_matrix_is_wandbs_own(plays):
+    (piece,) = plays("without_a_key").pieces
+    files = {}
+    for artifact in piece.find("artifact"):
+        files |= {entry["path"]: Path(entry["local_path"]).read_bytes() for entry in artifact["manifest"]["contents"]}
+    wrong, matrix = [json.loads(files[f"predictions/{name}.table.json"]) for name in ("wrong", "confusion_matrix_table")]
+    assert wrong["columns"] == ["image", "label", "predicted", "probability/zero", "probability/one"]
+    assert [row[1:] for row in wrong["data"]] == [["zero", "one", 0.25, 0.75], ["one", "zero", 0.5, 0.5]]
+    assert [files[row[0]["path"]] for row in wrong["data"]] == [(plays("without_a_key").folder / "sample.png").read_bytes()] * 2
+    assert matrix["data"] == [["zero", "zero", 7], ["zero", "one", 1], ["one", "zero", 1], ["one", "one", 3]]
+    server = plays("with_a_good_server").server
+    model, *tables = sorted(server.artifacts)
+    assert model == f"model-{min(server.run_ids)}"
+    assert [name.split("-")[2] for name in tables] == ["predictionsconfusion_matrix_table", "predictionswrong"]
+
+
+@pytest.mark.parametrize("fault", ["hang", "refuse", "401"])
+def test_tables_of_a_run_whose_server_fails_are_in_the_run_folder(plays, fault):
+    (piece,) = plays(f"{fault} in the middle").pieces
+    (row,) = [row["item"] for row in piece.find("history") if "predictions/wrong.path" in row["item"]]
+    for name in ("wrong", "confusion_matrix_table"):
+        path = plays(f"{fault} in the middle").folder / "run" / "wandb" / piece.name / "files" / row[f"predictions/{name}.path"]
+        assert len(json.loads(path.read_text())["data"]) in (2, 4)
+
+
+@play
+def stop_pressed_on_the_page(play):
+    play.start()
+    play.wait_for_upload(20)
+    play.server.stopped = True
+    play.rank.wait_for(lambda: "stop requested" in play.rank.text)
+    play.end()
+
+
+@play
+def refused_with_a_wish_to_stop_then(play):
+    play.environ["WANDB_STOP_ON_FATAL_ERROR"] = "true"
+    play.start()
+    play.wait_for_upload(20)
+    play.server.mode = "401"
+    with contextlib.suppress(AssertionError):  # W&B looks every 15 s
+        play.rank.wait_for(lambda: "stop requested" in play.rank.text, 17)
+    play.end()
+
+
+SLOW_PLAYS |= {"refused_with_a_wish_to_stop_then"}
+
+
+def test_stop_on_the_page_of_the_run_is_a_request_to_the_training(plays):
+    play = plays("stop_pressed_on_the_page")
+    assert "stop was pressed on the page of this run" in play.logs
+    assert play.warnings == 0, play.logs
+
+
+@pytest.mark.slow
+def test_what_the_server_refuses_is_no_request_to_stop(plays):
+    play = plays("refused_with_a_wish_to_stop_then")
+    assert "stop requested" not in play.logs
+    assert play.warnings == 1, play.logs
+
+
+@play
+def with_system_metrics(play):
+    play.environ["WANDB__STATS_SAMPLING_INTERVAL"] = "0.2"
+    play.start(system_metrics=True)
+    play.rank.wait_for(lambda: any(b"system.cpu" in body for body in play.server.bodies))
+    play.end()
+
+
+def test_the_machine_is_measured_only_if_asked_for(plays):
+    assert plays("with_system_metrics").warnings == 0
+    assert {variables["host"] for variables in plays("with_system_metrics").server.upserts} == {None}
+    assert "wandb-metadata.json" not in plays("with_system_metrics").server.files
+    assert not any(b"system." in body for body in plays("with_a_good_server").server.bodies)
 
 
 @play
@@ -664,7 +794,7 @@ def test_no_key_is_written_printed_or_sent_in_a_body(plays):
 
 PICTURES = {"augmented_sample", "confusion_matrix", "correct_classification", "curves", "data_sample", "incorrect_classification"}
 METRICS = {f"train/{name}" for name in ("loss", "learning_rate", "gradient_norm", "images_per_s")} | {"epoch", "step"}
-METRICS |= {"test/loss", "test/accuracy", *(f"test/class_accuracy/{digit}" for digit in range(10))}
+METRICS |= {"test/loss", "test/accuracy", *(f"class_accuracy/{digit}" for digit in range(10))}
 
 
 def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
@@ -686,7 +816,7 @@ def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
     summary = {name: value for record in records if record["type"] == "summary" for name, value in record["summary"]["update"].items()}
     assert summary["test/accuracy"]["max"] == max(row.get("test/accuracy", 0) for row in rows)
     assert "result/test/confusion_matrix" in summary
-    (artifact,) = [record["artifact"] for record in records if record["type"] == "artifact"]
+    (artifact,) = [record["artifact"] for record in records if record["type"] == "artifact" and record["artifact"]["type"] == "model"]
     assert [entry["path"] for entry in artifact["manifest"]["contents"]] == ["model.safetensors"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
