@@ -102,16 +102,15 @@ def expand_path(text: str) -> str:
 
 
 def mark_folder(folder: Path) -> str:
-    """A line that tells `folder` from a copy of it: its inode and its absolute path."""
+    """A line that tells `folder` from a copy of it: its inode and its absolute path. Raises OSError."""
     path = os.path.abspath(folder)
-    return f"{os.stat(path).st_ino} {path}"
+    return f"{os.stat(path).st_ino} {path!a}"
 
 
 def is_marked(folder: Path, mark: str) -> bool:
     """Whether `mark` was made for `folder`, which may have been moved or restored since; True for the empty mark of older versions."""
-    inode, _, path = mark.strip().partition(" ")
-    here = os.path.abspath(folder)
+    mark = mark.strip()
     try:
-        return not mark.strip() or path == here or inode == str(os.stat(here).st_ino)
+        return not mark or any(ours == theirs for ours, theirs in zip(mark_folder(folder).split(" ", 1), mark.split(" ", 1), strict=False))
     except OSError:
         return False

@@ -1,24 +1,43 @@
 """The process that mirrors a run to Weights & Biases: it reads one JSON message a line, until the training process ends or dies.
 
 `mnist_dist.tracking` starts it. It answers in lines of JSON too: what a person should know. Imports no torch, to be small and quick.
+
+It is started with a bare environment. The one of the training process comes as its first line and is put on for a try online: whatever
+is wrong in it, the run offline, which is the last resort, depends on nothing of it.
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
+if TYPE_CHECKING:
+    import wandb
 
 Message = dict[str, Any]
 
+_WRONG, _CONFUSION = "predictions/wrong", "predictions/confusion_matrix"
+_KILLED = 255  # the exit code of what someone ended, as W&B itself has it for Ctrl-C
 _FLUSH_S = 2.0  # how much of a run a SIGKILL of everything may cost
+_BEST = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
+# The settings whose variables are named otherwise.
+_SETTING_OF_VARIABLE = {
+    "WANDB_DIR": "root_dir",
+    "WANDB_JOB_TYPE": "run_job_type",
+    "WANDB_NAME": "run_name",
+    "WANDB_NOTES": "run_notes",
+    "WANDB_TAGS": "run_tags",
+}
 
 
 class Mirror:
@@ -26,8 +45,8 @@ class Mirror:
 
     _run: Any = None
 
-    def __init__(self, start: Message, tell: Callable[[str, bool], None]) -> None:
-        """Open the run that `start` describes. `tell(text, is_warning)` reaches the person who trains."""
+    def __init__(self, start: Message, environ: dict[str, str], tell: Callable[..., None]) -> None:
+        """Open the run that `start` describes, online with `environ`. `tell(text, ...)` reaches the person who trains."""
         self._start = start
         self._tell = tell
         self._folder = Path(start["run_dir"], "wandb")
@@ -36,11 +55,22 @@ class Mirror:
         self._messages: list[Message] = []
         self._online = start["mode"] != "offline"
         self._known_step = 0
+        self._is_server_silent = False
+        self._is_stopped_from_the_page = False
+        self._settings = self._make_settings()
+        own = {name for name in environ if _find_setting(name) in self._settings.model_fields_set}  # ours wins, so theirs may be rubbish
+        bare = dict(os.environ)
+        self._environs = {
+            "online": {name: value for name, value in environ.items() if name not in own} | {"TMPDIR": bare["TMPDIR"]},
+            "offline": bare,
+        }
+        # W&B reads settings in the current folder. Offline it must find none.
+        self._places = {"online": _find_current_folder(), "offline": bare["HOME"]}
         self._begin()
         if self._online:
-            self._tell(f"W&B mirrors this run: {self._run.url}", False)
+            self._tell(f"W&B mirrors this run: {self._run.url}")
         elif start["mode"] == "offline":
-            self._tell(f"W&B keeps this run offline; upload it later with: {start['command']}", False)
+            self._tell("W&B keeps this run offline", upload=True)
 
     def take(self, message: Message) -> None:
         """Mirror a message of the training process."""
@@ -50,32 +80,50 @@ class Mirror:
         except ConnectionError:
             self._begin()
 
-    def close(self, exit_code: int) -> None:
+    def close(self) -> None:
         """End the run, as far as the server takes it in time; the rest stays in the run folder."""
         try:
             try:
-                self._run.finish(exit_code=exit_code)
+                self._finish()
             except ConnectionError:
                 self._begin()
-                self._run.finish(exit_code=exit_code)
+                self._finish()
         except TimeoutError:
-            self._tell("W&B did not take everything in time", True)
+            self._tell("W&B did not take everything in time", warning=True)
         if "Fatal error" in self._console.getvalue():
-            self._tell("W&B refused a part of this run", True)
+            self._tell("W&B refused a part of this run", warning=True)
         if not self._is_written():
-            self._tell("W&B could not write all of this run to the run folder (is the disk full?)", True)
+            self._tell("W&B could not write all of this run to the run folder (is the disk full?)", warning=True)
         wandb.teardown()
+
+    def _finish(self) -> None:
+        last = self._messages[-1] if self._messages else {}
+        if last.get("finish") is not None:
+            self._run.finish(exit_code=0)
+        elif self._is_stopped_from_the_page:
+            self._run.finish(exit_code=_KILLED)
+        else:
+            if last.get("stopped"):
+                self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
+            self._run.finish(exit_code=1)
+
+    def _stop(self) -> None:
+        # Called in a thread of W&B's when someone presses stop on the page of the run.
+        self._is_stopped_from_the_page = True
+        self._tell("W&B: stop was pressed on the page of this run", stop=True)
 
     def _begin(self) -> None:
         """Open the run, online where that is wanted and possible, and send all that was logged so far."""
         if self._run is not None:
-            self._tell("W&B's helper process died and is started again", False)
+            self._tell("W&B's helper process died and is started again")
             _tear_down()
         reason, keyless = "", False
         if self._online:
             try:
-                self._open("online")
-            except Exception as error:
+                # W&B's own limit is for the server alone: its helper, a file server, a pipe in the place of a file may hang as well.
+                with _limit(self._start["limits_s"]["init"] + 2):
+                    self._open("online")
+            except (Exception, _TookTooLongError) as error:
                 self._online = False
                 _tear_down()
                 keyless = "No API key" in str(error)
@@ -85,21 +133,32 @@ class Mirror:
         for message in self._messages:
             self._send(message)
         if keyless and self._start["mode"] == "auto":
-            self._tell(f"W&B keeps this run offline, because {reason}; upload it later with: {self._start['command']}", False)
+            self._tell(f"W&B keeps this run offline, because {reason}", upload=True)
         elif reason:
-            self._tell(f"W&B keeps this run offline, because {reason}", True)
+            self._tell(f"W&B keeps this run offline, because {reason}", warning=True)
 
-    def _open(self, mode: Any) -> None:
+    def _make_settings(self) -> "wandb.Settings":
         start, limits_s = self._start, self._start["limits_s"]
-        settings = wandb.Settings(
+        return wandb.Settings(
+            **start["run"],
+            mode="online",
+            resume="allow",  # a requeued job continues the same run
+            root_dir=start["run_dir"],
+            use_dot_wandb=False,
             init_timeout=limits_s["init"],
             finish_timeout=limits_s["upload"],
             finish_timeout_raises=True,
+            x_skip_transaction_log=False,
             x_transaction_log_flush_interval=_FLUSH_S,
-            silent=True,
+            silent=False,  # what it says is read by `close`
+            show_warnings=True,
             symlink=False,
-            stop_fn=lambda: None,  # the default sends SIGINT to this process when someone presses stop on the web page
-            # Nothing goes to W&B but what is logged: no arguments, code, packages, host, console or measurements of the machine.
+            stop_fn=self._stop,
+            stop_on_fatal_error=False,  # W&B would take what it cannot upload for the same request
+            sagemaker_disable=True,  # there W&B takes an id of its own
+            launch=False,
+            # Nothing goes to W&B but what is logged: no arguments, code, packages, host or console; the machine is measured if asked for.
+            program="mnist_dist.mirror",
             console="off",
             disable_code=True,
             disable_git=True,
@@ -107,26 +166,27 @@ class Mirror:
             host="",
             label_disable=True,
             save_code=False,
-            x_disable_machine_info=True,
+            x_disable_machine_info=not start["system_metrics"],
             x_disable_meta=True,
-            x_disable_stats=True,
+            x_disable_stats=not start["system_metrics"],
+            x_stats_pid=os.getppid(),
             x_disable_viewer=True,
             x_save_requirements=False,
         )
+
+    def _open(self, mode: Any) -> None:
+        os.environ.clear()
+        os.environ.update(self._environs[mode])
+        os.chdir(self._places[mode])
         pieces = set(self._folder.glob("*run-*")) - self._earlier
-        self._run = wandb.init(
-            mode=mode,
-            id=start["id"],
-            resume="allow",  # a requeued job continues the same run
-            dir=start["run_dir"],
-            project=start["project"],
-            name=start["name"],
-            config=start["config"],
-            settings=settings,
-        )
+        # Not given to `init`: in a sweep that forgets our id.
+        wandb.setup(self._settings.model_copy(update={"mode": mode}))
+        self._run = wandb.init(mode=mode, config=self._start["config"])
         # Rows are placed by our own step: W&B drops rows whose own step goes back, as after a SIGKILL.
         self._run.define_metric("*", step_metric="step")
-        for name, best in (("train/loss", "min"), ("test/loss", "min"), ("test/accuracy", "max")):
+        for name in ("step", "epoch"):  # what others are drawn over: no panels
+            self._run.define_metric(name, hidden=True)
+        for name, best in _BEST.items():
             self._run.define_metric(name, step_metric="step", summary=f"{best},last")
         # A server knows how far it got before a SIGKILL of this job or of the helper: what it has is not sent again.
         self._known_step = int(self._run.summary.get("step") or 0) if mode == "online" else 0
@@ -143,21 +203,44 @@ class Mirror:
                 self._run.log(message["row"])
             elif "images" in message:
                 self._run.log({"step": step} | {name: wandb.Image(path) for name, path in message["images"].items()})
+            elif "confusion" in message:
+                try:
+                    with self._waiting_for_the_server():
+                        self._run.log({"step": step} | _draw_predictions(message))
+                except Exception:
+                    drawn = _draw_predictions(message)
+                    for name, table in _find_tables(drawn):  # bound before, they are files of the run and no artifacts
+                        table.bind_to_run(self._run, name, self._run.step)
+                    self._run.log({"step": step} | drawn)
+                    raise
             elif "model" in message:
                 # The name carries the run's id: runs of one project do not mix their models.
-                artifact = wandb.Artifact(f"model-{self._start['id']}", type="model")
+                artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
                 artifact.add_file(message["model"])
-                self._run.log_artifact(artifact)
+                with self._waiting_for_the_server():
+                    self._run.log_artifact(artifact)
             elif message["finish"] is not None:
                 self._run.summary.update({f"result/{name}": value for name, value in message["finish"].items()})
         except ConnectionError:  # the helper process died
             raise
         except Exception as error:  # this message cannot be sent, but the next one can
-            self._tell(f"W&B did not take something that was logged ({_shorten(error)})", True)
+            self._tell(f"W&B did not take something that was logged ({_shorten(error)})", warning=True)
+
+    @contextlib.contextmanager
+    def _waiting_for_the_server(self) -> Iterator[None]:
+        """For artifacts, of which a table is one: W&B first asks the server about them, and waits. One that hangs is asked only once."""
+        if self._is_server_silent:
+            raise TimeoutError("the server does not answer")
+        try:
+            with _limit(self._start["limits_s"]["answer"]):
+                yield
+        except _TookTooLongError as error:
+            self._is_server_silent = True
+            raise TimeoutError("the server does not answer") from error
 
     def _is_written(self) -> bool:
         # On a full disk the helper drops rows and goes on; only its own log, if there is room for that, has a word on it.
-        probe = self._folder / "probe"
+        probe = Path(os.environ["TMPDIR"], "probe")
         try:
             probe.write_bytes(bytes(65_536))
             probe.unlink()
@@ -167,43 +250,119 @@ class Mirror:
             return False
 
 
+def _draw_predictions(message: Message) -> dict[str, Any]:
+    """W&B's own table and plot of what a model predicted."""
+    classes, confusion = message["classes"], message["confusion"]
+    counted = [(label, predicted) for label, row in enumerate(confusion) for predicted, count in enumerate(row) for _ in range(count)]
+    labels, predictions = zip(*counted, strict=True) if counted else ((), ())
+    table = wandb.Table(columns=["image", "label", "predicted", *(f"probability/{name}" for name in classes)])
+    for path, label, probabilities in message["mistakes"]:
+        predicted = probabilities.index(max(probabilities))
+        table.add_data(wandb.Image(path), classes[label], classes[predicted], *probabilities)
+    matrix = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes, title="Confusion matrix")
+    return {_WRONG: table, _CONFUSION: matrix}
+
+
+def _find_tables(drawn: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The tables of what `_draw_predictions` returns, by the names under which W&B logs them."""
+    return [(_WRONG, drawn[_WRONG]), (f"{_CONFUSION}_table", drawn[_CONFUSION].table)]
+
+
+def _find_setting(variable: str) -> str | None:
+    """The setting that W&B takes from an environment variable, by its own rule."""
+    if not variable.startswith("WANDB_"):
+        return None
+    name = variable.removeprefix("WANDB_").lower()
+    return _SETTING_OF_VARIABLE.get(variable, f"x{name}" if name.startswith("_") else name)
+
+
+def _find_current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return os.environ["HOME"]
+
+
+class _TookTooLongError(BaseException):
+    """Not an `Exception`: W&B catches those here and there, and goes on."""
+
+
+@contextlib.contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    def give_up(*_: object) -> None:
+        raise _TookTooLongError(f"it took more than {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _tear_down() -> None:
     # Without it the id counts as in use. It raises where the helper is gone, and even SystemExit where that failed.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
-def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _shorten(error: BaseException) -> str:
+    text = str(error)
+    if hasattr(error, "errors"):  # pydantic's, whose text shows the values, which may be secret
+        text = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def _end_with_the_training(source: int, scratch: str, finish_s: float) -> None:
+    """Wait until nobody writes to `source` any more, leave this process `finish_s` to finish, and end it: W&B may hang anywhere."""
+    poll = select.poll()
+    poll.register(source, 0)  # that it was closed is reported always, whatever waits there to be read
+    poll.poll()
+    time.sleep(finish_s)
+    _leave(scratch, 1)
+
+
+def _leave(scratch: str, status: int) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(status)  # exit hooks, W&B's and Python's, could wait for ever
 
 
 def main() -> None:
     """Mirror what comes on standard input."""
+    global wandb
+    scratch, status = os.environ["HOME"], 1
     # The pipes move to descriptors that W&B's helper does not inherit: it must not keep them open when this process has ended.
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", buffering=1)
+    source, sink = os.fdopen(os.dup(0), "rb"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
 
-    def tell(text: str, is_warning: bool) -> None:
+    def tell(text: str, **more: bool) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
-            print(json.dumps({"text": text, "warning": is_warning}), file=sink)
+            os.write(sink, json.dumps({"text": text, **more}).encode() + b"\n")  # a line at once, as several threads tell something
 
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    start = json.loads(source.readline())
-    finish_s = round(start["limits_s"]["finish"])
     try:
-        mirror = Mirror(start, tell)
-        finished = False
+        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a later start sees by it that the folder is in use
+        # The helper's socket lies here, whose path may have 107 characters.
+        short = f"/proc/{os.getpid()}/fd/{descriptor}"
+        os.environ["TMPDIR"] = short if os.path.isdir(short) else scratch
+        environ, start = json.loads(source.readline()), json.loads(source.readline())
+        limit_s = start["limits_s"]["finish"]
+        threading.Thread(target=_end_with_the_training, args=(source.fileno(), scratch, limit_s), daemon=True).start()
+        import wandb  # only now that this process will end, come what may
+
+        mirror = Mirror(start, environ, tell)
         for line in source:
-            message = json.loads(line)
-            mirror.take(message)
-            finished = message.get("finish") is not None
-        signal.alarm(finish_s)  # whatever hangs from here on, W&B's own exit hooks included, is ended by the system
-        mirror.close(0 if finished else 1)
+            mirror.take(json.loads(line))
+        mirror.close()
+        status = 0
     except Exception as error:
-        signal.alarm(finish_s)
-        tell(f"W&B failed ({_shorten(error)})", True)
+        tell(f"W&B failed ({_shorten(error)})", warning=True)
+        status = 0
+    finally:
+        _leave(scratch, status)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from mnist_dist.record import (
     read_result,
     remove_temporary_files,
 )
-from mnist_dist.tracking import AccelerateTracker, NoTracker, open_tracker
+from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
 if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
@@ -79,6 +79,8 @@ class RunFolder:
 
         def check() -> Row | None:
             check_folder(self.path, self.config)
+            if self.config.wandb != "disabled":
+                check_project(self.config.wandb_project)
             if self.config.log_with is not None:
                 AccelerateTracker.check(self.config.log_with)
             return read_result(self.path, self.config)

@@ -7,7 +7,9 @@ is not used for that reason: it calls W&B within the training process, without a
 Accelerate's other trackers, such as TensorBoard, are taken as they are, in the training process, and given up at their first failure.
 """
 
+import configparser
 import contextlib
+import fcntl
 import importlib.util
 import json
 import logging
@@ -15,34 +17,61 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
+import site
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mnist_dist.errors import UserError
-from mnist_dist.files import write_atomically
+from mnist_dist.files import is_marked, mark_folder, write_atomically
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 _DEFAULT_PROJECT = "mnist-dist"
 _INIT_S = 5.0  # how long a server may take to accept the run, before the run is kept offline
+_ANSWER_S = 3.0  # how long a server may take to answer what W&B asks before it sends tables and weights
 _UPLOAD_S = 4.0  # how long a server may take for the rest, at the end
-_FINISH_S = 10.0  # how long the end may take in all; covers both, one after the other
+_FINISH_S = 10.0  # how long the end may take in all; covers all three, one after the other, or nearly so
 _PENDING_BYTES_MAX = 8 << 20
+_SMALL_FILE_BYTES = 65_536
+_NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, as the next
+_NAME_LENGTH_MAX = 128
+_SCRATCH_PREFIX = "tmp-"
+# What of the environment the mirror's process needs to find and read the same files as this one.
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
+# The run folder says which run on W&B this is.
+_IDENTITY_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _SECRET_NAME = re.compile(r"(^|_)(key|apikey|token|secret|password|passwd|credentials?)(_|$)", re.IGNORECASE)
+_ID = re.compile(r"[a-z0-9]{8,64}")
+_CREDENTIALS_IN_URL = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(hidden)"
 
 _log = logging.getLogger(__name__)
 
 
+class Mistake(NamedTuple):
+    """An image that was taken for what it is not."""
+
+    image: Path
+    label: int  # the index of its class
+    probabilities: Sequence[float]  # of each class
+
+
 class NoTracker:
     """Mirrors nothing: for a run without W&B, and for every rank but zero."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether someone pressed stop on the page of the run. Takes microseconds, never waits, never raises."""
+        return False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Mirror a row of the record. Takes microseconds, never waits, never raises."""
@@ -50,11 +79,17 @@ class NoTracker:
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Mirror image files under names such as "images/data_sample", as `log` does. They are read within seconds, not at once."""
 
+    def log_predictions(self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]) -> None:
+        """Mirror how often the images of each class (rows) were taken for each class, and some mistakes, as `log_images` does."""
+
     def log_model(self, path: Path) -> None:
         """Mirror the file of the trained weights, as `log_images` does."""
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """End the mirror within 10 s: with the result of a finished run, or None for a run that stops before its end."""
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:
+        """End the mirror within 10 s.
+
+        `summary` is the result of a finished run, or None for a run that ends before: `stopped` by a signal and saved, or else failed.
+        """
 
     def __enter__(self) -> "NoTracker":
         return self
@@ -67,31 +102,44 @@ class WandbTracker(NoTracker):
     """Feeds the mirror's process and passes on what it says: how the run is mirrored in one line, and at most one warning."""
 
     def __init__(self, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        """Start the process. Raises OSError."""
-        self._command = start["command"]
-        # As they look in JSON. Whoever sees a row or a message on W&B must not find a key in it, however it got there.
-        self._secrets = [json.dumps(value)[1:-1] for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
-        self._pending = bytearray()
+        """Start the process, which goes online with `environ`. Raises OSError."""
+        self._folder = Path(start["run_dir"], "wandb")
+        # Whoever sees a row or a message on W&B must not find a key in it, however it got there; nor in a message here, where W&B may
+        # quote one that is damaged.
+        values = [value for name, value in environ.items() if _SECRET_NAME.search(name)]
+        values += [piece for value in values for piece in value.split() if len(piece) >= 20]
+        self._secrets = sorted({value for value in values if len(value) >= 8}, key=len, reverse=True)
         self._heard = b""
         self._warned = False
         self._over = False
-        # For what W&B leaves behind where it is killed. A short name: it holds a socket, whose path may have 107 characters.
-        self._scratch = tempfile.TemporaryDirectory(prefix="wb", ignore_cleanup_errors=True)
+        self._stop_requested = False
+        # For what W&B leaves behind where it is killed. In the run folder, where the next start finds it, on whatever machine that is.
+        self._scratch = tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=self._folder)
+        if os.path.expanduser("~") == "~":  # a user whom this machine does not know: W&B would not even start
+            environ = {**environ, "HOME": self._scratch}
+        self._pending = bytearray(json.dumps(dict(environ)).encode() + b"\n")
+        bare = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ} | {
+            "HOME": self._scratch,
+            "PYTHONUSERBASE": site.getuserbase(),  # which depends on HOME
+            # An empty entry would be the folder in which the user happens to stand: it must not hide a module.
+            "PYTHONPATH": os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
+            **_find_places(self._folder),
+        }
         # A signal to all processes of a job, as scancel sends it, must not end the mirror at the very moment it has to finish: blocked
         # here, it stays blocked there. W&B's own helper process dies of it all the same, but the mirror starts it again.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mnist_dist.mirror"],
+                [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("mirror.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=dict(environ) | {"TMPDIR": self._scratch.name},
+                env=bare,
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C in a terminal is for the training alone
             )
         except OSError:
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch, ignore_errors=True)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -102,20 +150,31 @@ class WandbTracker(NoTracker):
         os.set_blocking(self._output.fileno(), False)
         self._send(start)
 
+    @property
+    def stop_requested(self) -> bool:  # noqa: D102
+        self._hear()
+        return self._stop_requested
+
     def log(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         self._send({"row": _flatten(row)})
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:  # noqa: D102
         self._send({"step": step, "images": {name: os.path.abspath(path) for name, path in images.items()}})
 
+    def log_predictions(  # noqa: D102
+        self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]
+    ) -> None:
+        found = [(os.path.abspath(mistake.image), mistake.label, list(mistake.probabilities)) for mistake in mistakes]
+        self._send({"step": step, "confusion": confusion, "mistakes": found, "classes": list(classes)})
+
     def log_model(self, path: Path) -> None:  # noqa: D102
         self._send({"model": os.path.abspath(path)})
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:  # noqa: D102
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._over:
             return
         deadline = time.monotonic() + _FINISH_S
-        self._send({"finish": summary})
+        self._send({"finish": summary, "stopped": stopped})
         while not self._over and self._process.poll() is None and time.monotonic() < deadline:
             self._exchange()
             if not self._pending:
@@ -137,7 +196,7 @@ class WandbTracker(NoTracker):
             self._warn(f"something that was logged cannot be sent to W&B ({error})")
             return
         for secret in self._secrets:
-            text = text.replace(secret, _HIDDEN)
+            text = text.replace(json.dumps(secret)[1:-1], _HIDDEN)
         self._pending += text.encode() + b"\n"
         self._exchange()
         if len(self._pending) > _PENDING_BYTES_MAX:
@@ -164,15 +223,24 @@ class WandbTracker(NoTracker):
         *lines, self._heard = self._heard.split(b"\n")
         for line in lines:
             said = json.loads(line)
-            if said["warning"]:
-                self._warn(said["text"])
+            text = _CREDENTIALS_IN_URL.sub("//", said["text"])
+            for secret in self._secrets:
+                text = text.replace(secret, _HIDDEN)
+            if said.get("warning"):
+                self._warn(text)
             else:
-                _log.info("%s", said["text"])
+                _log.info("%s%s", text, self._advise("upload it") if said.get("upload") else "")
+            self._stop_requested = self._stop_requested or "stop" in said
 
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("%s; metrics.jsonl has everything; upload what W&B has later with: %s", text, self._command)
+            _log.warning("%s; metrics.jsonl has everything%s", text, self._advise("upload what W&B has"))
+
+    def _advise(self, what: str) -> str:
+        if not any(self._folder.glob("*run-*/*.wandb")):
+            return ""
+        return f"; {what} later with: wandb sync --include-online {shlex.quote(str(self._folder))}"
 
     def _end(self, problem: str | None) -> None:
         if self._over:
@@ -185,7 +253,7 @@ class WandbTracker(NoTracker):
         self._output.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a dead file server cannot even be killed
             self._process.wait(1)
-        self._scratch.cleanup()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class AccelerateTracker(NoTracker):
@@ -248,7 +316,7 @@ class AccelerateTracker(NoTracker):
                 else:
                     self._tracker.log_images({name: [image]}, step=step)
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:  # noqa: D102
+    def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._tracker is not None:
             with self._giving_up():
                 self._tracker.finish()
@@ -256,10 +324,14 @@ class AccelerateTracker(NoTracker):
 
 
 def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What trackers draw of a row: numbers, and a list such as the accuracy of each class as one number for each entry."""
+    """What trackers draw of a row: numbers, and a list such as test/class_accuracy as one number for each entry.
+
+    The latter become class_accuracy/0 and so on: what stands before the first "/" is the section in which trackers draw a number.
+    """
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        flat |= {f"{name}/{index}": entry for index, entry in enumerate(value)} if isinstance(value, list) else {name: value}
+        section = name.rpartition("/")[2]
+        flat |= {f"{section}/{index}": entry for index, entry in enumerate(value)} if isinstance(value, list) else {name: value}
     return flat
 
 
@@ -268,35 +340,74 @@ def _hide_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _HIDDEN if _SECRET_NAME.search(name) else value for name, value in config.items()}
 
 
-def open_tracker(mode: Mode, run_dir: Path, config: Mapping[str, Any], *, is_main: bool = True, project: str | None = None) -> NoTracker:
+def check_project(name: str | None) -> None:
+    """Raise `UserError` where W&B would refuse the project: `name`, the value of --wandb_project, or else WANDB_PROJECT."""
+    project = name or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
+    if not _is_project(project):
+        raise UserError(
+            f"{'wandb_project' if name else 'the variable WANDB_PROJECT'} is {project!r}: expected at most {_NAME_LENGTH_MAX} "
+            f"printable characters, none of {' '.join(_NOT_IN_A_PROJECT)}"
+        )
+
+
+def _is_project(name: str) -> bool:
+    return len(name) <= _NAME_LENGTH_MAX and name.isprintable() and not set(name) & set(_NOT_IN_A_PROJECT)
+
+
+def open_tracker(
+    mode: Mode,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    is_main: bool = True,
+    project: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    job_type: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    notes: str | None = None,
+    system_metrics: bool = False,
+) -> NoTracker:
     """Begin or continue the mirror of the run in `run_dir`. Returns at once and never raises; what happens is logged.
 
-    `auto` is online with a key and a server that answers, else offline; WANDB_MODE may turn it to offline or disabled. Entity, group,
-    tags and notes of the run are W&B's own variables (WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES), and so is the project
-    (WANDB_PROJECT) where `project` is None.
+    `auto` is online with a key and a server that answers, else offline; WANDB_MODE, `wandb offline` and `wandb disabled` may turn it to
+    offline or disabled. `facts` join the config there, and win: they say what came of "auto". Before job type, group, tags and notes W&B's
+    own variables have precedence (WANDB_JOB_TYPE, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES); the entity comes from WANDB_ENTITY alone, and
+    the project from WANDB_PROJECT where `project` is None. `system_metrics` are W&B's own measurements of this process and its machine.
+
+    One folder is one run on W&B, over all its starts. Under `wandb agent`, a new folder is the run that the agent made for it.
     """
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        mode = "offline" if os.environ["WANDB_MODE"] == "offline" else "disabled"
+    if mode == "auto":
+        mode = _find_mode()
     if mode == "disabled" or not is_main:
         return NoTracker()
     run_dir = run_dir.absolute()
     folder = run_dir / "wandb"
-    environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # that names the helper of another program
-    environ |= {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data"), "WANDB_ERROR_REPORTING": "false"}
-    # The interpreter starts with -P: the folder in which the user happens to stand must not hide a module.
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    # WANDB_SERVICE names the helper of another program.
+    environ = {name: value for name, value in os.environ.items() if name not in ("WANDB_SERVICE", *_IDENTITY_VARIABLES)}
+    environ |= _find_places(folder)
     try:
-        if importlib.util.find_spec("wandb") is None:
+        found = importlib.util.find_spec("wandb")
+        if found is None or found.origin is None:  # a mere folder of that name
             raise OSError("wandb is not installed")
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_what_was_left(folder)
+        agents_id, sweep = os.environ.get("WANDB_RUN_ID", ""), os.environ.get("WANDB_SWEEP_ID", "")
+        run_id = _claim_id(folder / "run_id", run_dir, agents_id if sweep else "")
+        in_sweep = sweep.isalnum() and agents_id in ("", run_id)
+        if in_sweep:
+            project = os.environ.get("WANDB_PROJECT") or project
+            environ |= {name: os.environ[name] for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH") if name in os.environ}
+        elif ignored := [name for name in _IDENTITY_VARIABLES if os.environ.get(name)]:
+            _log.info("this run folder is the run %s on W&B; not heeded: %s", run_id, ", ".join(ignored))
+        defaults = {"NAME": run_dir.name, "JOB_TYPE": job_type, "RUN_GROUP": group, "TAGS": ",".join(tags), "NOTES": notes, "ENTITY": None}
         start = {
             "mode": mode,
-            "id": _read_or_make_id(folder / "run_id"),
             "run_dir": str(run_dir),
-            "project": project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT,
-            "name": os.environ.get("WANDB_NAME") or run_dir.name,
-            "config": _hide_secrets(config),
-            "command": f"wandb sync --include-online {shlex.quote(str(folder))}",
-            "limits_s": {"init": _INIT_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
+            "run": _describe_run(run_id, project, defaults) | ({"sweep_id": sweep} if in_sweep else {}),
+            "config": _hide_secrets({**config, **(facts or {})}),
+            "system_metrics": system_metrics,
+            "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
         }
         return WandbTracker(start, environ)
     except OSError as error:
@@ -304,13 +415,88 @@ def open_tracker(mode: Mode, run_dir: Path, config: Mapping[str, Any], *, is_mai
         return NoTracker()
 
 
-def _read_or_make_id(path: Path) -> str:
-    """The id that the run has on W&B from its first start to its last."""
-    with contextlib.suppress(FileNotFoundError):
-        found = path.read_text(errors="replace").strip()
-        if re.fullmatch(r"[a-z0-9]{8,64}", found):
-            return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = secrets.token_hex(6)
-    write_atomically(path, f"{made}\n".encode())
-    return made
+def _find_mode() -> Mode:
+    """What `auto` stands for, by W&B's own switches in W&B's own order: its variable, the settings of this folder, those of the user."""
+    home = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    switches = [os.environ.get("WANDB_MODE", "")]
+    for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
+        parser = configparser.ConfigParser(interpolation=None)
+        with contextlib.suppress(configparser.Error):
+            parser.read_string(_read_small(path))
+        switches.append(parser.get("default", "mode", fallback=""))
+    switch = next(filter(None, switches), "")
+    if switch in ("", "online", "run", "shared"):
+        return "auto"
+    if switch not in ("offline", "dryrun", "disabled"):
+        _log.warning("W&B's mode is %r, expected online, offline or disabled; taken as offline", switch)
+    return "disabled" if switch == "disabled" else "offline"
+
+
+def _describe_run(run_id: str, project: str | None, defaults: Mapping[str, str | None]) -> dict[str, Any]:
+    """What W&B shall know of the run, as settings whose values it takes, whatever is in its variables."""
+    project = project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
+    # The names of files may hold what is no character to W&B.
+    told = {
+        name: (os.environ.get(f"WANDB_{name}") or default or "").encode(errors="replace").decode() for name, default in defaults.items()
+    }
+    run = {
+        "run_id": run_id,
+        "project": project if _is_project(project) else _DEFAULT_PROJECT,
+        "entity": told["ENTITY"] if re.fullmatch(r"[\w.-]{1,128}", told["ENTITY"]) else None,
+        "run_name": told["NAME"][:_NAME_LENGTH_MAX],
+        "run_group": told["RUN_GROUP"][:_NAME_LENGTH_MAX],
+        "run_job_type": told["JOB_TYPE"][:_NAME_LENGTH_MAX],
+        "run_notes": told["NOTES"],
+        "run_tags": [tag for tag in map(str.strip, told["TAGS"].split(",")) if 1 <= len(tag) <= 64 and tag.isprintable()],
+    }
+    return {name: value for name, value in run.items() if value}
+
+
+def _find_places(folder: Path) -> dict[str, str]:
+    return {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data"), "WANDB_ERROR_REPORTING": "false"}
+
+
+def _remove_what_was_left(folder: Path) -> None:
+    """Remove the temporary files of earlier starts that were killed together with their mirror."""
+    for path in folder.glob(f"{_SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid() and not _is_locked(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # the mirror of a start that was killed just now still uses it
+        return True
+    except OSError:  # a file system without locks
+        pass
+    return False
+
+
+def _read_small(path: Path) -> str:
+    """The text of a small file; nothing where there is none, or something else in its place. Never waits, as for a pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode) and found.st_size <= _SMALL_FILE_BYTES:
+                return file.read(_SMALL_FILE_BYTES).decode(errors="replace")
+    except (OSError, ValueError):  # the latter for a name with a NUL
+        pass
+    return ""
+
+
+def _claim_id(path: Path, run_dir: Path, wanted: str) -> str:
+    """The id that the run has on W&B from its first start to its last; a new one, `wanted` if it can be, for a new run or a copy."""
+    found, mark, *_ = [*_read_small(path).splitlines(), "", ""]
+    if not _ID.fullmatch(found.strip()) or not is_marked(run_dir, mark):
+        found = wanted if _ID.fullmatch(wanted) else secrets.token_hex(6)
+    content = f"{found.strip()}\n{mark_folder(run_dir)}\n"
+    if content != _read_small(path):
+        write_atomically(path, content.encode())
+    return found.strip()

@@ -10,18 +10,23 @@ from typing import Any
 
 
 class BadServer:
-    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, or an HTTP status.
+    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, "hang at" and a word
+    in the request's path or body, or an HTTP status.
 
-    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary` and `files` (names); `bodies` has all.
+    `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary`, `files` and `artifacts` (names);
+    `upserts` has the variables of the requests that make or change a run, `bodies` has all.
     """
 
     def __init__(self, mode: str = "good") -> None:
         self.mode = mode
+        self.stopped = False  # whether someone pressed stop on the page of the run
         self.summary: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.files: list[str] = []
+        self.artifacts: list[str] = []
         self.bodies: list[bytes] = []
         self.run_ids: set[str] = set()
+        self.upserts: list[dict[str, Any]] = []
         self._over = threading.Event()
         self._http = _Server(("127.0.0.1", 0), self._make_handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -50,12 +55,13 @@ class BadServer:
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 server.bodies.append(body)
-                if server.mode == "hang":
+                hangs = server.mode.startswith("hang") and server.mode[8:] in f"{self.path} {body.decode(errors='replace')}"
+                if hangs:
                     server._over.wait()
-                if server.mode in ("hang", "refuse"):
+                if hangs or server.mode == "refuse":
                     self.close_connection = True
                     return
-                status, content = (200, server._serve(self.path, body)) if server.mode == "good" else (int(server.mode), {})
+                status, content = (int(server.mode), {}) if server.mode.isdecimal() else (200, server._serve(self.path, body))
                 text = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
@@ -78,7 +84,7 @@ class BadServer:
                 self.rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
             if "wandb-summary.json" in files:
                 self.summary = json.loads(files["wandb-summary.json"]["content"][-1])
-            return {}
+            return {"stopped": True} if self.stopped else {}
         if path.startswith("/upload/"):
             self.files.append(path.removeprefix("/upload/"))
             return {}
@@ -86,6 +92,7 @@ class BadServer:
         match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
         operation, variables = match and match[1], request.get("variables", {})
         if operation == "UpsertBucket":
+            self.upserts.append(variables)
             new = variables["name"] not in self.run_ids
             self.run_ids |= {variables["name"]} - {None}
             entity = {"id": "1", "name": "someone"}
@@ -94,6 +101,15 @@ class BadServer:
             return {"data": {"upsertBucket": {"bucket": bucket | {"historyLineCount": len(self.rows)}, "inserted": new}}}
         if operation == "RunResumeStatus":
             return {"data": {"model": self._describe_run(variables["name"])}}
+        if operation == "Viewer":
+            return {"data": {"viewer": {"id": "1", "entity": "someone", "username": "someone", "teams": {"edges": []}}}}
+        if operation == "ArtifactType":
+            return {"data": {"project": {"artifact": None}}}
+        if operation == "CreateArtifact":
+            self.artifacts.append(variables["input"]["artifactCollectionName"])
+            return {
+                "data": {"createArtifact": {"artifact": {"id": "4", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}}}
+            }
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "3", "uploadHeaders": [], "files": files}}}

@@ -1,6 +1,7 @@
 """Whatever happens to Weights & Biases, training goes on, and what it logged can be read."""
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -27,7 +28,8 @@ from processes import TINY, Rank, run_ranks, start_ranks
 from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
-from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, open_tracker
+from mnist_dist.errors import UserError
+from mnist_dist.tracking import AccelerateTracker, Mistake, NoTracker, WandbTracker, check_project, open_tracker
 from mnist_dist.world import World
 
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
@@ -46,19 +48,33 @@ class Train:
     middle: int = 20
     last: int = 40
     result: dict | None = field(default_factory=lambda: RESULT)
+    stopped: bool = False
+    system_metrics: bool = False
     file_bytes_max: int = 0
+    unknown_user: bool = False
 
     def __call__(self):
+        if self.unknown_user:
+            user = os.getuid()
+            if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+                print("no user namespaces")
+                return 0
+            Path("/proc/self/uid_map").write_text(f"54321 {user} 1")
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             del os.environ[name]
         os.environ.update({"HOME": str(self.folder / "home"), "SOME_TOKEN": KEY, **self.environ})
+        if self.unknown_user:
+            del os.environ["HOME"]
+        os.chdir(self.folder)
         if self.file_bytes_max:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes_max, self.file_bytes_max))
         set_up_logging(0, 1)
         before = dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake"}
+        config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake", "precision": "auto"}
         start = time.perf_counter()
-        tracker = open_tracker("auto", self.folder / "run", config)
+        facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
+        more = {"job_type": "train", "group": "ours", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
+        tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
         assert isinstance(tracker, WandbTracker)
         print("mirror", tracker._process.pid)
@@ -80,8 +96,15 @@ class Train:
                 while not (self.folder / "go").exists():
                     time.sleep(0.02)
                     tracker._exchange()  # as the rows of a longer run would
+                    if tracker.stop_requested:
+                        print("stop requested")
+                        break
+        if self.result is not None:
+            mistakes = [Mistake(self.folder / "sample.png", 0, [0.25, 0.75]), Mistake(self.folder / "sample.png", 1, [0.5, 0.5])]
+            tracker.log_predictions(self.last, [[7, 1], [1, 3]], mistakes, ["zero", "one"])
+            tracker.log_model(self.folder / "sample.png")
         start = time.perf_counter()
-        tracker.finish(self.result)
+        tracker.finish(self.result, stopped=self.stopped)
         seconds |= {"finish": time.perf_counter() - start, "log": sorted(logs)[len(logs) // 2], "longest log": max(logs)}
         tracker.log({"step": self.last + 1})  # too late, and no harm
         assert before == (dict(os.environ), threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
@@ -97,15 +120,15 @@ class Play:
     folder: Path
     server: BadServer
     key: bool = True
+    environ: dict[str, str] = field(default_factory=dict)
     rank: Rank = None
 
     def start(self, **changes) -> None:
-        self.folder.mkdir(exist_ok=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)
         Image.new("L", (28, 28), 200).save(self.folder / "sample.png")
         (self.folder / "go").unlink(missing_ok=True)
-        environ = {"WANDB_BASE_URL": self.server.url, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"} | (
-            {"WANDB_API_KEY": KEY} if self.key else {}
-        )
+        environ = {"WANDB_BASE_URL": self.server.url, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", "TMPDIR": str(self.temporary)}
+        environ |= ({"WANDB_API_KEY": KEY} if self.key else {}) | self.environ
         (self.rank,) = start_ranks(self.folder, replace(Train(self.folder, environ), **changes))
 
     def wait_for(self, text: str) -> None:
@@ -129,6 +152,20 @@ class Play:
     def end(self) -> None:
         self.go()
         assert self.rank.wait() == 0, self.rank.text
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / ("t" * 108)  # no socket fits into it
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All that live in this play's folder."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.folder / "run" / "wandb" / "cache") == process.environ().get("WANDB_CACHE_DIR"):
+                    found.append(process)
+        return found
 
     @property
     def mirror(self) -> psutil.Process:
@@ -164,7 +201,14 @@ class Piece:
     steps: list[int]
     images: list[Path]
     config: dict
-    ended: bool
+    records: list[dict]
+
+    @property
+    def ended(self) -> bool:
+        return self.find("exit") != []
+
+    def find(self, kind: str) -> list[dict]:
+        return [record[kind] for record in self.records if record["type"] == kind]
 
 
 def read_records(path: Path) -> list[dict]:
@@ -180,7 +224,7 @@ def read_piece(path: Path) -> Piece:
     paths = [path / "files" / value for row in rows for name, value in row.items() if name == "images/data_sample.path"]
     config = {name: value for record in records if record["type"] == "run" for name, value in record["run"]["config"]["update"].items()}
     steps = [row["step"] for row in rows if "train/loss" in row]
-    return Piece(path.name, steps, paths, config, any(record["type"] == "exit" for record in records))
+    return Piece(path.name, steps, paths, config, records)
 
 
 PLAYS: dict[str, Callable[[Play], None]] = {}
@@ -281,6 +325,34 @@ def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(play
     assert play.warnings == 1, play.logs
 
 
+STAGES = ("RunResumeStatus", "UpsertBucket", "file_stream", "CreateRunFiles", "upload/")
+
+
+def play_hang(stage):
+    def act(play: Play) -> None:
+        play.server.mode = f"hang at {stage}"
+        play.start()
+        play.wait_for("middle")
+        play.wait_for("W&B ")
+        play.end()
+
+    return act
+
+
+PLAYS |= {f"hang at {stage}": play_hang(stage) for stage in STAGES}
+SLOW_PLAYS |= {f"hang at {stage}" for stage in STAGES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_wherever_the_server_hangs_the_run_ends_in_time_and_is_there(plays, stage):
+    play = plays(f"hang at {stage}")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.seconds["finish"] < 10
+    assert play.warnings == 1, play.logs
+
+
 @play
 def without_a_key(play):
     play.key = False
@@ -318,7 +390,7 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     play = plays("with_a_good_server")
     (run_id,) = play.server.run_ids
     assert [piece.name.split("-")[-1] for piece in play.pieces] == [run_id, run_id]
-    assert run_id == (play.folder / "run" / "wandb" / "run_id").read_text().strip()
+    assert run_id == (play.folder / "run" / "wandb" / "run_id").read_text().splitlines()[0]
     steps = [row["step"] for row in play.server.rows if "train/loss" in row]
     assert steps in ([*range(1, 41)], [*range(1, 26), *range(25, 41)])
     assert play.warnings == 0, play.logs
@@ -326,7 +398,7 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
     assert play.server.summary["result/test/accuracy"] == 0.5
     assert play.server.summary["test/accuracy"] == {"last": 0.4, "max": 0.4}
-    assert play.server.summary["test/class_accuracy/1"] == 0.25
+    assert play.server.summary["class_accuracy/1"] == 0.25
     assert play.seconds["finish"] < 9
 
 
@@ -354,6 +426,118 @@ def test_the_command_in_the_log_uploads_all_pieces_of_a_requeued_run(plays):
     assert len(play.server.run_ids) == 1
     assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
     assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
+
+
+@play
+def stopped_by_a_signal(play):
+    play.key = False
+    play.environ |= {"WANDB_TAGS": "theirs", "WANDB_NOTES": "my note", "WANDB_JOB_TYPE": "my type", "WANDB_RUN_GROUP": "my group"}
+    play.start(last=25, result=None, stopped=True)
+    play.end()
+    play.start(first=26, middle=30, result=None)
+    play.end()
+
+
+def test_a_run_that_a_signal_stopped_is_preempted_and_one_that_broke_is_failed(plays):
+    stopped, broken = plays("stopped_by_a_signal").pieces
+    assert (len(stopped.find("preempting")), stopped.find("exit")) == (1, [{"exit_code": 1}])
+    assert (len(broken.find("preempting")), broken.find("exit")) == (0, [{"exit_code": 1}])
+    (finished,) = plays("without_a_key").pieces
+    assert (len(finished.find("preempting")), finished.find("exit")) == (0, [{"exit_code": 0}])
+
+
+def test_config_and_description_are_what_was_given_and_wandbs_own_variables_win(plays):
+    (piece,) = plays("without_a_key").pieces
+    assert piece.config["precision"] == "fp32"
+    assert piece.config["versions"] == {"torch": "2"}
+    assert piece.config["job_token"] == "(hidden)"
+    (run,) = piece.find("run")
+    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["train", "ours", ["one", "two"], "on host"]
+    (run, *_) = plays("stopped_by_a_signal").pieces[0].find("run")
+    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["my type", "my group", ["theirs"], "my note"]
+
+
+def test_panels_are_drawn_over_the_step_and_counters_have_none(plays):
+    (piece,) = plays("without_a_key").pieces
+    metrics = {metric.get("name") or metric.get("glob_name"): metric for metric in piece.find("metric")}
+    assert {name for name, metric in metrics.items() if metric.get("options", {}).get("hidden")} == {"step", "epoch"}
+    assert {metric["step_metric"] for name, metric in metrics.items() if name not in ("step", "epoch")} == {"step"}
+
+
+def test_mistakes_are_a_table_and_the_confusion_matrix_is_wandbs_own(plays):
+    (piece,) = plays("without_a_key").pieces
+    files = {}
+    for artifact in piece.find("artifact"):
+        files |= {entry["path"]: Path(entry["local_path"]).read_bytes() for entry in artifact["manifest"]["contents"]}
+    wrong, matrix = [json.loads(files[f"predictions/{name}.table.json"]) for name in ("wrong", "confusion_matrix_table")]
+    assert wrong["columns"] == ["image", "label", "predicted", "probability/zero", "probability/one"]
+    assert [row[1:] for row in wrong["data"]] == [["zero", "one", 0.25, 0.75], ["one", "zero", 0.5, 0.5]]
+    assert [files[row[0]["path"]] for row in wrong["data"]] == [(plays("without_a_key").folder / "sample.png").read_bytes()] * 2
+    assert matrix["data"] == [["zero", "zero", 7], ["zero", "one", 1], ["one", "zero", 1], ["one", "one", 3]]
+    server = plays("with_a_good_server").server
+    model, *tables = sorted(server.artifacts)
+    assert model == f"model-{min(server.run_ids)}"
+    assert [name.split("-")[2] for name in tables] == ["predictionsconfusion_matrix_table", "predictionswrong"]
+
+
+@pytest.mark.parametrize("fault", ["hang", "refuse", "401"])
+def test_tables_of_a_run_whose_server_fails_are_in_the_run_folder(plays, fault):
+    (piece,) = plays(f"{fault} in the middle").pieces
+    (row,) = [row["item"] for row in piece.find("history") if "predictions/wrong.path" in row["item"]]
+    for name in ("wrong", "confusion_matrix_table"):
+        path = plays(f"{fault} in the middle").folder / "run" / "wandb" / piece.name / "files" / row[f"predictions/{name}.path"]
+        assert len(json.loads(path.read_text())["data"]) in (2, 4)
+
+
+@play
+def stop_pressed_on_the_page(play):
+    play.start()
+    play.wait_for_upload(20)
+    play.server.stopped = True
+    play.rank.wait_for(lambda: "stop requested" in play.rank.text)
+    play.end()
+
+
+@play
+def refused_with_a_wish_to_stop_then(play):
+    play.environ["WANDB_STOP_ON_FATAL_ERROR"] = "true"
+    play.start()
+    play.wait_for_upload(20)
+    play.server.mode = "401"
+    with contextlib.suppress(AssertionError):  # W&B looks every 15 s
+        play.rank.wait_for(lambda: "stop requested" in play.rank.text, 17)
+    play.end()
+
+
+SLOW_PLAYS |= {"refused_with_a_wish_to_stop_then"}
+
+
+def test_stop_on_the_page_of_the_run_is_a_request_to_the_training(plays):
+    play = plays("stop_pressed_on_the_page")
+    assert "stop was pressed on the page of this run" in play.logs
+    assert play.warnings == 0, play.logs
+
+
+@pytest.mark.slow
+def test_what_the_server_refuses_is_no_request_to_stop(plays):
+    play = plays("refused_with_a_wish_to_stop_then")
+    assert "stop requested" not in play.logs
+    assert play.warnings == 1, play.logs
+
+
+@play
+def with_system_metrics(play):
+    play.environ["WANDB__STATS_SAMPLING_INTERVAL"] = "0.2"
+    play.start(system_metrics=True)
+    play.rank.wait_for(lambda: any(b"system.cpu" in body for body in play.server.bodies))
+    play.end()
+
+
+def test_the_machine_is_measured_only_if_asked_for(plays):
+    assert plays("with_system_metrics").warnings == 0
+    assert {variables["host"] for variables in plays("with_system_metrics").server.upserts} == {None}
+    assert "wandb-metadata.json" not in plays("with_system_metrics").server.files
+    assert not any(b"system." in body for body in plays("with_a_good_server").server.bodies)
 
 
 @play
@@ -415,12 +599,46 @@ def mirror_stopped(play):
 def training_killed(play):
     play.start()
     play.wait_for_upload(20)
-    mirror = play.mirror
-    scratch = mirror.environ()["TMPDIR"]
+    mirror, helper = play.mirror, play.helper
+    assert KEY not in "".join(mirror.cmdline() + helper.cmdline())
     play.rank.process.kill()
-    psutil.wait_procs([mirror], 11)
+    psutil.wait_procs([mirror, helper], 11)
     assert not mirror.is_running()
-    shutil.rmtree(scratch)  # all that is left behind
+    assert not helper.is_running()
+
+
+@play
+def training_killed_while_wandb_hangs(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    mirror, helper = play.mirror, play.helper
+    helper.suspend()
+    play.rank.process.kill()
+    psutil.wait_procs([mirror], 12)
+    assert not mirror.is_running()
+    helper.resume()
+    psutil.wait_procs([helper], 5)
+
+
+@play
+def everything_killed_and_started_again(play):
+    play.key = False
+    play.start()
+    play.wait_for("offline")
+    play.wait_for_flush()
+    for process in (play.mirror, play.helper, play.rank.process):
+        process.kill()
+    play.rank.process.join()
+    (left,) = (play.folder / "run" / "wandb").glob("tmp-*")
+    assert any(left.iterdir())
+    other = play.folder / "other"
+    other.mkdir()
+    (other / "file").touch()
+    left.with_name("tmp-link").symlink_to(other)
+    play.start(first=21)
+    play.end()
 
 
 def test_a_dead_mirror_is_given_up(plays):
@@ -444,6 +662,14 @@ def test_the_mirror_outlives_a_killed_training_by_as_long_as_it_needs_to_finish(
     assert (piece.steps, piece.ended) == ([*range(1, 21)], True)
 
 
+def test_what_even_the_mirror_could_not_remove_goes_with_the_next_start_and_nothing_else(plays):
+    play = plays("everything_killed_and_started_again")
+    assert [path.name for path in (play.folder / "run" / "wandb").glob("tmp-*")] == ["tmp-link"]
+    assert (play.folder / "other" / "file").exists()
+    (play.folder / "run" / "wandb" / "tmp-link").unlink()
+    assert [piece.steps for piece in play.pieces] == [[*range(1, 21)], [*range(21, 41)]]
+
+
 @play
 def full_disk(play):
     play.key = False
@@ -459,20 +685,116 @@ def test_a_full_disk_costs_rows_of_the_mirror_and_nothing_else(plays):
     assert play.warnings == 1, play.logs
 
 
+def damage_key(play):
+    play.environ["WANDB_API_KEY"] = f"{KEY[:30]}\n{KEY[30:]}\n"
+
+
+def damage_address(play):
+    play.environ["WANDB_BASE_URL"] = play.server.url.removeprefix("http://")
+
+
+def damage_settings(play):
+    for folder in (play.folder / "wandb", play.folder / "home" / ".config" / "wandb"):
+        folder.mkdir(parents=True)
+        (folder / "settings").write_bytes(b"\xff\xfe[default")
+
+
+def put_pipe_for_settings(play):
+    (play.folder / "wandb").mkdir()
+    os.mkfifo(play.folder / "wandb" / "settings")
+
+
+def damage_every_variable(play):
+    from wandb import Settings
+
+    play.environ |= {
+        f"WANDB_{name.upper()}": "\trub/bish?\n" for name in [*Settings.model_fields, "dir", "name", "notes", "tags", "job_type"]
+    }
+    del play.environ["WANDB_MODE"]  # which says that a try online is not wanted
+    play.environ |= {"PYTHONWARNINGS": "error", "WANDB_SERVICE": "rubbish", "WANDB_CONFIG_DIR": "/nowhere", "HOME": "/nowhere"}
+
+
+def play_damage(damage):
+    def act(play: Play) -> None:
+        play.folder.mkdir()
+        damage(play)
+        play.start()
+        play.wait_for("keeps this run offline")
+        play.end()
+
+    return act
+
+
+DAMAGES = (damage_key, damage_address, damage_settings, put_pipe_for_settings, damage_every_variable)
+PLAYS |= {damage.__name__: play_damage(damage) for damage in DAMAGES}
+
+
+@pytest.mark.parametrize("damage", [damage.__name__ for damage in DAMAGES])
+def test_whatever_is_wrong_in_the_environment_the_run_is_there_offline(plays, damage):
+    play = plays(damage)
+    (piece,) = play.pieces
+    assert piece.name.startswith("offline-run-")
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.warnings == 1, play.logs
+
+
+@play
+def unknown_user(play):
+    play.start(unknown_user=True)
+    play.end()
+
+
+def test_a_user_without_a_name_and_a_home_is_mirrored(plays):
+    play = plays("unknown_user")
+    if "no user namespaces" in play.logs:
+        pytest.skip("needs user namespaces")
+    assert play.warnings == 0, play.logs
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
+
+
+@play
+def under_an_agent_of_a_sweep(play):
+    play.environ |= {"WANDB_SWEEP_ID": "sw33p123", "WANDB_RUN_ID": "agents0id", "WANDB_RESUME": "never"}
+    play.start()
+    play.end()
+    play.environ["WANDB_RUN_ID"] = "another1d"
+    play.start(first=41, middle=42, last=43)
+    play.end()
+
+
+def test_under_an_agent_a_new_folder_is_the_agents_run_and_stays_it(plays):
+    play = plays("under_an_agent_of_a_sweep")
+    assert play.warnings == 0, play.logs
+    assert play.server.run_ids == {"agents0id"}
+    sweeps = [variables["sweep"] for variables in play.server.upserts]
+    assert sweeps[0] == "sw33p123"
+    assert sweeps[-1] is None
+    assert play.logs.count("this run folder is the run agents0id on W&B; not heeded: WANDB_RUN_ID, WANDB_RESUME, WANDB_SWEEP_ID") == 1
+
+
+def test_nothing_is_left_of_any_mirror(plays):
+    for name in PLAYS.keys() - SLOW_PLAYS:
+        play = plays(name)
+        psutil.wait_procs(play.processes, 5)  # W&B's helper looks from time to time whether the mirror is there
+        assert play.processes == [], name
+        assert [*play.temporary.iterdir()] == [], name
+        assert [path for path in (play.folder / "run" / "wandb").glob("tmp-*") if not path.is_symlink()] == [], name
+
+
 def test_no_key_is_written_printed_or_sent_in_a_body(plays):
     for name in PLAYS.keys() - SLOW_PLAYS:
         play = plays(name)
         for path in play.folder.rglob("*"):
             if path.is_file() and path.name != ".netrc":
                 content = path.read_bytes()
-                assert KEY.encode() not in content, path
+                assert KEY[:30].encode() not in content, path
                 assert b"hush-hush" not in content, path
-        assert not any(KEY.encode() in body or b"hush-hush" in body for body in play.server.bodies)
+        assert not any(KEY[:30].encode() in body or b"hush-hush" in body for body in play.server.bodies)
 
 
 PICTURES = {"augmented_sample", "confusion_matrix", "correct_classification", "curves", "data_sample", "incorrect_classification"}
 METRICS = {f"train/{name}" for name in ("loss", "learning_rate", "gradient_norm", "images_per_s")} | {"epoch", "step"}
-METRICS |= {"test/loss", "test/accuracy", *(f"test/class_accuracy/{digit}" for digit in range(10))}
+METRICS |= {"test/loss", "test/accuracy", *(f"class_accuracy/{digit}" for digit in range(10))}
 
 
 def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
@@ -494,7 +816,7 @@ def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
     summary = {name: value for record in records if record["type"] == "summary" for name, value in record["summary"]["update"].items()}
     assert summary["test/accuracy"]["max"] == max(row.get("test/accuracy", 0) for row in rows)
     assert "result/test/confusion_matrix" in summary
-    (artifact,) = [record["artifact"] for record in records if record["type"] == "artifact"]
+    (artifact,) = [record["artifact"] for record in records if record["type"] == "artifact" and record["artifact"]["type"] == "model"]
     assert [entry["path"] for entry in artifact["manifest"]["contents"]] == ["model.safetensors"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -540,3 +862,86 @@ def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
     assert type(open_tracker("offline", tmp_path / "run", {})) is NoTracker
     assert [record.message.split(": ")[0] for record in caplog.records] == ["this run is not mirrored to W&B"] * 2
+
+
+@pytest.fixture
+def starts(monkeypatch, tmp_path):
+    """What mirrors are started with, without starting them."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    starts = []
+    monkeypatch.setattr("mnist_dist.tracking.WandbTracker", lambda start, environ: starts.append(start))
+    return starts
+
+
+def test_a_moved_run_folder_is_the_same_run_and_a_copy_another(starts, tmp_path):
+    run, moved, copy = tmp_path / "run", tmp_path / "moved", tmp_path / "copy"
+    open_tracker("auto", run, {})
+    (run / "wandb" / "run_id").write_text("abcdef012345\n")  # as older versions wrote it
+    for _ in range(2):
+        open_tracker("auto", run, {})
+    run.rename(moved)
+    open_tracker("auto", moved, {})
+    shutil.copytree(moved, copy)
+    for folder in (copy, moved, copy):
+        open_tracker("auto", folder, {})
+    first, second, third, after_move, of_copy, of_original, again = [start["run"]["run_id"] for start in starts]
+    assert first != second == third == after_move == of_original == "abcdef012345"
+    assert of_copy == again != of_original
+
+
+@pytest.mark.parametrize("damage", ["pipe", "link to a pipe", "large", "rubbish", "of a copy"])
+def test_a_damaged_run_id_is_replaced(starts, tmp_path, damage):
+    path = tmp_path / "run" / "wandb" / "run_id"
+    path.parent.mkdir(parents=True)
+    if "pipe" in damage:
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe") if "link" in damage else path.with_name("pipe").rename(path)
+    else:
+        path.write_bytes({"large": b"a" * 100_000_000, "rubbish": b"\xff\0\n\n", "of a copy": b"abcdef012345\n1 '/elsewhere'\n"}[damage])
+    for _ in range(2):
+        open_tracker("auto", tmp_path / "run", {})
+    first, second = [start["run"]["run_id"] for start in starts]
+    assert first == second == path.read_text().splitlines()[0] != "abcdef012345"
+
+
+@pytest.mark.parametrize(("command", "expected"), [("offline", "offline"), ("disabled", None), ("enabled", "auto")])
+def test_auto_heeds_what_wandb_was_told_in_this_folder(starts, tmp_path, monkeypatch, command, expected):
+    subprocess.run([WANDB, command], check=True, capture_output=True)
+    open_tracker("auto", tmp_path / "run", {})
+    assert [start["mode"] for start in starts] == ([expected] if expected else [])
+    open_tracker("online", tmp_path / "run", {})
+    monkeypatch.setenv("WANDB_MODE", "online")
+    open_tracker("auto", tmp_path / "run", {})
+    monkeypatch.setenv("WANDB_MODE", "oflfine")
+    open_tracker("auto", tmp_path / "run", {})
+    assert [start["mode"] for start in starts[-3:]] == ["online", "auto", "offline"]
+
+
+def test_a_project_that_wandb_would_refuse_is_refused_before_the_run(starts, tmp_path, monkeypatch):
+    for name in ("mnist", "p" * 128, "Käse & more", None, ""):
+        check_project(name)
+    for name in ("a/b", "a\\b", "50%", "p" * 129, "two\nlines", "\udcff"):
+        with pytest.raises(UserError, match=r"wandb_project is .*: expected at most 128 printable characters, none of / \\ # \? % :"):
+            check_project(name)
+        open_tracker("auto", tmp_path / "run", {}, project=name)
+    assert {start["run"]["project"] for start in starts} == {"mnist-dist"}
+    monkeypatch.setenv("WANDB_PROJECT", "a:b")
+    check_project("mnist")
+    with pytest.raises(UserError, match="the variable WANDB_PROJECT is 'a:b'"):
+        check_project(None)
+
+
+def test_no_upload_is_advised_where_there_is_nothing_to_upload(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3")
+    broken.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(broken))
+    with open_tracker("offline", tmp_path / "run", {}) as tracker:
+        time.sleep(0.5)
+        tracker.log({"step": 1})
+    assert [record.message for record in caplog.records] == ["W&B's process died; metrics.jsonl has everything"]
+    assert not [*(tmp_path / "run" / "wandb").glob("tmp-*")]
