@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`."""
-        raise UserError(f"{message}; --help lists all options")
+        raise UserError(f"{message[:300]}; --help lists all options")
 
     def add_options(self, model: type[Options]) -> None:
         """Add `--name` for each option of `model`, with its default in the help."""

@@ -86,7 +86,8 @@ class TrainingState:
             for index, tensors in _read_field(optimizer, "state", dict).items()
             for name, value in (tensors if isinstance(tensors, dict) else {"": None}).items()
         }
-        step, elapsed_s, rows = _read_field(state, "step", int), _read_field(state, "elapsed_s", float), state.get("rows", torch.tensor([]))
+        step, elapsed_s = _read_field(state, "step", int), _read_field(state, "elapsed_s", float)
+        rows = state.get("rows", torch.tensor([], dtype=torch.int64))
         # Options that came later had no say in an older run: their defaults do what it did.
         stored = _read_field(state, "recipe", dict)
         if not all(isinstance(name, str) and isinstance(value, str | int | float | None) for name, value in stored.items()):
@@ -108,7 +109,7 @@ class TrainingState:
             raise RunError(f"it is damaged: its step is {step}; the run has {self.config.total_steps}")
         if not 0 <= elapsed_s < math.inf:
             raise RunError(f"it is damaged: its elapsed_s is {elapsed_s}")
-        if not isinstance(rows, Tensor) or rows.ndim != 1:
+        if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype != torch.int64 or rows.ndim != 1:
             raise RunError("it is damaged: its rows are not a list of steps")
         self.bare_model.load_state_dict(model)
         # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.

@@ -90,6 +90,7 @@ def _run(work: Work, variables: dict[str, str], log: str) -> None:
     # Python's own streams still point to the server's.
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
     sys.exit(work())
 
 

@@ -1,10 +1,12 @@
 """Nothing is lost: stopped anywhere, by anything, a run ends as if it had never been stopped."""
 
+import contextlib
 import fcntl
 import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -343,37 +345,69 @@ def test_a_damaged_result_is_named_and_nothing_is_lost(tmp_path, content):
 # The random soak.
 
 
+class TrainElsewhere(Train):
+    """A rank whose temporary files go to a folder of their own."""
+
+    def __call__(self):
+        tempfile.tempdir = os.environ["TMPDIR"]
+        return super().__call__()
+
+
+def find_processes(variable):
+    """The processes that have this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+# On changing worlds; and on one, where the end must have the very bits of the unbroken run.
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", [int(os.environ.get("SOAK_SEED", "0"))])
-def test_a_run_that_is_stopped_at_random_fifty_times_ends_right(tmp_path, seed):
+@pytest.mark.parametrize("worlds", [(1, 2, 3, 4), (3,)], ids=["any world", "three ranks"])
+def test_a_run_that_is_stopped_at_random_fifty_times_ends_right(tmp_path, seed, worlds):
     chance = random.Random(seed)
     steps = ["--learning_rate", "0.0005", "--steps", "600", "--evaluate_every", "25", "--checkpoint_every", "3", "--timeout_s", "20"]
-    expected, folder = tmp_path / "expected", tmp_path / "run"
-    run_ranks(tmp_path, Train([*TINY, *CALM, *steps, "--run_dir", str(expected)]))
-    arguments = [*TINY, *CALM, *steps, "--run_dir", str(folder)]
+    expected, folder, scratch = tmp_path / "expected", tmp_path / "run", tmp_path / "tmp"
+    scratch.mkdir()
+    environ = {"TMPDIR": str(scratch)}
+    run_ranks(tmp_path, Train([*TINY, *CALM, *steps, "--run_dir", str(expected)]), worlds[0])
+    arguments = [*TINY, *CALM, *steps, "--run_dir", str(folder), "--wandb", "offline"]
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
     interruptions = 0
     while interruptions < 50:
-        ranks = start_ranks(tmp_path, Train(arguments), chance.choice([1, 2, 3, 4]))
+        ranks = start_ranks(tmp_path, TrainElsewhere(arguments), chance.choice(worlds), environ)
         if chance.random() < 0.85:  # let it come to the training; otherwise stop it anywhere before
             begun = time.monotonic()
             while ranks[0].process.is_alive() and "from step" not in ranks[0].text and time.monotonic() - begun < 60:
                 time.sleep(0.005)
         time.sleep(chance.random() * 0.15)
-        number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        number = chance.choice(signals)
         for rank in ranks if chance.random() < 0.6 else [chance.choice(ranks)]:
             if rank.process.is_alive():
                 rank.kill(number)
         codes = [rank.wait(90) for rank in ranks]
-        assert set(codes) <= {0, 1, 85, 143, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT}, ranks[0].text
+        assert set(codes) <= {0, 1, 85, 143, 130, *(-number for number in signals)}, ranks[0].text
         if set(codes) != {0}:
             interruptions += 1
         if (folder / "result.json").exists():
             break
     assert interruptions >= 50, "the run is too short for this soak"
-    run_ranks(tmp_path, Train(arguments), 2)
-    assert_same_run(folder, expected, exactly=False)
-    assert not list(folder.rglob("*.tmp"))
+    run_ranks(tmp_path, TrainElsewhere(arguments), worlds[-1] if len(worlds) == 1 else 2, environ)
+    assert_same_run(folder, expected, exactly=len(worlds) == 1)
     assert len(checkpoint.list_newest_first(folder / "checkpoints")) <= 3
     assert len((folder / "starts.jsonl").read_text().splitlines()) > 30
-    assert isinstance(folder, Path)
+    # Nothing is left behind: no file, no process, no folder.
+    end = time.monotonic() + 30
+    while find_processes(str(folder)) or find_processes(str(scratch)):
+        assert time.monotonic() < end, find_processes(str(folder))
+        time.sleep(0.2)
+    assert not list(folder.rglob("*.tmp"))
+    assert list(scratch.iterdir()) == []
+    assert {path.name for path in folder.iterdir()} <= {
+        *("config.yaml", "metrics.jsonl", "starts.jsonl", "result.json", "model.safetensors", "lock", "checkpoints", "wandb")
+    }
+    assert not [path for path in (folder / "wandb").iterdir() if not path.name.startswith(("offline-run-", "run_id", "cache", "data"))]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -469,7 +470,8 @@ def test_a_busy_disk_is_asked_again_only_when_the_time_has_come_again(tmp_path):
 
 def start_program(folder, *prefix, **options):
     command = [*prefix, sys.executable, "-m", "mnist_dist.train", *LONG, "--run_dir", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+    heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed, **options)
 
 
 def wait_for_rows(folder, process):

@@ -97,6 +97,7 @@ def test_a_folder_that_holds_other_things_is_used_beside_them(tmp_path):
         ["--dataset", "fashion_mnist", "--data_dir", "nowhere"],
         ["--log_with", "aim"],
         ["--device", "cuda"],
+        ["--wandb", "offline", "--wandb_project", "a/b"],
     ],
     ids=lambda arguments: arguments[0],
 )
