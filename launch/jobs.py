@@ -17,6 +17,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 
+_RUNS = Path("runs")
 _POLL_S = 1.0
 _SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
 _CANCEL_TIMEOUT_S = 300.0
@@ -47,10 +48,13 @@ def _answer(arguments: Sequence[str] | None) -> int:
         return follow(run_dir) if words[0] == "follow" else cancel(run_dir)
     if len(words) > 1:
         raise UserError(f"expected one folder of runs, follow RUN or cancel RUN, not {' '.join(words)!r}")
-    return _list(Path(words[0] if words else "runs"), given["json"])
+    return _list(Path(words[0]) if words else _RUNS, given["json"])
 
 
 def _list(folder: Path, as_json: bool) -> int:
+    if not folder.is_dir() and folder == _RUNS:
+        print("[]" if as_json else f"no runs yet in {folder}; python -m mnist_dist.train, or python -m launch.submit, starts one")
+        return 0
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected the folder that the runs are in")
     jobs = cluster.read_jobs()

@@ -62,6 +62,14 @@ class Request(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_effects(self) -> "Request":
+        slurm_only = ("cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint", "dry_run")
+        given = [name for name in slurm_only if getattr(self, name)]
+        if self.cluster == "local" and given:
+            raise ValueError(f"{given[0]} has no effect with cluster local, which has no Slurm: leave it out")
+        return self
+
     @property
     def tasks(self) -> int:
         """Processes on one node."""
@@ -91,5 +99,5 @@ def check_folder(folder: Path) -> Path:
 
 def list_arguments(config: Config) -> tuple[str, ...]:
     """The command line that makes `config`, whatever the file of --config says when the job starts."""
-    values = config.model_dump()
-    return tuple(f"--{name}={value}" for name, value in values.items() if value != Config.model_fields[name].default)
+    values, idle = config.model_dump(), config.find_idle()
+    return tuple(f"--{name}={value}" for name, value in values.items() if value != Config.model_fields[name].default and name not in idle)

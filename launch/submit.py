@@ -29,8 +29,8 @@ def _submit(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.submit", "Submit a training as a job, by submitit.", usage="[--config FILE] [--option of the job or the training value ...]"
     )
-    add_config_options(parser)
     parser.add_options(Request)
+    add_config_options(parser)
     given = parser.parse(arguments)
     file = given.pop("config")
     request, config = collect_mistakes(

@@ -53,8 +53,8 @@ def _sweep(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("words", nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")
     parser.add_options(Sweep)
-    add_config_options(parser)
     parser.add_options(Request)
+    add_config_options(parser)
     given = parser.parse(arguments)
     file, fixed, axes, name = read_axes(given)
     sweep, request, configs = collect_mistakes(

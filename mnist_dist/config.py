@@ -34,6 +34,15 @@ _CLASS_NAMES = {
 }
 
 _STEPS_MAX = 10**9
+# Options that matter only while another one has one of some values.
+_MIRRORED = ("wandb", ("auto", "online", "offline"))
+_ONLY_WITH = {
+    "warmup": ("schedule", ("one_cycle",)),
+    "nesterov": ("optimizer", ("sgd",)),
+    "wandb_project": _MIRRORED,
+    "wandb_model": _MIRRORED,
+    "system_metrics": _MIRRORED,
+}
 
 _option = functools.partial(option, recipe=True)
 _setting = option  # says where or how to run, not what is trained: it may differ between two starts of one run
@@ -56,8 +65,9 @@ class Config(Options):
     )
     wandb_project: str | None = _setting("The run folder", None, "project there; none: WANDB_PROJECT, else mnist-dist")
     wandb_model: bool = _setting("The run folder", False, "at the end, send model.safetensors there as an artifact")
-    log_with: Literal["tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"] | None = _setting(
-        "The run folder", None, "one of Accelerate's other trackers, beside W&B; its package must be installed"
+    system_metrics: bool = _setting("The run folder", False, "send W&B's own measurements of rank zero's machine, too")
+    log_with: Literal["tensorboard"] | None = _setting(
+        "The run folder", None, "another of Accelerate's trackers, beside W&B; its package must be installed"
     )
 
     dataset: Literal["mnist", "fashion_mnist", "kmnist", "qmnist", "synthetic"] = _option(
@@ -182,9 +192,17 @@ class Config(Options):
             )
 
     def recipe(self) -> dict[str, Any]:
-        """The options that decide what is trained: two starts of one run must agree on them."""
-        fields = type(self).model_fields.items()
-        return {name: getattr(self, name) for name, field in fields if field.json_schema_extra["recipe"]}  # type: ignore[index]
+        """The options that decide what is trained: two starts of one run must agree on them. One without effect has its default."""
+        idle = self.find_idle()
+        return {
+            name: field.default if name in idle else getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if field.json_schema_extra["recipe"]  # type: ignore[index]
+        }
+
+    def find_idle(self) -> dict[str, str]:
+        """The options that have no effect here, and for each the one that makes it so."""
+        return {name: decider for name, (decider, values) in _ONLY_WITH.items() if getattr(self, decider) not in values}
 
     def to_yaml(self) -> str:
         """The config as YAML text that `read_options_file` reads back to an equal config."""
@@ -225,7 +243,15 @@ def resolve_config(given: dict[str, Any], file: str | None = None) -> Config:
         unknown_keys = [key for key in values if key not in Config.model_fields]
         if unknown_keys:
             make_config({key: values[key] for key in unknown_keys}, str(path))
-    return make_config(values | given)
+    config = make_config(values | given)
+    idle = config.find_idle()
+    # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
+    for name in [name for name in idle if name in given or (name in values and idle[name] not in given)]:
+        decider, wanted = _ONLY_WITH[name]
+        raise UserError(
+            f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
+        )
+    return config
 
 
 def add_config_options(parser: Parser) -> None:

@@ -6,6 +6,7 @@ Imports no torch, so that `--help` and every mistake answer at once.
 import argparse
 import difflib
 import reprlib
+import sys
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -134,6 +135,21 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+
+    def _spell_out(self, word: str) -> str:
+        name, separator, value = word.partition("=")
+        known = self._option_string_actions
+        if not name.startswith("--") or name in known:
+            return word
+        name = name[2:].replace("-", "_")
+        meant = name if f"--{name}" in known else find_by_initials(name, [option[2:] for option in known])
+        return f"--{meant}{separator}{value}" if meant else word
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`."""

@@ -92,7 +92,7 @@ class TrainingState:
         stored = _read_field(state, "recipe", dict)
         if not all(isinstance(name, str) and isinstance(value, str | int | float | None) for name, value in stored.items()):
             raise RunError("it is damaged: its recipe is not a list of options")
-        recipe = Config.model_construct().recipe() | stored
+        recipe = Config.model_construct(**stored).recipe() | {name: stored[name] for name in stored if name not in Config.model_fields}
         check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
         check_same(_shapes(model), _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
         check_same(

@@ -62,7 +62,16 @@ def test_help_names_every_option_in_under_a_second_without_torch():
     ("arguments", "words"),
     [
         (["--batchsize", "3"], ["--batchsize", "did you mean 'batch_size'"]),
-        (["--lr", "3"], ["--lr", "did you mean 'learning_rate'"]),
+        (["--s", "3"], ["--s"]),
+        (["--lr", "300"], ["learning_rate is '300'; allowed: a number, above 0, at most 100"]),
+        (
+            ["--schedule", "constant", "--warmup", "0.2"],
+            ["warmup has no effect with schedule constant: leave it out, or use schedule one_cycle"],
+        ),
+        (["--nesterov", "false"], ["nesterov has no effect with optimizer muon"]),
+        (["--config", "course", "--warmup", "0.1"], ["warmup has no effect with schedule step"]),
+        (["--wandb", "disabled", "--wandb_project", "x"], ["wandb_project has no effect with wandb disabled"]),
+        (["--log_with", "mlflow"], ["log_with is 'mlflow'; allowed: tensorboard, or none"]),
         (["--train_size", "x"], ["train_size is 'x'; allowed: a whole number, at least 1, or none"]),
         (["--batch_size", "0"], ["batch_size is '0'", "allowed: a whole number, at least 1"]),
         (["--batch_size", "many"], ["batch_size is 'many'; allowed: a whole number"]),
@@ -223,3 +232,21 @@ def test_steps_override_epochs_and_an_incomplete_batch_is_left_out():
     assert Config(steps=7).total_steps == 7
     assert [step for step in range(1, 7) if config.is_evaluation_due(step)] == [3, 6]
     assert [step for step in range(1, 8) if Config(steps=7, evaluate_every=3).is_evaluation_due(step)] == [3, 6, 7]
+
+
+def test_dashes_and_initials_are_spelt_out():
+    plain = parse_command_line(["--batch_size", "32", "--learning_rate=0.1", "--checkpoint_every", "7"])
+    assert parse_command_line(["--batch-size", "32", "--lr=0.1", "--checkpoint-every=7"]) == plain
+    assert parse_command_line(["--bs", "32", "--lr", "0.1", "--ce", "7"]) == plain
+    with pytest.raises(UserError, match="there is no option"):
+        parse_command_line(["--ts", "5"])  # train_size, test_size or timeout_s
+
+
+def test_an_option_that_lost_its_effect_to_the_command_line_is_no_part_of_the_recipe(tmp_path):
+    (tmp_path / "a.yaml").write_text("warmup: 0.4\nnesterov: false\noptimizer: sgd\n")
+    (tmp_path / "b.yaml").write_text("warmup: 0.4\nschedule: constant\n")
+    config = parse_command_line(["--config", str(tmp_path / "a.yaml"), "--schedule", "constant", "--optimizer", "adamw"])
+    assert config.recipe() == parse_command_line(["--schedule", "constant", "--optimizer", "adamw"]).recipe()
+    assert make_config(config.model_dump()) == config  # what a run folder holds is read back whatever it says
+    with pytest.raises(UserError, match="warmup has no effect with schedule constant"):
+        parse_command_line(["--config", str(tmp_path / "b.yaml")])

@@ -417,3 +417,26 @@ def test_a_checkpoint_that_is_being_written_is_not_saved_yet(tmp_path):
     for name in ("step_00000003-0123456789abcdef.pt", "step_00000010-0123456789abcdef.pt", "step_00000012-0123456789abcdef.pt.tmp"):
         (tmp_path / "checkpoints" / name).touch()
     assert find_saved_step(tmp_path) == 10
+
+
+@pytest.mark.parametrize(
+    "option", ["--partition=a", "--account=a", "--qos=a", "--constraint=a", "--memory_gb=1", "--cpus_per_task=1", "--dry_run"]
+)
+def test_what_only_slurm_understands_is_refused_without_it(no_slurm, capsys, option):
+    assert submit.main(["--config", "smoke", "--cluster", "local", option]) == 2
+    assert "has no effect with cluster local" in capsys.readouterr().err
+
+
+def test_the_options_of_the_job_come_first(capsys):
+    for program in (submit, sweep):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        text = capsys.readouterr().out
+        assert text.index("--nodes") < text.index("--run_dir") < text.index("--batch_size")
+
+
+def test_a_fresh_checkout_has_no_runs_yet(no_slurm, capsys):
+    assert jobs.main([]) == 0
+    assert "no runs yet in runs; python -m mnist_dist.train" in capsys.readouterr().out
+    assert jobs.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
