@@ -713,7 +713,14 @@ def damage_every_variable(play):
         f"WANDB_{name.upper()}": "\trub/bish?\n" for name in [*Settings.model_fields, "dir", "name", "notes", "tags", "job_type"]
     }
     del play.environ["WANDB_MODE"]  # which says that a try online is not wanted
-    play.environ |= {"PYTHONWARNINGS": "error", "WANDB_SERVICE": "rubbish", "WANDB_CONFIG_DIR": "/nowhere", "HOME": "/nowhere"}
+    (play.folder / "wandb.py").write_text("raise SystemExit('not this one')")
+    play.environ |= {
+        "PYTHONPATH": ":/nowhere",
+        "PYTHONWARNINGS": "error",
+        "WANDB_SERVICE": "rubbish",
+        "WANDB_CONFIG_DIR": "/nowhere",
+        "HOME": "/nowhere",
+    }
 
 
 def play_damage(damage):
