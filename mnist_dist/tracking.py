@@ -377,9 +377,11 @@ def open_tracker(
 
     One folder is one run on W&B, over all its starts. Under `wandb agent`, a new folder is the run that the agent made for it.
     """
+    if not is_main:
+        return NoTracker()
     if mode == "auto":
         mode = _find_mode()
-    if mode == "disabled" or not is_main:
+    if mode == "disabled":
         return NoTracker()
     run_dir = run_dir.absolute()
     folder = run_dir / "wandb"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -49,6 +50,7 @@ class Train:
     last: int = 40
     result: dict | None = field(default_factory=lambda: RESULT)
     stopped: bool = False
+    busy: bool = False
     system_metrics: bool = False
     file_bytes_max: int = 0
     unknown_user: bool = False
@@ -95,7 +97,7 @@ class Train:
                 print("middle")
                 while not (self.folder / "go").exists():
                     time.sleep(0.02)
-                    tracker._exchange()  # as the rows of a longer run would
+                    tracker.log({"step": step, "extra": 1}) if self.busy else tracker._exchange()  # as the rows of a longer run would
                     if tracker.stop_requested:
                         print("stop requested")
                         break
@@ -501,7 +503,7 @@ def stop_pressed_on_the_page(play):
 @play
 def refused_with_a_wish_to_stop_then(play):
     play.environ["WANDB_STOP_ON_FATAL_ERROR"] = "true"
-    play.start()
+    play.start(busy=True)
     play.wait_for_upload(20)
     play.server.mode = "401"
     with contextlib.suppress(AssertionError):  # W&B looks every 15 s
@@ -711,7 +713,14 @@ def damage_every_variable(play):
         f"WANDB_{name.upper()}": "\trub/bish?\n" for name in [*Settings.model_fields, "dir", "name", "notes", "tags", "job_type"]
     }
     del play.environ["WANDB_MODE"]  # which says that a try online is not wanted
-    play.environ |= {"PYTHONWARNINGS": "error", "WANDB_SERVICE": "rubbish", "WANDB_CONFIG_DIR": "/nowhere", "HOME": "/nowhere"}
+    (play.folder / "wandb.py").write_text("raise SystemExit('not this one')")
+    play.environ |= {
+        "PYTHONPATH": ":/nowhere",
+        "PYTHONWARNINGS": "error",
+        "WANDB_SERVICE": "rubbish",
+        "WANDB_CONFIG_DIR": "/nowhere",
+        "HOME": "/nowhere",
+    }
 
 
 def play_damage(damage):
@@ -890,6 +899,18 @@ def test_a_moved_run_folder_is_the_same_run_and_a_copy_another(starts, tmp_path)
     first, second, third, after_move, of_copy, of_original, again = [start["run"]["run_id"] for start in starts]
     assert first != second == third == after_move == of_original == "abcdef012345"
     assert of_copy == again != of_original
+
+
+def test_temporary_files_that_a_mirror_still_uses_stay(starts, tmp_path):
+    used = tmp_path / "run" / "wandb" / "tmp-used"
+    (used / "folder").mkdir(parents=True)
+    descriptor = os.open(used, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    open_tracker("auto", tmp_path / "run", {})
+    assert used.exists()
+    os.close(descriptor)
+    open_tracker("auto", tmp_path / "run", {})
+    assert not used.exists()
 
 
 @pytest.mark.parametrize("damage", ["pipe", "link to a pipe", "large", "rubbish", "of a copy"])
