@@ -7,6 +7,7 @@ damage to any byte shows. It is an ordinary `torch.save` file, always loaded wit
 import hashlib
 import io
 import logging
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class Writer:
         self._sync_record = sync_record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Path] | None = None
+        self._took_s: float | None = None
 
     def is_free(self, step: int) -> bool:
         """Whether the last one is written; if not, a warning says that there will be none at `step`."""
@@ -132,9 +134,16 @@ class Writer:
         self._thread.shutdown(wait=True)
         self._report()
 
+    def describe(self) -> dict[str, float]:
+        """How long the last checkpoint took to write, under the name that a row has for it; nothing before the first."""
+        return {} if self._took_s is None else {"health/checkpoint_s": round(self._took_s, 3)}
+
     def _write(self, step: int, content: bytes) -> Path:
+        begun_s = time.monotonic()
         self._sync_record()  # the rows up to this step must be on the disk before a checkpoint says that they are done
-        return write(self.folder, step, content, self.keep)
+        path = write(self.folder, step, content, self.keep)
+        self._took_s = time.monotonic() - begun_s
+        return path
 
     def _report(self) -> None:
         if self._running is not None:

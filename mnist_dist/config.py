@@ -245,13 +245,15 @@ def resolve_config(given: dict[str, Any], file: str | None = None) -> Config:
             make_config({key: values[key] for key in unknown_keys}, str(path))
     config = make_config(values | given)
     idle = config.find_idle()
-    # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-    for name in [name for name in idle if name in given or (name in values and idle[name] not in given)]:
-        decider, wanted = _ONLY_WITH[name]
-        raise UserError(
-            f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
-        )
-    return config
+    defaults = {name: type(config).model_fields[name].default for name in idle}
+    for name, default in defaults.items():
+        # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
+        if name in given or (idle[name] not in given and getattr(config, name) != default):
+            decider, wanted = _ONLY_WITH[name]
+            raise UserError(
+                f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
+            )
+    return config.model_copy(update=defaults)
 
 
 def add_config_options(parser: Parser) -> None:

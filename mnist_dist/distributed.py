@@ -81,6 +81,10 @@ class Group:
             raise result
         return result
 
+    def count_nodes(self, world: World) -> int:
+        """How many hosts take part: each has one local rank of zero. All ranks call it alike."""
+        return int(self.sum(torch.tensor(int(world.local_rank == 0), device=self.device)))
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor on the device, on every rank."""
         return self.accelerator.reduce(values, reduction="sum")

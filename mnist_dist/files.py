@@ -55,12 +55,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a small file of lines; a last one that was torn goes. Raises OSError."""
+def append_line(path: Path, line: bytes) -> int:
+    """Add a line to a small file of lines, and count its lines; a last one that was torn goes. Raises OSError."""
     content = read_file(path, _LINES_BYTES_MAX) if os.path.lexists(path) else b""
     with path.open("ab") as file:
         file.truncate(content.rfind(b"\n") + 1)
         file.write(line + b"\n")
+    return content.count(b"\n") + 1
 
 
 def describe_error(error: OSError) -> str:

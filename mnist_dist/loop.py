@@ -2,17 +2,14 @@
 
 import logging
 import os
-import platform
 from dataclasses import dataclass
 from typing import Any
 
-import accelerate
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import mnist_dist
 from mnist_dist.augment import draw_transforms, make_inputs
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
@@ -25,7 +22,7 @@ from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row
-from mnist_dist.run_folder import RunFolder
+from mnist_dist.run_folder import RunFolder, describe_versions
 from mnist_dist.state import TrainingState
 from mnist_dist.weights import make_header
 from mnist_dist.world import find_world
@@ -67,15 +64,16 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
 
         saved = run.open()
         recorded = state.restore(saved) if saved is not None else []
-        facts = {"launcher": world.launcher, "world_size": group.size, "device": group.device.type, "precision": group.precision}
-        facts["threads"] = torch.get_num_threads()
-        run.start(state.step, facts, recorded)
+        facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
+        facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
+        run.start(state.step, facts | {"parameters": state.count_parameters()}, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
 
         def compute(images: Tensor, labels: Tensor, transforms: Tensor) -> Tensor:
             """All that the device does in a step; this rank's mean loss."""
             inputs = make_inputs(images, data.mean, data.std, transforms)
             loss = F.cross_entropy(state.model(inputs), labels, label_smoothing=config.label_smoothing)
+            meter.note_forward()
             state.optimizer.zero_grad()
             group.accelerator.backward(loss)
             state.optimizer.step()
@@ -94,6 +92,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
                 transforms = draw_transforms(config, state.step)[group.rank :: group.size].to(group.device, non_blocking=True)
+                meter.begin_step()
                 loss = train_step(batch.images, batch.labels, transforms)
                 state.step += 1
                 meter.add(loss)
@@ -109,13 +108,13 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                     run.append(row)
                     progress.report(row)
 
-                stop = agreement.exchange(signals.received)
+                stop = agreement.exchange(max(signals.received, run.stop_requested))
                 if state.step == config.total_steps:
                     break  # too late to stop: finishing is as quick
                 if stop:
                     agreement.finish()
                     meter.check()
-                    path = run.save_last(state)
+                    path = run.save_last(state, Stop(stop))
                     _log.info("stopped by a signal after step %d of %d; saved %s", state.step, config.total_steps, path)
                     return Result(Stop(stop), state.step, {})
                 run.save_if_due(state)
@@ -142,12 +141,7 @@ def _describe_result(state: TrainingState, evaluation: Evaluation, data: Dataset
         "dataset": state.config.dataset,
         "mean": data.mean,
         "std": data.std,
-        "versions": {
-            "mnist_dist": mnist_dist.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "versions": describe_versions(),
     }
 
 

@@ -1,6 +1,7 @@
 """Measures the training between two rows of the record, without waiting for the device in between."""
 
 import math
+import resource
 import time
 
 import torch
@@ -24,6 +25,16 @@ class Meter:
         self._losses: list[Tensor] = []
         self._step = step  # steps done at the last reading
         self._since_s = time.perf_counter()
+        self._begun_s = 0.0
+        self._forward_s = 0.0
+
+    def begin_step(self) -> None:
+        """Note that a step begins."""
+        self._begun_s = time.perf_counter()
+
+    def note_forward(self) -> None:
+        """Note that this rank's forward pass of the step is done: what comes after it waits for the other ranks."""
+        self._forward_s += time.perf_counter() - self._begun_s
 
     def add(self, loss: Tensor) -> None:
         """Note this rank's mean loss of one step, a scalar on the device."""
@@ -51,6 +62,11 @@ class Meter:
         loss = self.check()
         assert self._step == state.step
         elapsed_s = time.perf_counter() - self._since_s
+        health = {"health/step_s": round(elapsed_s / steps, 6), "health/memory_gb": round(self._measure_memory_gb(), 3)}
+        if self.group.size > 1 and self.group.device.type == "cpu":  # a GPU runs behind the clock of its host
+            forward_s = self.group.accelerator.gather(torch.tensor([self._forward_s], dtype=torch.float64))
+            slowest = int(forward_s.argmax())
+            health |= {"health/slowest_rank": slowest, "health/slowest_to_median": round(float(forward_s[slowest] / forward_s.median()), 3)}
         self.reset_clock()
         gradient_norm = state.gradient_norm()
         if not math.isfinite(gradient_norm):
@@ -62,8 +78,16 @@ class Meter:
             "train/learning_rate": learning_rate,
             "train/gradient_norm": gradient_norm,
             "train/images_per_s": round(steps * self.config.batch_size / elapsed_s, 1),
+            **health,
         }
+
+    def _measure_memory_gb(self) -> float:
+        """The most memory that rank zero's process, or its GPU, has had in use so far."""
+        if self.group.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kB
 
     def reset_clock(self) -> None:
         """Count the time from now on, as after an evaluation."""
         self._since_s = time.perf_counter()
+        self._forward_s = 0.0

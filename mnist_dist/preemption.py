@@ -23,6 +23,16 @@ class Stop(enum.IntEnum):
         """The exit status that tells the launcher why the run stopped."""
         return {Stop.NONE: 0, Stop.REQUEUE: 85, Stop.TERMINATE: 143, Stop.INTERRUPT: 130}[self]
 
+    @property
+    def cause(self) -> str:
+        """What asked for it, in words."""
+        return {
+            Stop.NONE: "nothing",
+            Stop.REQUEUE: "a signal to requeue",
+            Stop.TERMINATE: "a signal to end, or Stop on W&B",
+            Stop.INTERRUPT: "Ctrl-C",
+        }[self]
+
 
 _STOP_OF_SIGNAL: dict[int, Stop] = {
     signal.SIGUSR1: Stop.REQUEUE,

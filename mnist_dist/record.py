@@ -19,12 +19,13 @@ from mnist_dist.files import TEMPORARY_SUFFIX, is_marked, read_file, write_atomi
 from mnist_dist.options import read_options_file
 
 # All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
-CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "starts.jsonl", "result.json"
+CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
+STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
 WEIGHTS_FILE, REPORT_FILE, LOCK_FILE = "model.safetensors", "report.html", "lock"
 CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", re.compile(r"step_(\d{8,18})-([0-9a-f]{16})\.pt")  # its step, its SHA-256's beginning
 PLOTS = "plots"
 PICTURES = ("curves", "confusion_matrix", "incorrect_classification", "correct_classification", "data_sample", "augmented_sample")
-_FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
+_FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, ENDS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
 
 _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
@@ -155,6 +156,7 @@ class Run:
     config: Config
     rows: list[Row]
     starts: list[Row]
+    ends: list[Row]  # of the starts that did not die without noting why
     result: Row | None
 
 
@@ -163,7 +165,7 @@ def read_run(run_dir: Path) -> Run:
     if not os.path.isfile(run_dir / CONFIG_FILE):  # unlike Path.is_file, False for a name that the system refuses
         raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}; expected the folder that --run_dir named")
     config = read_config(run_dir)
-    return Run(run_dir, config, read_rows(run_dir, config), read_starts(run_dir), read_result(run_dir, config))
+    return Run(run_dir, config, read_rows(run_dir, config), read_starts(run_dir), read_ends(run_dir), read_result(run_dir, config))
 
 
 def check_folder(run_dir: Path, config: Config) -> None:
@@ -287,7 +289,16 @@ def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> l
 
 def read_starts(run_dir: Path) -> list[Row]:
     """The rows of starts.jsonl. Raises `UserError` where one is damaged."""
-    path = run_dir / STARTS_FILE
+    return _read_notes(run_dir / STARTS_FILE)
+
+
+def read_ends(run_dir: Path) -> list[Row]:
+    """The rows of ends.jsonl: `start` counts starts from one, `why` says in words why it ended. Raises `UserError` as `read_starts`."""
+    ends = _read_notes(run_dir / ENDS_FILE)
+    return [end for end in ends if is_count(end.get("start")) and isinstance(end.get("why"), str)]
+
+
+def _read_notes(path: Path) -> list[Row]:
     rows = []
     for number, row in _read_lines(path):
         if not is_count(row.get("step")) or not all(

@@ -8,19 +8,26 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import accelerate
+import torch
+
+import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import append_line, describe_error, mark_folder, write_atomically
+from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
+    ENDS_FILE,
     LOCK_FILE,
     METRICS_FILE,
     PICTURES,
@@ -60,15 +67,20 @@ class RunFolder:
         self._writer: checkpoint.Writer | None = None
         self._trackers: list[NoTracker] = []
         self._saved_s = time.monotonic()
+        self._starts = 0  # with this one
+        self._step = 0  # of the last row or checkpoint
+        self._stop = Stop.NONE
+        self._is_finished = False
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._writer is not None:
             self._writer.close()  # before the lock goes: another job may take the folder then
+            self._note_end(error)
         for tracker in self._trackers:
-            tracker.finish(None)
+            tracker.finish(None, stopped=self._stop != Stop.NONE)
         if self._record is not None:
             self._record.close()
         if self._lock is not None:
@@ -118,25 +130,57 @@ class RunFolder:
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._step = step
+        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin()}
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.cut_back(step, promised_rows)
-            start = {"time": now, "step": step, "host": platform.node(), **facts}
-            append_line(self.path / STARTS_FILE, json.dumps(start).encode())
+            self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._record.sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
-        self._trackers.append(open_tracker(self.config.wandb, self.path, self.config.model_dump(), project=self.config.wandb_project))
+        mirror = open_tracker(
+            self.config.wandb,
+            self.path,
+            self.config.model_dump(),
+            project=self.config.wandb_project,
+            facts={**start, "versions": describe_versions()},
+            job_type="train",
+            tags=[self.config.dataset, self.config.optimizer],
+            notes=f"{self.path.absolute()} on {platform.node()}",
+            system_metrics=self.config.system_metrics,
+        )
+        self._trackers.append(mirror)
+
+    def _note_end(self, error: BaseException | None) -> None:
+        if self._is_finished:
+            why = "finished"
+        elif self._stop:
+            why = f"stopped by {self._stop.cause}, saved"
+        else:
+            lines = str(error).strip().splitlines()
+            lost = isinstance(error, Exception) and is_loss(error)
+            why = f"failed: {'another rank was lost' if lost else (lines[0] if lines else type(error).__name__)[:300]}"
+        with contextlib.suppress(OSError):  # the log has it as well
+            end = {"time": _now(), "step": self._step, "start": self._starts, "why": why}
+            append_line(self.path / ENDS_FILE, json.dumps(end).encode())
+
+    @property
+    def stop_requested(self) -> Stop:
+        """What the mirror of the run asks for: to end, where somebody pressed Stop on its page."""
+        return Stop.TERMINATE if any(tracker.stop_requested for tracker in self._trackers) else Stop.NONE
 
     def append(self, row: Row) -> None:
         """Add a row to the record and its mirror."""
         if self._record is not None:
             assert self._lock is not None
+            assert self._writer is not None
             self._lock.check()
+            self._step = row["step"]
+            row = row | {"health/restarts": self._starts - 1} | self._writer.describe()
             self._record.append(row)
             for tracker in self._trackers:
                 tracker.log(row)
@@ -154,8 +198,8 @@ class RunFolder:
                 assert self._record is not None
                 self._writer.submit(state.step, state.encode(self._record.steps))
 
-    def save_last(self, state: "TrainingState") -> Path:
-        """Write the checkpoint with which this start ends. Raises `RunError` where that fails."""
+    def save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
+        """Write the checkpoint with which this start ends, because of `stop` or at the end. Raises `RunError` where that fails."""
 
         def save() -> Path:
             assert self._writer is not None
@@ -164,7 +208,9 @@ class RunFolder:
             self._lock.check()
             if not state.is_finite():
                 raise RunError(f"the weights are not finite after step {state.step}; the run stops here and keeps its last checkpoint")
-            return self._writer.finish(state.step, state.encode(self._record.steps))
+            path = self._writer.finish(state.step, state.encode(self._record.steps))
+            self._stop, self._step = stop, state.step
+            return path
 
         return self.group.on_main(save)
 
@@ -179,6 +225,8 @@ class RunFolder:
                 raise RunError(
                     f"the result cannot be written to {self.path}: {describe_error(error)}; the same command resumes from here"
                 ) from error
+
+            self._is_finished = True
 
         self.group.on_main(write)
 
@@ -208,6 +256,34 @@ class RunFolder:
             if not is_loss(error):
                 raise
             _log.warning("the other ranks did not wait for the report and the mirror of the run, which is finished; see --timeout_s")
+
+
+def describe_versions() -> dict[str, str]:
+    """The versions of what a run is computed with."""
+    return {
+        "mnist_dist": mnist_dist.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def _describe_origin() -> Row:
+    """The job and the commit that this start is of, where there are such."""
+    origin: Row = {}
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+    if job:
+        origin["job"] = job
+    checkout = Path(mnist_dist.__file__).resolve().parents[1]
+    if (checkout / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+            origin["git_commit"] = subprocess.run(command, text=True, capture_output=True, check=True, timeout=5).stdout.strip()
+    return origin
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class Lock:

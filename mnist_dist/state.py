@@ -51,6 +51,10 @@ class TrainingState:
         gradients = [parameter.grad for parameter in self.bare_model.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
+    def count_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.bare_model.parameters() if parameter.requires_grad)
+
     def is_finite(self) -> bool:
         """Whether every parameter is a finite number."""
         return all(bool(parameter.isfinite().all()) for parameter in self.bare_model.parameters())

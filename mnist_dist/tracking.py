@@ -20,7 +20,6 @@ import shlex
 import shutil
 import signal
 import site
-import stat
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mnist_dist.errors import UserError
-from mnist_dist.files import is_marked, mark_folder, write_atomically
+from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -43,7 +42,7 @@ _PENDING_BYTES_MAX = 8 << 20
 _SMALL_FILE_BYTES = 65_536
 _NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, as the next
 _NAME_LENGTH_MAX = 128
-_SCRATCH_PREFIX = "tmp-"
+_SCRATCH_PREFIX = "mirror-tmp-"
 # What of the environment the mirror's process needs to find and read the same files as this one.
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
 # The run folder says which run on W&B this is.
@@ -481,16 +480,11 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def _read_small(path: Path) -> str:
-    """The text of a small file; nothing where there is none, or something else in its place. Never waits, as for a pipe."""
+    """The text of a small file; nothing where there is none, or something else in its place."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if stat.S_ISREG(found.st_mode) and found.st_size <= _SMALL_FILE_BYTES:
-                return file.read(_SMALL_FILE_BYTES).decode(errors="replace")
-    except (OSError, ValueError):  # the latter for a name with a NUL
-        pass
-    return ""
+        return read_file(path, _SMALL_FILE_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _claim_id(path: Path, run_dir: Path, wanted: str) -> str:

@@ -39,7 +39,10 @@ def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_p
     rows, weights = {}, {}
     for name, world in (("1", 1), ("2", 2), ("2 again", 2), ("4", 4)):
         run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / name)]), world)
-        rows[name] = [{k: v for k, v in row.items() if k != "train/images_per_s"} for row in read_rows(tmp_path / name)]
+        rows[name] = [
+            {k: v for k, v in row.items() if k != "train/images_per_s" and not k.startswith("health/")}
+            for row in read_rows(tmp_path / name)
+        ]
         weights[name] = load_file(tmp_path / name / "model.safetensors")
     assert rows["2 again"] == rows["2"]
     assert all(torch.equal(value, weights["2 again"][name]) for name, value in weights["2"].items())
@@ -60,11 +63,24 @@ def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
     folder = tmp_path / "run"
     run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--log_every", "4"]), 2)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "result.json", "model.safetensors", "checkpoints", "starts.jsonl", "lock"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "model.safetensors",
+        "checkpoints",
+        "starts.jsonl",
+        "ends.jsonl",
+        "lock",
+    }
     assert make_config(read_options_file(folder / "config.yaml")).batch_size == 12
     rows = read_rows(folder)
     assert [row["step"] for row in rows] == [4, 5, 8, 10]
-    assert set(rows[0]) == {"step", "epoch", "train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_s"}
+    measured = {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_s"}
+    health = {f"health/{name}" for name in ("step_s", "memory_gb", "slowest_rank", "slowest_to_median", "restarts")}
+    assert set(rows[0]) == {"step", "epoch", *measured, *health}
+    assert rows[0]["health/slowest_rank"] in (0, 1)
+    assert rows[0]["health/slowest_to_median"] >= 1
     assert set(rows[1]) == {*rows[0], "test/loss", "test/accuracy", "test/class_accuracy"}
     result = json.loads((folder / "result.json").read_text())
     assert (result["step"], result["world_size"], result["test/images"]) == (10, 2, 30)
