@@ -634,7 +634,7 @@ def everything_killed_and_started_again(play):
         process.kill()
     play.rank.process.join()
     end = time.monotonic() + 20
-    while play.processes():  # a process that is about to end still holds what it has
+    while play.processes:  # a process that is about to end still holds what it has
         assert time.monotonic() < end
         time.sleep(0.05)
     (left,) = (play.folder / "run" / "wandb").glob("mirror-tmp-*")
