@@ -175,6 +175,27 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
     return figure
 
 
+def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
+    """Training loss, and loss and accuracy on the evaluated images, of several runs over each other, each by its own epochs."""
+    figure = Figure(figsize=(9.2, 9.0), dpi=_DPI, layout=_make_layout())
+    panels: list[Axes] = figure.subplots(3, 1, sharex=True).tolist()
+    kinds = [("Training loss", "train/loss"), ("Loss on the evaluated images", "loss"), ("Accuracy on the evaluated images", "accuracy")]
+    for axes, (title, key) in zip(panels, kinds, strict=True):
+        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+            where = key if "/" in key else f"{run.config.evaluated_split}/{key}"
+            points = [(row.get("epoch", 0), row[where]) for row in run.rows if isinstance(row.get(where), int | float)]
+            if points:
+                marker = "o" if len(points) <= 40 else ""
+                axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=1.2, marker=marker, markersize=3, label=name)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+        _calm(axes)
+    panels[-1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    panels[-1].set_xlabel("epoch", color=_MUTED)
+    if panels[0].lines:
+        panels[0].legend(loc="upper right", fontsize=9, frameon=False)
+    return figure
+
+
 def _make_layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
 
@@ -248,16 +269,21 @@ def draw_run(run: Run, device: torch.device | str = "cpu") -> Drawing:
     return Drawing(figures, left_out)
 
 
+def render(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def save_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:
     """Write each figure to `folder`/NAME.png, atomically. Raises `RunError` where that fails."""
     paths = []
     try:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
             paths.append(folder / f"{name}.png")
-            write_atomically(paths[-1], buffer.getvalue())
+            write_atomically(paths[-1], render(figure))
     except OSError as error:
         raise RunError(f"the pictures cannot be written to {folder}: {error.strerror or error}") from error
     return paths
@@ -277,15 +303,20 @@ def draw_plots(run_dir: Path, device: torch.device | str = "cpu") -> list[Path]:
     return save_figures(drawing.figures, run.path / PLOTS)
 
 
-def print_written(program: str, description: str, arguments: Sequence[str] | None, write: Callable[[Path], list[Path]]) -> int:
-    """The program that does `write` on the run folder of its command line and prints the files; its exit status: 0, or as of an error."""
+def draw_all(run_dirs: Sequence[Path]) -> list[Path]:
+    """`draw_plots` of several runs."""
+    return [path for run_dir in run_dirs for path in draw_plots(run_dir)]
+
+
+def print_written(program: str, description: str, arguments: Sequence[str] | None, write: Callable[[list[Path]], list[Path]]) -> int:
+    """The program that does `write` on the run folders of its command line and prints the files; its exit status: 0, or as of an error."""
 
     def work() -> int:
         parser = Parser(program, description)
-        parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="folder of a run, such as runs/mnist")
-        run_dir = Path(parser.parse_args(arguments).run_dir)
+        parser.add_argument("run_dirs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run, such as runs/mnist")
+        run_dirs = [Path(name) for name in parser.parse_args(arguments).run_dirs]
         set_up_logging(rank=0, world_size=1)
-        for path in write(run_dir):
+        for path in write(run_dirs):
             print(path)
         return 0
 
@@ -294,7 +325,7 @@ def print_written(program: str, description: str, arguments: Sequence[str] | Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 drawn, 2 a user's mistake, 1 the rest."""
-    return print_written("mnist_dist.plots", "Draw the pictures of a run into its folder.", arguments, draw_plots)
+    return print_written("mnist_dist.plots", "Draw the pictures of runs into their folders.", arguments, draw_all)
 
 
 if __name__ == "__main__":

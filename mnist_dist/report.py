@@ -5,6 +5,7 @@ It loads nothing: the pictures are in it. The same run gives the same bytes.
 
 import base64
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -15,10 +16,13 @@ import torch
 
 from mnist_dist.config import Config
 from mnist_dist.console import format_duration
-from mnist_dist.errors import RunError
-from mnist_dist.files import write_atomically
-from mnist_dist.plots import draw_run, print_written, save_figures
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import describe_error, read_file, write_atomically
+from mnist_dist.plots import draw_comparison, draw_run, print_written, render, save_figures
 from mnist_dist.record import PLOTS, REPORT_FILE, Run, read_run
+
+COMPARISON_FILE = "compare.html"
+_COMPARISON_BYTES_MAX = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -145,10 +149,10 @@ def _caption(name: str, config: Config) -> str:
     return ""
 
 
-def _figure(name: str, png: bytes, config: Config) -> str:
+def _figure(name: str, png: bytes, config: Config, caption: str | None = None) -> str:
     image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{name.replace("_", " ")}"'
     shape = ' class="square"' if name == "confusion_matrix" else ""
-    caption = _caption(name, config)
+    caption = _caption(name, config) if caption is None else caption
     below = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
     return f'<figure>\n<div class="scroll">{image}{shape}></div>\n{below}</figure>\n'
 
@@ -197,13 +201,82 @@ def _starts_table(run: Run) -> str:
     if not run.starts:
         return ""
     names = list(dict.fromkeys(name for start in run.starts for name in start))
-    return _table(names, [[start.get(name, "") for name in names] for start in run.starts])
+    reasons = {end["start"]: end["why"] for end in run.ends}
+    rows = []
+    for number, start in enumerate(run.starts, start=1):
+        unknown = "not noted: killed, or a lost node" if number < len(run.starts) else "it goes on, or was killed"
+        rows.append([*(start.get(name, "") for name in names), reasons.get(number, unknown)])
+    return _table([*names, "ended"], rows)
+
+
+def write_comparison(run_dirs: Sequence[Path]) -> Path:
+    """Write `compare.html`, one page about several runs, into the folder that they share; its path.
+
+    Raises `UserError` where one is no run folder or is damaged, or where somebody's own file has that name; `RunError` where it cannot be
+    written.
+    """
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    path = Path(os.path.commonpath([run.path.absolute() for run in runs])) / COMPARISON_FILE
+    try:
+        if os.path.lexists(path) and not read_file(path, _COMPARISON_BYTES_MAX).startswith(_PAGE.template.split("\n", 1)[0].encode()):
+            raise UserError(f"{path} exists and is not a page of this program: move it away")
+        write_atomically(path, make_comparison(runs).encode(errors="replace"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {describe_error(error)}") from error
+    return path
+
+
+def make_comparison(runs: Sequence[Run]) -> str:
+    """The page as HTML: results, curves over each other, and the options in which the runs differ."""
+    names = _name_apart([run.path for run in runs])
+    rows = [(name, *_describe_result(run)) for name, run in zip(names, runs, strict=True)]
+    header = ("run", "state", "accuracy", "loss", "step", "training time", "images/s", "processes", "starts")
+    dumps = [run.config.model_dump(mode="json") for run in runs]
+    differing = [option for option in dumps[0] if option != "run_dir" and len({str(dump[option]) for dump in dumps}) > 1]
+    picture = _figure("curves", render(draw_comparison(names, runs)), runs[0].config, "")
+    sections = [("Results", _table(header, rows)), ("Curves", picture)]
+    if differing:
+        differences = [(option, *(dump[option] for dump in dumps)) for option in differing]
+        sections.append(("Options that differ", _table(("option", *names), differences)))
+    return _PAGE.substitute(
+        title=f"{len(runs)} runs",
+        path=escape(", ".join(str(run.path) for run in runs)),
+        status="" if differing else "All options are the same.",
+        facts="",
+        sections="\n".join(f"<section>\n<h2>{title}</h2>\n{content}</section>" for title, content in sections),
+    )
+
+
+def _name_apart(paths: Sequence[Path]) -> list[str]:
+    """A name for each folder: its own where these differ, else the whole path."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _describe_result(run: Run) -> tuple[str, ...]:
+    result, split = run.result or {}, run.config.evaluated_split
+    last = run.rows[-1] if run.rows else {}
+    evaluated = [row for row in run.rows if f"{split}/accuracy" in row]
+    accuracy, loss = ((result or (evaluated[-1] if evaluated else {})).get(f"{split}/{name}") for name in ("accuracy", "loss"))
+    speed = result.get("images_per_s", last.get("train/images_per_s"))
+    start = run.starts[-1] if run.starts else {}
+    return (
+        "finished" if run.result else "not finished",
+        "" if accuracy is None else f"{accuracy:.2%} ({run.config.evaluated_on})",
+        "" if loss is None else f"{loss:.4f}",
+        f"{result.get('step', last.get('step', 0)):,} of {run.config.total_steps:,}",
+        format_duration(result["elapsed_s"]) if result else "",
+        "" if speed is None else f"{speed:,.0f}",
+        " ".join(str(start[name]) for name in ("world_size", "device", "precision") if name in start),
+        str(len(run.starts)),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 written, 2 a user's mistake, 1 the rest."""
+    description = "Write report.html of a run into its folder, at any time; of several runs, compare.html into the folder they share."
     return print_written(
-        "mnist_dist.report", "Write report.html of a run into its folder.", arguments, lambda run_dir: [write_report(run_dir)]
+        "mnist_dist.report", description, arguments, lambda runs: [write_comparison(runs) if runs[1:] else write_report(runs[0])]
     )
 
 
