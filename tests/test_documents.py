@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -182,20 +183,28 @@ class ParsedError(BaseException):
     """Raised where a program has understood its command line, so that it does nothing more."""
 
 
+def stop_here(*_):
+    raise ParsedError
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
     _, _, program, *words = shlex.split(command, comments=True)
     parse = Parser.parse_known_args
 
     def stop(self, *arguments, **named):
-        _, unknown = parse(self, *arguments, **named)
+        namespace, unknown = parse(self, *arguments, **named)
         assert not unknown, unknown
-        raise ParsedError
+        stop_here(namespace)
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     module = importlib.import_module(program)
-    if program in ("launch.submit", "launch.sweep"):
+    if ("--cluster", "local") in itertools.pairwise(words):  # its request is checked before the run folder is looked at
+        monkeypatch.setattr(module, "read_state", stop_here)
+        with pytest.raises(ParsedError):
+            module.main(words)
+    elif program in ("launch.submit", "launch.sweep"):
         assert module.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
     elif program == "mnist_dist.train":
         with pytest.raises(SystemExit) as ended:
