@@ -1,0 +1,321 @@
+"""The documents: their sentences, links, commands, numbers, the tree of files and the tables of options."""
+
+import ast
+import importlib
+import itertools
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import pytest
+from cluster import ROOT
+
+from launch.request import Request
+from launch.sweep import Sweep
+from mnist_dist.config import Config
+from mnist_dist.errors import UserError
+from mnist_dist.options import Parser
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = [*PAGES, "benchmarks/README.md"]
+WORDS_MAX = 30
+README_LINES_MAX = 120
+# Words of a foreign ear, and the plain English that stands in their place.
+ODD = {
+    r"\b(is|are) wanted\b": "expected",
+    r"\bwholly?\b(?= (checkpoint|row|run)s?\b)": "valid, complete, finished",
+    r"\bgo(es)? on (from|there)\b": "resumes from",
+    r"\bwithout a word\b": "without recording why",
+    r"\bmend(s|ed|ing)?\b": "fix",
+    r"\bin any world\b": "on any number of processes",
+    r"\bwhatever its world\b": "on any number of processes",
+    r"\bsays? so\b": "prints why",
+    r"\bsilent wrong\b": "silent errors",
+    r"\btells the command\b": "prints the command",
+    r"\bof the (test )?images right\b": "accuracy",
+    r"\b(makes|made) of (it|them|yours)\b": "name the thing",
+}
+# Lines of docs/options.md that may come before their option.
+ANNOUNCED = {"system_metrics"}
+
+
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def list_paragraphs(text):
+    """The paragraphs and list entries of a page: no headings, tables, pictures or code."""
+    paragraph = []
+    for line in [*text.splitlines(), ""]:
+        starts_entry = re.match(r"\s*([-*]|\d+\.) ", line)
+        is_prose = line.strip() and not re.match(r"#|\||!\[| {4}", line)
+        if not is_prose or starts_entry:
+            if paragraph:
+                yield " ".join(paragraph)
+            paragraph = []
+        if is_prose:
+            paragraph.append(re.sub(r"^\s*([-*]|\d+\.) ", "", line).strip())
+
+
+def list_sentences(text):
+    for paragraph in list_paragraphs(text):
+        plain = re.sub(r"`[^`]*`", "code", paragraph)
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain).replace("*", "")
+        yield from re.split(r"(?<=[.?!])\s+", plain)
+
+
+def list_commands(text):
+    """The lines of code blocks that are commands of this package."""
+    return [line.strip() for line in text.splitlines() if re.match(r" {4}python -m (mnist_dist|launch)\.", line)]
+
+
+def find_section(text, title):
+    """The part of a page below a heading."""
+    start = text.index(f"\n## {title}\n")
+    return text[start : text.find("\n## ", start + 1) if "\n## " in text[start + 1 :] else None]
+
+
+def list_rows(text):
+    """The cells of all tables of a page."""
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+
+
+def test_what_is_counted_as_a_sentence():
+    text = "# A title\n\nOne `a b c` two. Slurm 22.05 is\none.\n- Three [a link](b.md) four.\n\n    code here.\n\n| a | b |\n\n1. Five?\n"
+    assert list(list_sentences(text)) == ["One code two.", "Slurm 22.05 is one.", "Three a link four.", "Five?"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_sentence_is_long(name):
+    # What a benchmark prints above and below its table is no prose.
+    text = re.sub(r"^(Intel|AMD|matrix products|- The loop reaches).*$", "", read(name), flags=re.MULTILINE)
+    long = [sentence for sentence in list_sentences(text) if len(sentence.split()) > WORDS_MAX]
+    assert not long, long
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_words_are_plain(name):
+    text = " ".join(read(name).split())
+    found = [(match[0], plain) for odd, plain in ODD.items() for match in re.finditer(odd, text, re.IGNORECASE)]
+    assert not found, found
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= README_LINES_MAX
+
+
+def find_anchors(text):
+    """The anchors of the headings of a page, by the rule of the sites that show it."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_leads_somewhere(name):
+    text = re.sub(r"`[^`]*`", "", read(name))
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        assert not link.startswith("http"), link
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.resolve().is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert not anchor or anchor in find_anchors(target.read_text()), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", read("README.md")))
+    assert {*PAGES[1:], "benchmarks/README.md"} <= linked
+
+
+def list_tree():
+    """The paths in the tree of CONTRIBUTING.md."""
+    folder, paths = "", []
+    for line in find_section(read("CONTRIBUTING.md"), "The files").splitlines():
+        match = re.match(r" {4}(  )?((?:[\w./]+, )*[\w./]+)(  |$)", line)
+        if match is None:
+            continue
+        names = match[2].split(", ")
+        if match[1] is None:
+            folder = names[0] if names[0].endswith("/") else ""
+        paths += [folder + name if match[1] else name for name in names]
+    return paths
+
+
+def test_the_tree_of_files_is_complete():
+    paths = list_tree()
+    assert len(paths) == len(set(paths))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    files = [path for folder in ("mnist_dist", "launch", "slurm", "configs", "tests") for path in (ROOT / folder).glob("*.*")]
+    missing = {str(path.relative_to(ROOT)) for path in files if path.is_file()} - set(paths)
+    assert not missing, missing
+
+
+def read_option_tables():
+    """The default and the mark of a recipe of each option in docs/options.md, by name."""
+    rows = [row for row in list_rows(read("docs/options.md")) if row[0].startswith("`")]
+    names = [row[0].split("`")[1] for row in rows]
+    assert len(names) == len(set(names))
+    return {name: (row[1], row[0].endswith("*")) for name, row in zip(names, rows, strict=True)}
+
+
+def test_every_option_is_in_the_tables():
+    documented = read_option_tables()
+    fields = Config.model_fields | Request.model_fields | Sweep.model_fields
+    assert set(fields) - set(documented) == set(), "options without a line in docs/options.md"
+    assert set(documented) - set(fields) <= ANNOUNCED, "lines in docs/options.md without an option"
+    for name, field in fields.items():
+        shown, is_recipe = documented[name]
+        value = {None: "none", True: "true", False: "false"}.get(field.default) if isinstance(field.default, bool | None) else field.default
+        assert shown == (f"{value:g}" if isinstance(value, float) else str(value)), name
+        assert is_recipe == (name in Config.model_fields and field.json_schema_extra["recipe"]), name
+
+
+COMMANDS = sorted({command for name in PAGES for command in list_commands(read(name))})
+
+
+class ParsedError(BaseException):
+    """Raised where a program has understood its command line, so that it does nothing more."""
+
+
+def stop_here(*_):
+    raise ParsedError
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
+    _, _, program, *words = shlex.split(command, comments=True)
+    parse = Parser.parse_known_args
+
+    def stop(self, *arguments, **named):
+        namespace, unknown = parse(self, *arguments, **named)
+        assert not unknown, unknown
+        stop_here(namespace)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
+    module = importlib.import_module(program)
+    if ("--cluster", "local") in itertools.pairwise(words):  # its request is checked before the run folder is looked at
+        monkeypatch.setattr(module, "read_state", stop_here)
+        with pytest.raises(ParsedError):
+            module.main(words)
+    elif program in ("launch.submit", "launch.sweep"):
+        assert module.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
+    elif program == "mnist_dist.train":
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module("mnist_dist.config").parse_command_line([*words, "--print_config"])
+        assert ended.value.code == 0
+    else:
+        monkeypatch.setattr(Parser, "parse_known_args", stop)
+        with pytest.raises(ParsedError):
+            module.main(words)
+
+
+def test_a_command_that_is_wrong_is_found(monkeypatch, tmp_path, capsys):
+    for command in ("python -m mnist_dist.evaluate", "python -m launch.submit --config smoke --nodes 3", "python -m launch.jobs --jsn"):
+        with pytest.raises((AssertionError, pytest.fail.Exception, UserError)):
+            test_every_command_is_understood(command, monkeypatch, tmp_path, capsys)
+        monkeypatch.undo()
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(300)
+def test_the_commands_for_a_cluster_work_there(cluster, tmp_path):
+    lines = find_section(read("README.md"), "On your cluster").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("    ")]
+    assert len(commands) == 3
+    answers = []
+    for command in commands:
+        words = [sys.executable if word == "python" else word for word in command]
+        environ = {**cluster, "PYTHONPATH": str(ROOT)}
+        answers.append(subprocess.run(words, env=environ, cwd=tmp_path, text=True, capture_output=True, timeout=200))
+        assert answers[-1].returncode == 0, answers[-1]
+    assert "right: 40 steps" in answers[0].stdout
+    assert "in a world of 4" in answers[0].stdout
+    assert "runs/smoke: finished, step 60 of 60" in answers[2].stdout
+
+
+# The numbers of the README
+
+
+def read_raw(name, *numbers):
+    lines = read(f"benchmarks/results/{name}.jsonl").splitlines()
+    rows = [json.loads(lines[number - 1]) for number in numbers]
+    machines = {(row["machine"]["cpu"], row["machine"]["cores"], row["precision"]) for row in rows}
+    assert machines == {("Intel(R) Xeon(R) Processor", 2, "bf16")}
+    return rows
+
+
+def median_ratio(above, below):
+    pairs = [one / other for one, other in zip(above, below, strict=True)]
+    return statistics.median(above) / statistics.median(below), min(pairs), max(pairs)
+
+
+def test_the_numbers_of_the_readme_are_in_the_raw_rows():
+    accuracy, fast, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
+
+    assert "31 to 35" in accuracy[2]
+    rows = read_raw("accuracy", *range(31, 36))
+    assert {row["seed"] for row in rows} == {*range(5)}
+    assert {row["settings"]["config"] for row in rows} == {"mnist"}
+    assert {row["settings"]["recipe"]["epochs"] for row in rows} == {3}
+    accuracies = [row["test/accuracy"] * 100 for row in rows]
+    assert accuracy[1] == f"{statistics.mean(accuracies):.2f} % (mean of 5 seeds; lowest {min(accuracies):.2f} %)"
+
+    assert "6 to 10" in fast[2]
+    rows = read_raw("time_to_accuracy", *range(6, 11))
+    assert {(row["entry"], row["settings"]["config"]) for row in rows} == {("ours", "fast")}
+    assert {row["seed"] for row in rows} == {*range(5)}
+    times_s = [next(each["time_s"] for each in row["evaluations"] if each["accuracy"] >= 0.994) for row in rows]
+    assert fast[1] == f"{statistics.median(times_s):.1f} s (median of 5 seeds; {min(times_s):.1f} to {max(times_s):.1f})"
+
+    assert loop[2].startswith("8 of")
+    [row] = read_raw("throughput", 8)
+    rounds = row["rounds"]
+    ratio, least, most = median_ratio([each["bare"] for each in rounds], [each["loop"] for each in rounds])  # seconds an image
+    assert loop[1] == f"{ratio:.2f} ({len(rounds)} rounds, seed 0; {least:.2f} to {most:.2f})"
+
+    assert scaling[2].startswith("11 and 15 of")
+    ratios = []
+    for row, batch_size in zip(read_raw("scaling", 11, 15), (64, 512), strict=True):
+        assert row["settings"]["batch_size"] == batch_size
+        one, two = ([each["worlds"][size]["loop"] for each in row["rounds"]] for size in ("1", "2"))
+        ratios.append(median_ratio(one, two)[0])
+    assert scaling[1] == f"{ratios[0]:.2f} at batch 64, {ratios[1]:.2f} at batch 512 (7 rounds, seed 0)"
+
+
+def test_the_example_of_the_readme_is_in_the_raw_rows():
+    row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[5])
+    wrong, seconds = row["test/errors"], round(row["elapsed_s"])
+    speed = row["step"] * row["settings"]["recipe"]["batch_size"] / row["elapsed_s"]
+    line = f"finished: test accuracy {row['test/accuracy']:.2%} ({wrong} of 10000 wrong) after {row['step']} steps, "
+    assert f"{line}{seconds // 60} min {seconds % 60:02} s, {speed:.0f} images/s" in read("README.md")
+
+
+# The layers of docs/design.md
+
+
+def read_imports(path):
+    """The modules of this project that a module imports at once."""
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [each.name for each in node.names]
+    return {name.split(".")[1] for name in names if re.match(r"(mnist_dist|launch)\.", name)}
+
+
+def test_modules_depend_on_their_own_layer_or_lower_ones():
+    rows = list_rows(find_section(read("docs/design.md"), "How modules depend"))[1:]
+    layers = {name: index for index, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row[1]) if name != "launch"}
+    files = {path.stem: path for folder in ("mnist_dist", "launch") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
+    assert set(layers) == set(files) - {"mirror"}
+    for name, layer in layers.items():
+        wrong = {imported for imported in read_imports(files[name]) & set(layers) if layers[imported] < layer}
+        assert not wrong, f"{name} imports {wrong}"
