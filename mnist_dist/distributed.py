@@ -68,6 +68,14 @@ class Group:
         dist.broadcast_object_list(box, src=0, group=self.control, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The `value` of each rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on rank zero alone; its result, or its `UserError` or `RunError`, comes to every rank."""
         result: Any = None

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,27 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError
 
 _BATCH = 500
+_MISTAKES = 100
+
+
+class Mistake(NamedTuple):
+    """A wrong prediction: the image's place in its split, and the probability of each class."""
+
+    place: int
+    probabilities: list[float]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a split. `confusion_matrix[i][j]`: images of class i that were taken for class j."""
+    """What a model makes of a split.
+
+    `confusion_matrix[i][j]`: images of class i that were taken for class j. `mistakes`: wrong predictions, at most 100, the most confident
+    first.
+    """
 
     loss: float
     confusion_matrix: list[list[int]]
+    mistakes: list[Mistake]
 
     @property
     def images(self) -> int:
@@ -60,12 +73,16 @@ def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Gro
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
     confusion = torch.zeros(CLASSES * CLASSES, dtype=torch.float64, device=group.device)
+    mistakes: list[Mistake] = []
     mine = torch.arange(len(split), device=split.labels.device)[group.rank :: group.size]
     for indices in torch.split(mine, _BATCH):
         images, labels = split.images[indices], split.labels[indices]
         logits = model(make_inputs(images, mean, std)).float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        confusion += _count(labels * CLASSES + logits.argmax(dim=1))
+        predicted = logits.argmax(dim=1)
+        confusion += _count(labels * CLASSES + predicted)
+        wrong = (predicted != labels).nonzero().flatten()
+        mistakes += map(Mistake, indices[wrong].tolist(), logits[wrong].softmax(dim=1).tolist())
     model.train(training)
     sums = group.sum(torch.cat([loss_sum.reshape(1), confusion])).tolist()  # float64 is exact for counts
     counts = [round(count) for count in sums[1:]]
@@ -73,7 +90,13 @@ def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Gro
         raise RunError(f"the evaluation counted {sum(counts)} images, but the split has {len(split)}: its ranks do not share it rightly")
     if not math.isfinite(sums[0]):
         raise RunError(f"the loss of the evaluation is {sums[0]}: the weights or their outputs are not finite numbers")
-    return Evaluation(sums[0] / len(split), [counts[i : i + CLASSES] for i in range(0, CLASSES**2, CLASSES)])
+    mistakes = [mistake for part in group.gather(_most_confident(mistakes)) for mistake in part]
+    confusion_matrix = [counts[i : i + CLASSES] for i in range(0, CLASSES**2, CLASSES)]
+    return Evaluation(sums[0] / len(split), confusion_matrix, _most_confident(mistakes))
+
+
+def _most_confident(mistakes: list[Mistake]) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: (-max(mistake.probabilities), mistake.place))[:_MISTAKES]
 
 
 def _count(cells: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
             state.optimizer.step()
             return loss.detach()
 
+        run.show_samples(data.train, draw_transforms(config, state.step))
         state.settle(make_inputs(data.train.images[:1], data.mean, data.std))
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
@@ -104,6 +105,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                     if evaluate_now:
                         evaluation = evaluate(state.model, data.evaluated, data.mean, data.std, group)
                         row |= evaluation.name_values(config.evaluated_split, "loss", "accuracy", "class_accuracy")
+                        run.show_predictions(state.step, data.evaluated, evaluation)
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)
@@ -126,7 +128,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
         values = _describe_result(state, evaluation, data) | facts
         run.finish(values, _encode_weights(state, config, data))
         _log.info("finished: %s", _summarize(config, values))
-        run.publish(values)
+        run.publish(values, data.evaluated, evaluation)
         return Result(Stop.NONE, state.step, values)
 
 

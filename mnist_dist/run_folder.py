@@ -10,19 +10,23 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import accelerate
 import torch
+from torch import Tensor
 
 import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
+from mnist_dist.data import Split
 from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.evaluation import Evaluation
 from mnist_dist.files import append_line, describe_error, mark_folder, write_atomically
+from mnist_dist.gallery import save_mistakes, save_samples
 from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
@@ -185,6 +189,33 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.log(row)
 
+    def show_samples(self, split: Split, transforms: Tensor) -> None:
+        """Send some training images to the trackers, as they are and as `transforms` [n, 2, 3] make them."""
+        with self._showing() as trackers:
+            images = {f"images/{name}": path for name, path in save_samples(split, transforms, self._pictures).items()} if trackers else {}
+            for tracker in trackers:
+                tracker.log_images(self._step, images)
+
+    def show_predictions(self, step: int, split: Split, evaluation: Evaluation, most: int = 20) -> None:
+        """Send the confusion matrix and at most `most` of the wrong predictions of an evaluation of `split` to the trackers."""
+        with self._showing() as trackers:
+            shown = evaluation.mistakes[:most] if trackers else []
+            mistakes = save_mistakes(split, shown, self.config.evaluated_split, self._pictures)
+            for tracker in trackers:
+                tracker.log_predictions(step, evaluation.confusion_matrix, mistakes, self.config.class_names)
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[list[NoTracker]]:
+        """The trackers that take pictures. What fails on the way to them is a warning."""
+        try:
+            yield [tracker for tracker in self._trackers if tracker.takes_pictures]
+        except Exception as error:
+            _log.warning("pictures for the trackers are left out: %s", error)
+
+    @property
+    def _pictures(self) -> Path:
+        return self.path / "wandb/pictures"
+
     def save_if_due(self, state: "TrainingState") -> None:
         """Begin to write a checkpoint if its step or its time has come. Needs no other rank: all have the same state."""
         if self._writer is None:
@@ -230,7 +261,7 @@ class RunFolder:
 
         self.group.on_main(write)
 
-    def publish(self, result: Row) -> None:
+    def publish(self, result: Row, split: Split, evaluation: Evaluation) -> None:
         """Draw the finished run's pictures, write its report, complete its mirror. What fails is a warning: the run has ended well."""
 
         def publish() -> None:
@@ -244,6 +275,7 @@ class RunFolder:
                     pictures = [path for path in drawn if path.is_file()]
             except Exception as error:
                 _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
+            self.show_predictions(result["step"], split, evaluation, most=100)
             for tracker in self._trackers:
                 tracker.log_images(result["step"], {f"images/{path.stem}": path for path in pictures})
                 if self.config.wandb_model:

@@ -67,6 +67,8 @@ class Mistake(NamedTuple):
 class NoTracker:
     """Mirrors nothing: for a run without W&B, and for every rank but zero."""
 
+    takes_pictures = False
+
     @property
     def stop_requested(self) -> bool:
         """Whether someone pressed stop on the page of the run. Takes microseconds, never waits, never raises."""
@@ -99,6 +101,8 @@ class NoTracker:
 
 class WandbTracker(NoTracker):
     """Feeds the mirror's process and passes on what it says: how the run is mirrored in one line, and at most one warning."""
+
+    takes_pictures = True
 
     def __init__(self, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         """Start the process, which goes online with `environ`. Raises OSError."""
@@ -257,6 +261,8 @@ class WandbTracker(NoTracker):
 
 class AccelerateTracker(NoTracker):
     """One of Accelerate's trackers, within the training process. Its first failure is a warning and its end."""
+
+    takes_pictures = True
 
     def __init__(self, name: str, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         """Begin or continue at `step`."""
