@@ -226,7 +226,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"line {number} of {path} is no JSON: mend or remove it") from error
+            raise UserError(f"line {number} of {path} is not JSON: correct or remove it") from error
     return rows
 
 

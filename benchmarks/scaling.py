@@ -94,7 +94,7 @@ class Worker:
         self.pipe = pipe
 
     def take_turns(self, batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
-        """The loop's batches, each block of them when the parent says so."""
+        """The loop's batches, each block of them when the parent asks for it."""
         size = accelerator.num_processes
         device = accelerator.device
         for _ in range(_WARM_UP_STEPS):

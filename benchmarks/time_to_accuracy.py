@@ -68,7 +68,7 @@ def make_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
     given |= {name: getattr(options, name) for name in ("train_size", "test_size", "epochs") if getattr(options, name) is not None}
     config = resolve_config(given, options.config)
     if getattr(config, "holdout", 0):
-        raise UserError(f"the recipe {options.config} holds training images out and is evaluated on them; here the test images are wanted")
+        raise UserError(f"the recipe {options.config} holds training images out; expected one that is evaluated on the test images")
     return config.model_copy(update={"evaluate_every": max(1, config.steps_per_epoch // options.evaluations)})
 
 

@@ -9,7 +9,7 @@ from launch.request import Request
 from mnist_dist.errors import RunError, UserError
 
 _ANSWER_TIMEOUT_S = 60
-# Nodes that a job would wait for until somebody mends them; `*` marks those that do not answer.
+# Nodes that a job would wait for until somebody repairs them; `*` marks those that do not answer.
 _DOWN = re.compile(r"(down|drain|drained|draining|fail|failing|unknown|future|inval)|.*\*")
 
 

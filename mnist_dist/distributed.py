@@ -135,7 +135,7 @@ class Group:
             return causes[0]
         if re.search("[Tt]imed? ?out", str(error)):
             return f"another rank was silent for {self.timeout.total_seconds():g} s (stopped, or its node is out of reach); see --timeout_s"
-        gone = "another rank is gone without a word (killed, or its node went down)"
+        gone = "another rank is gone and left no reason (killed, or its node went down)"
         # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
         return gone if type(error) is RuntimeError else f"{gone}, or it is this: {str(error).strip().splitlines()[0]}"
 

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: an option, a file, a world. The message names the thing, its value and what is allowed."""
+    """A mistake that its user can correct: an option, a file, a world. The message names the thing, its value and what is allowed."""
 
     exit_code = 2
 

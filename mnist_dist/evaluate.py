@@ -1,4 +1,4 @@
-"""The program: `python -m mnist_dist.evaluate runs/NAME` counts what a run's weights get right, alone or in any world.
+"""The program: `python -m mnist_dist.evaluate runs/NAME` counts what a run's weights get right, on any number of processes.
 
 The evaluation itself is `mnist_dist.evaluation.evaluate`, imported only once the options are right: torch takes seconds to import.
 """

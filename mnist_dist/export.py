@@ -44,9 +44,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _export(options: argparse.Namespace) -> int:
     file = Path(options.file)
     if file.suffix not in (".pt2", ".onnx"):
-        raise UserError(f"the file to write is {file}; a name that ends in .pt2 or .onnx is wanted")
+        raise UserError(f"the file to write is {file}; expected a name that ends in .pt2 or .onnx")
     if os.path.isdir(file) or not os.path.isdir(file.parent):
-        raise UserError(f"the file to write is {file}, which is a folder or lies in none; a name in an existing folder is wanted")
+        raise UserError(f"the file to write is {file}, which is a folder or lies in none; expected a name in an existing folder")
     if os.path.lexists(file) and not options.force:
         raise UserError(f"{file} exists; give another name, or --force to overwrite it")
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]

@@ -42,7 +42,7 @@ class Result:
 def train(config: Config, signals: StopSignals | None = None) -> Result:
     """Train as `config` says, continuing what its run folder holds. All processes of a run call this alike and get the same result.
 
-    Raises `UserError` for what the caller can mend and `RunError` for what went wrong on the way.
+    Raises `UserError` for what the caller can correct and `RunError` for what went wrong on the way.
     """
     signals = signals or StopSignals()
     world = find_world(os.environ)

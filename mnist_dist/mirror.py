@@ -113,7 +113,7 @@ class Mirror:
         self._tell("W&B: stop was pressed on the page of this run", stop=True)
 
     def _begin(self) -> None:
-        """Open the run, online where that is wanted and possible, and send all that was logged so far."""
+        """Open the run, online where that is asked for and possible, and send all that was logged so far."""
         if self._run is not None:
             self._tell("W&B's helper process died and is started again")
             _tear_down()

@@ -108,7 +108,7 @@ class Record:
                 self._pending = self._pending[written:]
 
     def _notice_changes(self) -> None:
-        """Put right what somebody did to the file since the last row, and say so: no row goes where nobody finds it. Raises OSError."""
+        """Repair what somebody did to the file since the last row, with a warning: no row goes where nobody finds it. Raises OSError."""
         own = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path).st_ino

@@ -275,7 +275,7 @@ class AccelerateTracker(NoTracker):
         if kind.requires_logging_directory:
             arguments = {"run_name": run_dir.name, "logging_dir": str(run_dir.absolute() / name)}
         if name == "tensorboard":
-            arguments["purge_step"] = step + 1  # what an earlier start logged beyond the checkpoint that this one goes on from
+            arguments["purge_step"] = step + 1  # what an earlier start logged beyond the checkpoint that this one resumes from
         with self._giving_up():
             tracker = kind(**arguments)
             tracker.start()

@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 the curve is met, 2 a user's mistake, 1 the rest."""
 
     def run() -> int:
-        parser = Parser("mnist_dist.verify", "Train a few steps, alone or in any world, and compare their losses with a recorded curve.")
+        parser = Parser(
+            "mnist_dist.verify", "Train a few steps, on any number of processes, and compare their losses with a recorded curve."
+        )
         choice = parser.add_mutually_exclusive_group()
         choice.add_argument("--reference", metavar="FILE", type=path_argument, help="the curve to compare with (default: the shipped one)")
         choice.add_argument("--record", metavar="FILE", type=path_argument, help="write the curve into a new file instead")

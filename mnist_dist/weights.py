@@ -61,16 +61,16 @@ def load_model(path: str | Path) -> TrainedModel:
             _check_shapes(file, {name: content.get_slice(name).get_shape() for name in content.keys()}, expected)  # noqa: SIM118
             tensors = {name: content.get_tensor(name) for name in expected}
     except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is no whole .safetensors file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} is not a valid .safetensors file: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; finite float32 values are wanted")
+            raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite float32 values")
     model.load_state_dict(tensors)
     missing = [name for name in ("dataset", "mean", "std") if name not in metadata]
     if missing:
-        raise UserError(f"{file} does not say its {', '.join(missing)}; a file that a run of this package wrote is wanted")
+        raise UserError(f"{file} does not say its {', '.join(missing)}; expected a file that a run of this package wrote")
     if metadata["dataset"] not in DATASET_SIZES:
         raise UserError(f"{file} says that its dataset is {metadata['dataset'][:40]!r}; known: {', '.join(DATASET_SIZES)}")
     return TrainedModel(model.eval(), _read_number(file, metadata, "mean"), _read_number(file, metadata, "std"), metadata)
@@ -101,5 +101,5 @@ def _read_number(file: Path, metadata: dict[str, str], name: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1 or (name == "std" and value == 0):
-        raise UserError(f"{file} says that its {name} is {metadata[name][:40]!r}; a number from 0 to 1 is wanted")
+        raise UserError(f"{file} says that its {name} is {metadata[name][:40]!r}; expected a number from 0 to 1")
     return value

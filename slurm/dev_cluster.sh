@@ -192,7 +192,7 @@ up() {
     fi
     # slurm.conf cannot quote spaces, and a socket's path has at most 107 characters.
     [[ $FOLDER =~ ^[[:graph:]]{1,70}$ ]] ||
-        fail "folder $FOLDER: a path without spaces of at most 70 characters is wanted; set DEV_CLUSTER_DIR" 2
+        fail "folder $FOLDER: expected a path without spaces, of at most 70 characters; set DEV_CLUSTER_DIR" 2
     remove_cluster # what one that died has left
     local port
     for ((port = PORT; port <= PORT + ${#NODE_LIST[@]}; port++)); do

@@ -39,7 +39,7 @@ ODD = {
     r"\b(makes|made) of (it|them|yours)\b": "name the thing",
 }
 # Lines of docs/options.md that may come before their option.
-ANNOUNCED = {"system_metrics"}
+ANNOUNCED: set[str] = set()
 
 
 def read(name):
@@ -102,6 +102,15 @@ def test_the_words_are_plain(name):
     text = " ".join(read(name).split())
     found = [(match[0], plain) for odd, plain in ODD.items() for match in re.finditer(odd, text, re.IGNORECASE)]
     assert not found, found
+
+
+@pytest.mark.parametrize("folder", ["mnist_dist", "launch", "slurm", "configs", "benchmarks", "tests"])
+def test_the_words_of_code_are_plain(folder):
+    for path in (ROOT / folder).glob("*"):
+        if path.suffix in (".py", ".sh", ".yaml") and path.name != "test_documents.py":
+            text = re.sub(r"\s*\n\s*#?\s*", " ", path.read_text())
+            found = [match[0] for odd in ODD for match in re.finditer(odd, text, re.IGNORECASE)]
+            assert not found, (path.name, found)
 
 
 def test_the_readme_is_short():

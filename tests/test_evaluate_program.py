@@ -1,4 +1,4 @@
-"""What a finished run can be asked: what it gets right, in any world, and for a file that others can load."""
+"""What a finished run can be asked: what it gets right, on any number of processes, and for a file that others can load."""
 
 import importlib.util
 import json

@@ -282,7 +282,7 @@ DAMAGES = {
     "a result without its loss": ("result.json", lambda path: without(path, "test/loss"), "no valid test/loss"),
     "a result without its matrix": ("result.json", lambda path: without(path, "test/confusion_matrix"), "no valid test/confusion_matrix"),
     "no weights": ("model.safetensors", lambda path: None, "holds no model.safetensors"),
-    "torn weights": ("model.safetensors", lambda path: "torn", "is no whole .safetensors file"),
+    "torn weights": ("model.safetensors", lambda path: "torn", "is not a valid .safetensors file"),
 }
 
 

@@ -314,9 +314,9 @@ def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path,
         if how == "raises":
             assert line.endswith(f"error: rank {rank} failed: ZeroDivisionError: the planted fault")
         elif how == "stopped":
-            assert "another rank was silent for 3 s" in line or "gone without a word" in line
+            assert "another rank was silent for 3 s" in line or "another rank is gone" in line
         else:
-            assert line.endswith("another rank is gone without a word (killed, or its node went down)")
+            assert line.endswith("another rank is gone and left no reason (killed, or its node went down)")
     assert any("silent for 3 s" in line for line in last_lines) == (how == "stopped")
     if how == "raises":
         assert "ZeroDivisionError: the planted fault" in ranks[rank].text.strip().splitlines()[-1]

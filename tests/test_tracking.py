@@ -871,7 +871,7 @@ def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
 
 def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    (tmp_path / "wandb").write_text("a file where a folder is wanted")
+    (tmp_path / "wandb").write_text("a file in the place of a folder")
     assert type(open_tracker("offline", tmp_path, {})) is NoTracker
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
     assert type(open_tracker("offline", tmp_path / "run", {})) is NoTracker
