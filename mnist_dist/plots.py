@@ -106,7 +106,7 @@ def draw_data_sample(split: Split, names: Sequence[str] = DIGITS) -> Figure:
 
 
 def draw_augmented_sample(split: Split, config: Config) -> Figure:
-    """Some images of `split`, each followed by variants that the augmentation of `config` makes of it."""
+    """Some images of `split`, each followed by variants that the augmentation of `config` draws."""
     originals = split.images[: _SHOWN // _COLUMNS]
     repeated = originals.repeat_interleave(_COLUMNS, dim=0)
     transforms = draw_transforms(config.model_copy(update={"batch_size": len(repeated)}), step=0)

@@ -428,3 +428,51 @@ def test_what_comes_from_files_is_text_in_the_report(run_dir):
 def test_the_same_run_gives_the_same_report(run_dir, finished):
     html = report.write_report(run_dir).read_text()
     assert html.replace(str(run_dir), str(finished)) == (finished / "report.html").read_text()
+
+
+def test_the_report_names_why_each_start_ended(run_dir):
+    (run_dir / "starts.jsonl").write_text("".join(json.dumps({"time": f"t{n}", "step": n, "host": "node7"}) + "\n" for n in range(3)))
+    (run_dir / "ends.jsonl").write_text('{"step": 1, "start": 1, "why": "stopped by Ctrl-C, saved"}\n')
+    rows = Page(report.make_page(read_run(run_dir), {}, [])).rows
+    place = rows.index(["time", "step", "host", "ended"])
+    assert [row[-1] for row in rows[place + 1 : place + 4]] == [
+        "stopped by Ctrl-C, saved",
+        "not noted: killed, or a lost node",
+        "it goes on, or was killed",
+    ]
+
+
+def test_the_report_can_be_drawn_while_the_run_goes_on(run_dir):
+    (run_dir / "result.json").unlink()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])
+    assert report.main([str(run_dir)]) == 0
+    assert "Not finished: the record ends at step 3" in (run_dir / "report.html").read_text()
+
+
+def test_runs_are_compared_on_one_page(run_dir, capsys):
+    other = shutil.copytree(run_dir, run_dir.parent / "other")
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("checkpoint_every: 500", "checkpoint_every: 7"))
+    (other / "result.json").unlink()
+    assert report.main([str(run_dir), str(other)]) == 0
+    path = run_dir.parent / "compare.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    page = Page(path.read_text())
+    results = [row for row in page.rows if row[0] in (run_dir.name, "other")]
+    assert [row[1] for row in results] == ["finished", "not finished"]
+    assert results[1][4].endswith(" of 10")
+    assert ["checkpoint_every", "500", "7"] in page.rows
+    assert len(page.sources) == 1
+    assert page.sources[0].startswith("data:image/png")
+    assert report.main([str(run_dir), str(other)]) == 0  # drawn again
+    path.write_text("mine")
+    assert report.main([str(run_dir), str(other)]) == 2
+    assert path.read_text() == "mine"
+    assert "move it away" in capsys.readouterr().err
+
+
+def test_a_comparison_of_equal_names_shows_the_whole_paths(run_dir, tmp_path):
+    other = shutil.copytree(run_dir, tmp_path / "elsewhere" / run_dir.name)
+    rows = Page(report.make_comparison([read_run(run_dir), read_run(other)])).rows
+    assert [row[0] for row in rows if "finished" in row] == [str(run_dir), str(other)]

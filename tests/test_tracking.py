@@ -971,3 +971,42 @@ def test_no_upload_is_advised_where_there_is_nothing_to_upload(tmp_path, monkeyp
         tracker.log({"step": 1})
     assert [record.message for record in caplog.records] == ["W&B's process died; metrics.jsonl has everything"]
     assert not [*(tmp_path / "run" / "wandb").glob("mirror-tmp-*")]
+
+
+def test_a_run_stopped_by_a_signal_is_preempted_on_the_page_and_has_its_pictures(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*TINY, "--steps", "5000", "--evaluate_every", "5", "--wandb", "offline", "--run_dir", str(run)]
+    ranks = start_ranks(tmp_path, processes.Train(arguments), 2)
+    ranks[0].wait_for(lambda: "W&B keeps this run offline" in ranks[0].text and "step 20/" in ranks[0].text)
+    ranks[1].kill(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [143, 143]
+    (path,) = (run / "wandb").glob("*run-*")
+    records = read_records(path)
+    assert len([record for record in records if record["type"] == "preempting"]) == 1
+    assert [record["exit"] for record in records if record["type"] == "exit"] == [{"exit_code": 1}]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert {"images/training_images.path", "images/training_images_augmented.path"} < {*rows[0]}
+    assert len([row for row in rows if "predictions/wrong.path" in row]) >= 3  # at each evaluation
+    config = {name: value for record in records if record["type"] == "run" for name, value in record["run"]["config"]["update"].items()}
+    assert (config["world_size"], config["nodes"], config["device"], config["precision"]) == (2, 1, "cpu", "fp32")
+    assert (config["threads"], config["launcher"], config["parameters"]) == (1, "torchrun", 593_200)
+    assert config["versions"]["torch"]
+    (description,) = [record["run"] for record in records if record["type"] == "run"][:1]
+    assert str(run) in description["notes"]
+    assert "train" in json.dumps(description)
+    starts, ends = ([json.loads(line) for line in (run / name).read_text().splitlines()] for name in ("starts.jsonl", "ends.jsonl"))
+    assert len(starts) == 1
+    assert (ends[0]["start"], ends[0]["why"]) == (1, "stopped by a signal to end, or Stop on W&B, saved")
+
+
+def test_stop_on_the_page_saves_and_ends_the_training(tmp_path):
+    run = tmp_path / "run"
+    with BadServer() as server:
+        arguments = [*TINY, "--steps", "1000000", "--evaluate_every", "1000000", "--log_every", "200", "--wandb", "online"]
+        environ = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
+        ranks = start_ranks(tmp_path, processes.Train([*arguments, "--run_dir", str(run)]), 2, environ)
+        ranks[0].wait_for(lambda: "W&B mirrors this run" in ranks[0].text)
+        server.stopped = True  # W&B looks every 15 s
+        assert [rank.wait(60) for rank in ranks] == [143, 143]
+    assert "stopped by a signal after step" in ranks[0].text
+    assert list((run / "checkpoints").glob("step_*.pt"))

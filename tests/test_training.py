@@ -1,4 +1,4 @@
-"""One training, any world: the same curve, the same counts, and no silent wrong."""
+"""One training on any number of ranks: the same curve, the same counts, and no silent errors."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def read_rows(folder):
 )
 def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_path, optimizer, steps, tolerance):
     # A calm learning rate: as a network leaves its first plateau, rounding grows tenfold every few steps on any number of ranks, and
-    # two threads differ from one as much. At 0.003 that begins within these steps, to 2e-4 on some machines; here it stays below 1e-6. Muon lifts the
-    # smallest parts of a gradient, rounding among them, to the size of the others: fewer steps, and a wider tolerance.
+    # two threads differ from one as much. At 0.003 that begins within these steps, to 2e-4 on some machines; here it stays below 1e-6.
+    # Muon lifts the smallest parts of a gradient, rounding among them, to the size of the others: fewer steps, and a wider tolerance.
     recipe = f"--optimizer {optimizer} --momentum 0.9 --weight_decay 0.0005 --steps {steps} --learning_rate 0.001 --schedule constant"
     recipe = [*recipe.split(), "--precision", "fp32", "--log_every", "1", "--test_size", "500", "--report", "false", "--wandb", "disabled"]
     rows, weights = {}, {}
