@@ -153,7 +153,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`."""
-        raise UserError(f"{message[:300]}; --help lists all options")
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        raise UserError(f"{message[:300]}; type {usage}; --help lists all options")
 
     def add_options(self, model: type[Options]) -> None:
         """Add `--name` for each option of `model`, with its default in the help."""
