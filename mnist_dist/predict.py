@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -40,11 +41,14 @@ _DIGITS = ("mnist", "qmnist")
 
 Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
 
 _KEPT_SIDE = 2048  # a larger picture is reduced to this at once
-_VIEW_SIDE = 160  # the digit is searched at this size: a stroke is several pixels wide, the grain of the paper is averaged away
+_VIEW_SIDE = 200  # the digit is searched at this size: a stroke is several pixels wide, the grain of the paper is averaged away
 _CONTRAST_MIN = 0.08  # of the ink to the ground, in the colour where it is greatest (fraction of the full range)
 _NOISE_MAX = 0.23  # of the ground, as a part of the contrast: noise alone has 0.3, for its own highest peaks then pass for ink
+_GROUND_KERNEL = 3
+_LINE_MAX = 0.05
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -228,139 +232,176 @@ def _spread_deep_grey(picture: Image.Image) -> Image.Image:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """The picture in mode RGB, what is transparent filled with a colour from which the digit stands out."""
+    """The picture in mode RGB, what is transparent filled with that of white and black which has the fewer edges for its contrast."""
     if picture.mode != "RGBA":
         return picture.convert("RGB")
-    pixels = np.asarray(_reduce(picture, _VIEW_SIDE)).reshape(-1, 4)
-    visible = pixels[pixels[:, 3] > pixels[:, 3].max() / 2, :3]
-    if not len(visible):
-        raise _NoDigitError("it is transparent all over")
-    low, high = np.percentile(visible, (2, 98), axis=0)
-    if len(visible) > len(pixels) / 2 and (high - low).max() > 255 * _CONTRAST_MIN:
-        # Ink and paper are both there, only some corners are missing.
-        fill = tuple(int(value) for value in np.median(visible, axis=0))
-    else:  # the ink alone
-        fill = (255, 255, 255) if visible.mean() < 128 else (0, 0, 0)
-    ground = Image.new("RGB", picture.size, fill)
+    view = _reduce(picture, _VIEW_SIDE)
+
+    def measure_edges(fill: int) -> float:
+        grey = np.pad(np.asarray(_fill(view, fill).convert("L"), float), 1, constant_values=fill)
+        contrast = np.ptp(grey)
+        edges = np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
+        return float(edges / contrast) if contrast > 255 * _CONTRAST_MIN else np.inf
+
+    return _fill(picture, min((255, 0), key=measure_edges))
+
+
+def _fill(picture: Image.Image, fill: int) -> Image.Image:
+    ground = Image.new("RGB", picture.size, (fill, fill, fill))
     ground.paste(picture, mask=picture.getchannel("A"))
     return ground
 
 
-def _bring_to_form(picture: Image.Image) -> NDArray[np.uint8]:
+def _bring_to_form(picture: Image.Image) -> Bytes:
     """The digit in an RGB picture, as MNIST has it: uint8 [28, 28]."""
-    view = _reduce(picture, _VIEW_SIDE)
-    ink = _find_ink(view)
-    # Once more from near: with more pixels for a small digit, and a ground that has changed less.
-    left, top, right, bottom = _find_box(ink)
-    across, down = picture.width / view.width, picture.height / view.height
-    margin = 0.35 * max((right - left) * across, (bottom - top) * down)
-    box = (
-        max(0, int(left * across - margin)),
-        max(0, int(top * down - margin)),
-        min(picture.width, int(right * across + margin) + 1),
-        min(picture.height, int(bottom * down + margin) + 1),
-    )
-    if box != (0, 0, *picture.size):
-        with contextlib.suppress(_NoDigitError):  # then what was seen from afar has to do
-            ink = _find_ink(_reduce(picture.crop(box), _VIEW_SIDE))
+    grey = _make_grey(picture)
+    view = _shrink(grey)
+    ink = _find_ink(view, max(view.shape) / 6)
+    scale = max(grey.shape) / max(view.shape)
+    left, top, right, bottom = (round(edge * scale) for edge in _find_box(ink))
+    margin = round(0.35 * max(right - left, bottom - top))
+    near = grey[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
+    # Once more from near: with more pixels for a small digit, and a ground that follows the light more closely.
+    view = _shrink(near)
+    ink = _find_ink(view, _measure_width(ink > 0.4) * scale * max(view.shape) / max(near.shape))
     left, top, right, bottom = _find_box(ink)
     return _centre(_fit_into_box(ink[top:bottom, left:right]))
 
 
-def _find_ink(view: Image.Image) -> Floats:
-    """How much ink there is in each pixel [h, w] of an RGB picture: 0 for the ground, about 1 for a stroke. Raises `_NoDigitError`."""
-    pixels = np.asarray(view, dtype=np.float32) / 255
-    border = np.concatenate([pixels[[0, -1]].reshape(-1, 3), pixels[:, [0, -1]].reshape(-1, 3)])
-    # A plain ground has the colour of most of the border. On a photo it changes from place to place. The truth is what leaves less noise.
-    grounds = (np.median(border, axis=0), _fit_ground(pixels))
-    signals = [_measure_signal(pixels - ground) for ground in grounds]
-    signal, noise = min((signal for signal in signals if signal is not None), key=lambda pair: pair[1], default=(pixels[..., 0], np.inf))
-    if noise == np.inf:
+def _shrink(grey: Bytes) -> Bytes:
+    return np.asarray(_reduce(Image.fromarray(grey), _VIEW_SIDE))
+
+
+def _measure_width(mask: Mask) -> float:
+    """The width of the widest stroke in `mask` [h, w]."""
+    return 2 * float(cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5).max())
+
+
+def _make_grey(picture: Image.Image) -> Bytes:
+    """The colour of an RGB picture in which the ink differs most from its ground [h, w], turned so that the ink is the darker."""
+    view = _reduce(picture, _VIEW_SIDE)
+    size = max(view.size) | 1
+    edge = size // 2
+    best, name = 0.0, "L"
+    for colour, one in zip("LRGB", (view.convert("L"), *view.split()), strict=True):
+        values = np.asarray(one)
+        # In a wide neighbourhood, most is ground.
+        ground = cv2.medianBlur(cv2.copyMakeBorder(values, edge, edge, edge, edge, cv2.BORDER_REFLECT), size)[edge:-edge, edge:-edge]
+        difference = ground.astype(float) - values
+        contrast = np.sort(np.abs(difference), axis=None)[-max(3, difference.size // 500) :].mean()
+        if colour == "L":
+            contrast *= 1.2  # all three colours together have less noise than one
+        if contrast > abs(best):
+            best, name = np.copysign(contrast, (difference**3).sum()), colour
+    grey = np.asarray(picture.convert("L") if name == "L" else picture.getchannel(name))
+    return 255 - grey if best < 0 else grey
+
+
+def _find_ink(grey: Bytes, width: float) -> Floats:
+    """How much ink there is in each pixel of `grey` [h, w], whose strokes are at most `width` pixels wide: 0 is the ground, about 1 a stroke.
+
+    Raises `_NoDigitError`.
+    """
+    # The ground is what remains when all that is dark and narrower than the kernel is filled up. Edges of shadows stay where they are.
+    size = int(_GROUND_KERNEL * width + 5) | 1
+    ground = cv2.morphologyEx(cv2.medianBlur(grey, 3), cv2.MORPH_CLOSE, np.ones((size, size), np.uint8)).astype(np.float32)
+    signal = (ground - grey) / np.maximum(ground, 64)
+    most = np.sort(signal, axis=None)[-max(3, signal.size // 1000) :].mean()
+    rest = signal[signal < most / 2]
+    if most < _CONTRAST_MIN or not rest.size:
         raise _NoDigitError("it is of one colour nearly all over")
+    low = np.median(rest)
+    signal = (signal - low) / (most - low)
+    noise = 1.4826 * float(np.median(np.abs(signal[signal < 0.5])))  # from the median deviation to the standard deviation
     if noise > _NOISE_MAX:
         raise _NoDigitError("it is too uneven, or too noisy")
     threshold = max(0.4, 3 * noise)
-    kept = _choose_strokes(signal, threshold)
-    # The soft edges of the strokes belong to the ink, too. What is farther away and faint is lines of the paper, shadows, traces of JPEG.
+    signal = _erase_lines(signal, max(0.2, 3 * noise))
+    kept = _choose_parts(signal > threshold)
     left, top, right, bottom = _find_box(kept)
-    near = kept
-    for _ in range(max(1, round(max(right - left, bottom - top) / 16))):
-        near = _spread(near)
-    faint = signal[~near & (signal < threshold)]
-    floor = max(3 * noise, float(np.percentile(faint, 98)) if faint.size else 0.0)
-    return np.where(near & (signal > max(0.06, floor)), ((signal - floor) / (1 - floor)).clip(0, 1), 0)
+    near = cv2.dilate(kept.astype(np.uint8), np.ones((3, 3)), iterations=max(1, round(max(right - left, bottom - top) / 16))) > 0
+    floor = max(0.06, 3 * noise)
+    return np.where(near & (signal > floor), ((signal - floor) / (1 - floor)).clip(0, 1), 0)
 
 
-def _fit_ground(pixels: Floats) -> Floats:
-    """The surface of second degree in x and y that lies nearest to `pixels` [h, w, 3] by the sum of absolute distances.
-
-    Unlike that of the squares, this sum lets ink and other outliers pull little.
-    """
-    height, width, _ = pixels.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    stride = max(1, max(height, width) // 40)
-    some = terms[::stride, ::stride].reshape(-1, 6)
-    surface = np.empty(pixels.shape)
-    for colour in range(3):
-        values = pixels[::stride, ::stride, colour].reshape(-1).astype(np.float64)
-        distances = np.abs(values - np.median(values))
-        for _ in range(20):  # iteratively reweighted least squares
-            weighted = some / np.maximum(distances, 1e-3)[:, None]
-            coefficients = np.linalg.lstsq(weighted.T @ some, weighted.T @ values, rcond=1e-9)[0]
-            distances = np.abs(values - some @ coefficients)
-        surface[..., colour] = terms @ coefficients
-    return surface
-
-
-def _measure_signal(differences: Floats) -> tuple[Floats, float] | None:
-    """What lies on the ground, 1 being the ink [h, w], and the noise of the ground on that scale; None where nothing differs enough.
-
-    `differences` [h, w, 3] from the ground may be to the dark or to the bright side, or in hue alone: the ink is what differs most.
-    """
-    distances = np.abs(differences).max(axis=-1)
-    count = max(3, distances.size // 1000)
-    most = np.sort(distances, axis=None)[-count:].mean()
-    ink = np.median(differences[distances >= 0.6 * most], axis=0)
-    if np.abs(ink).max() < _CONTRAST_MIN:
-        return None
-    signal = differences @ ink / (ink @ ink)
-    rest = np.abs(signal[np.abs(signal) < 0.5])
-    return signal, 1.4826 * float(np.median(rest)) if rest.size else np.inf  # from the median deviation to the standard deviation
+def _erase_lines(signal: Floats, threshold: float) -> Floats:
+    """`signal` [h, w] without thin straight lines that go from edge to edge: of ruled paper, tables, creases. Strokes that they cross stay."""
+    height, width = signal.shape
+    side = max(height, width)
+    size = int(np.hypot(height, width)) + 2
+    mask = cv2.dilate(np.where(signal > threshold, 255, 0).astype(np.uint8), np.ones((3, 3)))
+    dash = np.ones((1, max(3, side // 16)))
+    lines = np.zeros_like(mask)
+    for angle in range(180):
+        turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
+        turn[:, 2] += (size - width) / 2, (size - height) / 2
+        turned = cv2.morphologyEx(cv2.warpAffine(mask, turn, (size, size)), cv2.MORPH_CLOSE, dash)
+        chords = cv2.warpAffine(np.full_like(mask, 255), turn, (size, size)).sum(axis=1)
+        filled = (turned.sum(axis=1) >= 0.9 * chords) & (chords > 255 * 0.3 * min(height, width))
+        back = cv2.invertAffineTransform(turn)
+        edges = np.flatnonzero(np.diff(filled, prepend=False, append=False))
+        for start, end in edges.reshape(-1, 2):
+            if end - start <= _LINE_MAX * side + 3:
+                ends = [tuple(np.rint(back @ [x, (start + end - 1) / 2, 1]).astype(int).tolist()) for x in (0, size - 1)]
+                cv2.line(lines, *ends, 255, int(end - start) + 1)
+    if not lines.any():
+        return signal
+    # A stroke that is darker than the line is still to be seen in it.
+    level = float(np.median(signal[(lines > 0) & (signal > threshold)]))
+    lines[signal > level + max(0.25, (1 - level) / 2)] = 0
+    return cv2.inpaint((signal.clip(0, 1) * 255).astype(np.uint8), lines, 3, cv2.INPAINT_TELEA).astype(np.float32) / 255
 
 
-def _choose_strokes(signal: Floats, threshold: float) -> Mask:
-    """The connected parts of `signal` [h, w] above `threshold` that belong to the digit: no specks, no edge of the paper."""
-    mask = signal > threshold
-    labels = _label_parts(mask)
-    edge = np.zeros(mask.shape)
-    edge[[0, -1]] = edge[:, [0, -1]] = 1
-    # One entry for each label; the ground, whose label is 0, has no mass.
-    mass = np.bincount(labels.ravel(), weights=(signal * mask).ravel())
-    along_edge = np.bincount(labels.ravel(), weights=edge.ravel()) > 0.3 * min(mask.shape)
-    if (mass * ~along_edge).max() > 0.05 * mass.max():
-        mass[along_edge] = 0
-    if mass.max() <= 0:
-        raise _NoDigitError("it is of one colour nearly all over")
-    return (mass > 0.05 * mass.max())[labels]
+def _choose_parts(mask: Mask) -> Mask:
+    """The connected parts of `mask` [h, w] that form one digit: without specks, frames, and what comes in over the edge."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    left, top, width, height, area = stats.T
+    mass = area * 1.0
+    mass[0] = 0
+    touched = ((left == 0) * 1 + (top == 0) + (left + width == mask.shape[1]) + (top + height == mask.shape[0]))
+    for part in range(1, count):
+        if _is_frame(labels == part):
+            mass[part] = 0
+    inside = np.where(touched > 0, 0, mass)
+    if inside.max() > 0.1 * mass.max():
+        mass = inside
+    main = int(mass.argmax())
+    underline = (width > 5 * height) & (top >= top[main] + height[main])
+    mass[underline] = 0
+    if mass.max() == 0:
+        raise _NoDigitError("there are only lines in it")
+    kept = mass > 0.05 * mass.max()
+    _check_digit(kept[labels], max(width[kept].max(), height[kept].max()), int(kept.sum()))
+    return kept[labels]
 
 
-def _label_parts(mask: Mask) -> NDArray[np.int64]:
-    """A number for each pixel [h, w]: 0 outside of `mask`, the same for two pixels of it that are connected."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    for _ in range(4 * sum(mask.shape)):  # no stroke of a digit is longer; a longer one falls into parts, which does no harm
-        grown = _spread(labels) * mask
-        if np.array_equal(grown, labels):
-            break
-        labels = grown
-    return labels
+def _is_frame(part: Mask) -> bool:
+    contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    area = cv2.contourArea(contours[0])
+    width, height = cv2.minAreaRect(contours[0])[1]
+    return bool(min(width, height) > 8 and area > 0.9 * width * height and part.sum() < 0.5 * area)
 
 
-def _spread(values: NDArray[Any]) -> NDArray[Any]:
-    """For each of `values` [h, w] the highest among it and its eight neighbours; none is negative."""
-    padded = np.pad(values, 1)
-    rows = np.maximum(np.maximum(padded[:-2], padded[2:]), padded[1:-1])
-    return np.maximum(np.maximum(rows[:, :-2], rows[:, 2:]), rows[:, 1:-1])
+def _check_digit(mask: Mask, longest: int, count: int) -> None:
+    """Raise `_NoDigitError` where the parts in `mask` [h, w] do not look like one digit; `longest` is the longest side of a part."""
+    left, top, right, bottom = _find_box(mask)
+    width, height = right - left, bottom - top
+    reach = max(2, round(0.13 * max(longest, min(width, height))))
+    joined = cv2.dilate(np.pad(mask, reach).astype(np.uint8), np.ones((reach, reach), np.uint8))
+    if count > 4 or cv2.connectedComponents(joined)[0] > 2:
+        raise _NoDigitError("there is more than one thing in it")
+    if width > 1.8 * height:
+        raise _NoDigitError("what is in it is wider than a digit")
+    margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
+    across = margins[0] == margins[2] == 0 or margins[1] == margins[3] == 0
+    if across and max(margins) > 0.12 * max(mask.shape):
+        raise _NoDigitError("what is in it goes from edge to edge")
+    if _measure_width(mask) > 0.55 * max(width, height):
+        raise _NoDigitError("there is only a blot in it")
+    contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    loops = [cv2.contourArea(contour) for contour, (*_, parent) in zip(contours, hierarchy[0], strict=True) if parent >= 0]
+    if sum(area > 0.003 * max(width, height) ** 2 for area in loops) > 3:
+        raise _NoDigitError("what is in it has more loops than a digit")
 
 
 def _find_box(ink: Floats | Mask) -> tuple[int, int, int, int]:
