@@ -48,7 +48,7 @@ _VIEW_SIDE = 200  # the digit is searched at this size: a stroke is several pixe
 _CONTRAST_MIN = 0.08  # of the ink to the ground, in the colour where it is greatest (fraction of the full range)
 _NOISE_MAX = 0.23  # of the ground, as a part of the contrast: noise alone has 0.3, for its own highest peaks then pass for ink
 _GROUND_KERNEL = 2
-_LINE_MAX = 0.05
+_LINE_MAX = 0.035
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -271,7 +271,9 @@ def _bring_to_form(picture: Image.Image) -> Bytes:
 
 
 def _shrink(grey: Bytes) -> Bytes:
-    return np.asarray(_reduce(Image.fromarray(grey), _VIEW_SIDE))
+    """`grey` [h, w] with its longer side near _VIEW_SIDE; a small picture is enlarged in blocks, for lines and gaps are measured in pixels."""
+    blocks = max(1, _VIEW_SIDE // max(grey.shape))
+    return np.asarray(_reduce(Image.fromarray(grey), _VIEW_SIDE)).repeat(blocks, axis=0).repeat(blocks, axis=1)
 
 
 def _measure_width(mask: Mask) -> float:
@@ -338,7 +340,7 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     size = int(np.hypot(height, width)) + 2
     mask = cv2.dilate(np.where(signal > threshold, 255, 0).astype(np.uint8), np.ones((3, 3)))
     dash = np.ones((1, max(3, side // 25)))
-    beside = 3 + round(_LINE_MAX * side)
+    beside = max(2, side // 50)
     lines = np.zeros_like(mask)
     for angle in range(180):
         turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
@@ -347,12 +349,12 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
         chords = cv2.warpAffine(np.full_like(mask, 255), turn, (size, size)).sum(axis=1)
         parts = turned.sum(axis=1) / np.maximum(chords, 255)
         back = cv2.invertAffineTransform(turn)
-        edges = np.flatnonzero(np.diff((parts > 0.9) & (chords > 255 * 0.5 * min(height, width)), prepend=False, append=False))
+        edges = np.flatnonzero(np.diff((parts > 0.95) & (chords > 255 * 0.8 * min(height, width)), prepend=False, append=False))
         for start, end in edges.reshape(-1, 2):
             # A stroke that fills the picture is wider: some of it lies beside the line.
-            if end - start <= beside and max(parts[start - beside], parts[(end + beside) % size]) < 0.5:
+            if end - start <= 3 + _LINE_MAX * side and max(parts[start - beside], parts[(end - 1 + beside) % size]) < 0.5:
                 ends = [tuple(np.rint(back @ [x, (start + end - 1) / 2, 1]).astype(int).tolist()) for x in (0, size - 1)]
-                cv2.line(lines, *ends, 255, int(end - start) + 1)
+                cv2.line(lines, *ends, 255, int(end - start) + 2)
     if not lines.any():
         return signal
     # A stroke that is darker than the line is still to be seen in it.
@@ -368,11 +370,14 @@ def _choose_parts(mask: Mask) -> Mask:
     mass = area.astype(float)
     mass[0] = 0
     mass[[part for part in range(1, count) if _is_frame(labels == part)]] = 0
-    touched = (left == 0) * 1 + (top == 0) + (left + width == mask.shape[1]) + (top + height == mask.shape[0])
+    close = max(mask.shape) // 50
+    ends = left + width + close >= mask.shape[1], top + height + close >= mask.shape[0]
+    touched = sum([left <= close, top <= close, *ends], np.zeros(count, int))
     inside = np.where(touched > 0, 0, mass)
     if inside.max() > 0.1 * mass.max():
+        size = max(width[inside.argmax()], height[inside.argmax()])
         for part in np.flatnonzero((mass > 0.3 * inside.max()) & (touched == 1)):
-            if _measure_width(labels == part) < 0.35 * max(width[part], height[part]):
+            if min(width[part], height[part]) > 0.25 * size and _measure_width(labels == part) < 0.35 * max(width[part], height[part]):
                 raise _NoDigitError("there is more than one thing in it")
         mass = inside
     main = int(mass.argmax())
@@ -404,15 +409,15 @@ def _check_digit(mask: Mask) -> None:
     left, top, right, bottom = _find_box(mask)
     width, height = right - left, bottom - top
     longest = max(width, height)
-    if width > 1.8 * height:
+    if width > 2 * height:
         raise _NoDigitError("what is in it is wider than a digit")
     margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
-    if (margins[0] == margins[2] == 0 or margins[1] == margins[3] == 0) and max(margins) > 0.12 * max(mask.shape):
-        raise _NoDigitError("what is in it goes from edge to edge")
+    if min(margins) == 0 and max(margins) > 0.3 * max(mask.shape):
+        raise _NoDigitError("what is in it goes over the edge")
     if _measure_width(mask) > 0.55 * longest or (width > height / 2 and mask.sum() > 0.75 * width * height):
         raise _NoDigitError("there is only a blot in it")
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
-    if mask.sum() / (4 * depth[depth > 0].mean()) > 2.8 * longest:
+    if mask.sum() / (4 * depth[depth > 0].mean()) > 3.2 * longest:
         raise _NoDigitError("what is in it has more strokes than a digit")
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     loops = [cv2.contourArea(contour) for contour, (*_, parent) in zip(contours, hierarchy[0], strict=True) if parent >= 0]
