@@ -74,7 +74,9 @@ def write(rng, digit, side=None, part=None, pen=0.0, paper=None, square=True, at
     width = max(side if square else round(side * rng.uniform(0.7, 1.8)), cover.shape[1])
     page = Page(rng, height, width, paper)
     y, x = (height - cover.shape[0]) / 2, (width - cover.shape[1]) / 2
-    top, left = (round(y * rng.uniform(0.6, 1.4)), round(x * rng.uniform(0.6, 1.4))) if at is None else (round(2 * y * at), round(2 * x * at))
+    top, left = (
+        (round(y * rng.uniform(0.6, 1.4)), round(x * rng.uniform(0.6, 1.4))) if at is None else (round(2 * y * at), round(2 * x * at))
+    )
     whole = np.zeros((height, width))
     whole[top : top + cover.shape[0], left : left + cover.shape[1]] = cover
     page.box = (left, top, left + cover.shape[1], top + cover.shape[0])
@@ -114,7 +116,9 @@ def shadow(page, angle=None, soft=0.0, depth=None):
     height, width = page.grey.shape
     angle = rng.choice([0, 90, 180, 270]) if angle is None else angle
     y, x = np.mgrid[:height, :width]
-    along = (x - width * rng.uniform(0.35, 0.65)) * np.cos(np.radians(angle)) + (y - height * rng.uniform(0.35, 0.65)) * np.sin(np.radians(angle))
+    along = (x - width * rng.uniform(0.35, 0.65)) * np.cos(np.radians(angle)) + (y - height * rng.uniform(0.35, 0.65)) * np.sin(
+        np.radians(angle)
+    )
     step = (along / (soft * page.side) + 0.5).clip(0, 1) if soft else along > 0
     return page.shade(1 - (1 - (depth or rng.uniform(0.35, 0.75))) * step)
 
@@ -256,7 +260,9 @@ def _cut(rng, digit):
 CLEAN = {
     "as MNIST": lambda rng, digit: Image.fromarray(digit),
     "margins": lambda rng, digit: write(rng, digit, square=False).picture(),
-    "wide margins": lambda rng, digit: write(rng, digit, side=int(rng.integers(300, 800)), part=rng.uniform(0.1, 0.3), square=False).picture(),
+    "wide margins": lambda rng, digit: write(
+        rng, digit, side=int(rng.integers(300, 800)), part=rng.uniform(0.1, 0.3), square=False
+    ).picture(),
     "tight": lambda rng, digit: tight(write(rng, digit)).picture(),
     "tight, light on dark": lambda rng, digit: invert(tight(write(rng, digit))).picture(),
     "nearly tight": lambda rng, digit: tight(write(rng, digit, part=0.7), int(rng.integers(1, 8))).picture(),
@@ -285,8 +291,8 @@ EVERYDAY = {
         tight(write(rng, digit, side=int(rng.integers(56, 200)), part=0.6), int(rng.integers(8, 16))), inset=0, thickness=rng.integers(1, 5)
     ).picture(),
     "box": lambda rng, digit: frame(write(rng, digit, part=rng.uniform(0.3, 0.5)), inset=rng.uniform(20, 60)).picture(),
-    "cell, tilted": lambda rng, digit: frame(write(rng, digit, part=0.45), inset=0).picture().rotate(
-        rng.uniform(-4, 4), Image.Resampling.BICUBIC, fillcolor=230
+    "cell, tilted": lambda rng, digit: (
+        frame(write(rng, digit, part=0.45), inset=0).picture().rotate(rng.uniform(-4, 4), Image.Resampling.BICUBIC, fillcolor=230)
     ),
     "light in a dark cell": lambda rng, digit: invert(frame(write(rng, digit))).picture(),
     "ruled": lambda rng, digit: rule(write(rng, digit)).picture(),
@@ -295,9 +301,12 @@ EVERYDAY = {
     "squared": lambda rng, digit: rule(write(rng, digit), squared=True).picture(),
     "dotted lines": lambda rng, digit: rule(write(rng, digit), dots=rng.uniform(3, 8)).picture(),
     "coloured lines": lambda rng, digit: color_lines(write(rng, digit), rng.choice([[0.1, 0.1, 0.1], [0.1, 0.1, 0.5]])),
-    "margin line": lambda rng, digit: (page := write(rng, digit)) and page.draw(
-        [(x := page.box[0] - page.rng.uniform(0.02, 0.08) * page.side, -page.side, x, 3 * page.side)], max(1, page.side * 0.01), 0.4
-    ).picture(),
+    "margin line": lambda rng, digit: (
+        (page := write(rng, digit))
+        and page.draw(
+            [(x := page.box[0] - page.rng.uniform(0.02, 0.08) * page.side, -page.side, x, 3 * page.side)], max(1, page.side * 0.01), 0.4
+        ).picture()
+    ),
     "shadow": lambda rng, digit: shadow(write(rng, digit)).grain(rng.uniform(0, 0.02)).picture(),
     "shadow, diagonal": lambda rng, digit: shadow(write(rng, digit), rng.uniform(0, 360)).grain(rng.uniform(0, 0.02)).picture(),
     "shadow, soft": lambda rng, digit: shadow(write(rng, digit), rng.uniform(0, 360), rng.uniform(0.05, 0.4)).grain(0.01).picture(),
@@ -332,7 +341,9 @@ def scribble(rng):
     curve = np.stack([np.interp(np.linspace(0, len(points) - 1, 800), np.arange(len(points)), points[:, axis]) for axis in (0, 1)], 1)
     curve = cv2.blur(curve, (1, 25)).reshape(-1, 1, 2)
     cover = np.zeros(page.grey.shape, np.uint8)
-    cv2.polylines(cover, [(curve * 16).round().astype(np.int32)], False, 255, max(1, round(page.side * rng.uniform(0.01, 0.03))), cv2.LINE_AA, 4)
+    cv2.polylines(
+        cover, [(curve * 16).round().astype(np.int32)], False, 255, max(1, round(page.side * rng.uniform(0.01, 0.03))), cv2.LINE_AA, 4
+    )
     return page.lay(cover / 255)
 
 
@@ -350,7 +361,11 @@ BLANK = {
     "soft shadow": lambda rng: shadow(blank(rng), rng.uniform(0, 360), rng.uniform(0.05, 0.4)).grain(0.01).picture(),
     "stain": lambda rng: stain(blank(rng)).picture(),
     "speckles": lambda rng: stain(blank(rng), int(rng.integers(5, 60))).picture(),
-    "empty cell": lambda rng: (page := blank(rng)) and setattr(page, "box", (page.side // 2,) * 4) or frame(page, rng.choice(["LTRB", "LT", "LR", "TB"])).picture(),
+    "empty cell": lambda rng: (
+        (page := blank(rng))
+        and setattr(page, "box", (page.side // 2,) * 4)
+        or frame(page, rng.choice(["LTRB", "LT", "LR", "TB"])).picture()
+    ),
     "corner": lambda rng: thumb(blank(rng)).picture(),
     "ruled in shadow, blank": lambda rng: shadow(rule(blank(rng))).picture(),
 }
