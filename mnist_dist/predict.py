@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
@@ -49,15 +49,6 @@ _CONTRAST_MIN = 0.08  # of the ink to the ground, in the colour where it is grea
 _NOISE_MAX = 0.23  # of the ground, as a part of the contrast: noise alone has 0.3, for its own highest peaks then pass for ink
 _LINE_MAX = 0.035  # the thickness of a printed line, as a part of the picture's side: a digit that fills the picture has thicker strokes
 _SCANS_MAX = 30  # of a progressive JPEG: usual ones have 10, and each costs as much time as a whole picture
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class _NoDigitError(Exception):
@@ -175,8 +166,7 @@ def _decode(path: str | Path, content: bytes) -> Image.Image:
     """The first picture in `content`, upright, in mode RGB, its longer side at most _KEPT_SIDE."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of oddities in metadata that do not matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of oddities in metadata that do not matter here; the size is checked below
             picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
             # So far only the header has been read.
             width, height = picture.size
@@ -184,24 +174,22 @@ def _decode(path: str | Path, content: bytes) -> Image.Image:
                 raise UserError(f"{path} has {width} x {height} pixels, more than the {PIXELS_MAX:,} that are allowed: reduce it")
             if max(width, height) < SIDE_MIN:
                 raise UserError(f"{path} has {width} x {height} pixels, too few to show a digit; expected at least {SIDE_MIN} on one side")
-            # Compressed data hold this marker nowhere else.
-            scans = content.count(b"\xff\xda") if picture.format == "JPEG" else 1
+            # This marker starts a scan of a JPEG; its compressed data do not contain it. The name of the format may also be MPO.
+            scans = content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") else 1
             if scans > _SCANS_MAX or scans * width * height > 15 * PIXELS_MAX:
-                raise UserError(
-                    f"{path} is a progressive JPEG of {scans:,} scans, which would take too long to decode: save it as a plain JPEG"
-                )
-            size = _fit(picture.size, _KEPT_SIDE)
-            picture.draft(None, size)  # lets a JPEG be decoded at an eighth, a quarter or half of its size
+                raise UserError(f"{path} is a progressive JPEG of {scans:,} scans, which takes too long to decode: save it as a plain JPEG")
+            picture.draft(None, _fit(picture.size, _KEPT_SIDE))  # lets a JPEG be decoded at an eighth, a quarter or half of its size
             picture.load()
-            orientation = _read_orientation(picture)
+            with contextlib.suppress(Exception):  # damaged Exif data say nothing; the picture itself may still be valid
+                ImageOps.exif_transpose(picture, in_place=True)
             picture = _spread_deep_grey(picture) if picture.mode.startswith("I") else picture
             mode = "RGBA" if picture.has_transparency_data else "L" if picture.mode == "L" else "RGB"
             picture = picture if picture.mode == mode else picture.convert(mode)
-            picture = _flatten(_reduce(picture, _KEPT_SIDE))
-            return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
-    except (UserError, _NoDigitError):
+            picture = _reduce(picture, _KEPT_SIDE)
+            return _flatten(picture) if mode == "RGBA" else picture.convert("RGB")
+    except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise UserError(f"{path} has more than the {PIXELS_MAX:,} pixels that are allowed: reduce it") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a readable picture, or a damaged one; allowed: {', '.join(FORMATS)}") from error
@@ -221,12 +209,6 @@ def _reduce(picture: Image.Image, side: int) -> Image.Image:
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BOX)
 
 
-def _read_orientation(picture: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # damaged Exif data says nothing; the picture itself may still be whole
-        return int(picture.getexif()[ExifTags.Base.Orientation])
-    return 1
-
-
 def _spread_deep_grey(picture: Image.Image) -> Image.Image:
     """A picture of 16-bit grey in 8 bits, its darkest grey black and its brightest white: sensors fill few of the 16 bits."""
     values = np.asarray(picture).clip(0, 65_535).astype(np.uint16)
@@ -236,24 +218,15 @@ def _spread_deep_grey(picture: Image.Image) -> Image.Image:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """The picture in mode RGB, what is transparent filled with that of white and black which has the fewer edges for its contrast."""
-    if picture.mode != "RGBA":
-        return picture.convert("RGB")
-    view = _reduce(picture, _VIEW_SIDE)
+    """An RGBA picture in mode RGB, filled with white or black: with that which makes fewer edges for its contrast, so no outlines."""
 
-    def measure_edges(fill: int) -> float:
-        grey = np.pad(np.asarray(_fill(view, fill).convert("L"), float), 1, constant_values=fill)
-        contrast = np.ptp(grey)
-        edges = np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
-        return float(edges / contrast) if contrast > 255 * _CONTRAST_MIN else np.inf
+    def measure_edges(filled: Image.Image) -> float:
+        grey = np.asarray(filled.convert("L"), dtype=np.float32)
+        edges = sum(float(np.abs(np.diff(grey, axis=axis)).sum()) for axis in (0, 1))
+        return edges / np.ptp(grey) if np.ptp(grey) > 255 * _CONTRAST_MIN else np.inf
 
-    return _fill(picture, min((255, 0), key=measure_edges))
-
-
-def _fill(picture: Image.Image, fill: int) -> Image.Image:
-    ground = Image.new("RGB", picture.size, (fill, fill, fill))
-    ground.paste(picture, mask=picture.getchannel("A"))
-    return ground
+    grounds = [Image.new("RGBA", picture.size, colour) for colour in ("white", "black")]
+    return min((Image.alpha_composite(ground, picture).convert("RGB") for ground in grounds), key=measure_edges)
 
 
 def _bring_to_form(picture: Image.Image) -> Bytes:
@@ -267,29 +240,26 @@ def _bring_to_form(picture: Image.Image) -> Bytes:
     margin = round(0.35 * max(right - left, bottom - top))
     cut = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
     near = _bring_to_size(grey[cut])
-    found = cv2.resize(cv2.dilate(np.uint8(ink > 0), np.ones((5, 5))), grey.shape[::-1])[cut]
+    found = cv2.resize(cv2.dilate((ink > 0).astype(np.uint8), np.ones((5, 5))), grey.shape[::-1])[cut]
     width = 2 * _measure_depths(ink > 0.4).max() * scale * max(near.shape) / max(found.shape)
     ink = _find_ink(near, cv2.resize(found, near.shape[::-1]) > 0, float(width))
     left, top, right, bottom = _find_box(ink)
-    return _centre(_fit_into_box(ink[top:bottom, left:right]))
+    return _center(ink[top:bottom, left:right])
 
 
 def _make_grey(picture: Image.Image) -> Bytes:
     """The colour of an RGB picture in which the ink differs most from its ground [h, w], inverted where the ink is the brighter."""
-    view = _reduce(picture, _VIEW_SIDE)
-    size = int(0.7 * max(view.size)) | 1
-    best, best_name = 0.0, "L"
-    for name, colour in zip("LRGB", (view.convert("L"), *view.split()), strict=True):
-        values = np.asarray(colour)
+    best, chosen, inverted = 0.0, picture, False
+    for colour in (picture.convert("L"), *picture.split()):
+        view = np.asarray(_reduce(colour, _VIEW_SIDE))
         # In a wide neighbourhood, most is ground.
-        ground = _crop_margin(cv2.medianBlur(cv2.copyMakeBorder(values, *[size // 2] * 4, cv2.BORDER_REFLECT), size), size // 2)
-        difference = ground.astype(np.float64) - values
-        contrast = np.sort(np.abs(difference), axis=None)[-max(3, difference.size // 500) :].mean()
-        contrast *= 1.2 if name == "L" else 1  # all three colours together have less noise than one
-        if contrast > abs(best):
-            best, best_name = float(np.copysign(contrast, (difference**3).sum())), name
-    grey = np.asarray(picture.convert("L") if best_name == "L" else picture.getchannel(best_name))
-    return 255 - grey if best < 0 else grey
+        size = int(0.7 * max(view.shape)) | 1
+        ground = _crop_margin(cv2.medianBlur(cv2.copyMakeBorder(view, *[size // 2] * 4, cv2.BORDER_REFLECT), size), size // 2)
+        differences = ground.astype(np.float64) - view
+        contrast = float(np.sort(np.abs(differences), axis=None)[-max(3, differences.size // 500) :].mean())
+        if contrast > 1.2 * best:  # all colours together, which come first, have less noise than one
+            best, chosen, inverted = contrast, colour, bool((differences**3).sum() < 0)
+    return 255 - np.asarray(chosen) if inverted else np.asarray(chosen)
 
 
 def _bring_to_size(grey: Bytes) -> Bytes:
@@ -317,22 +287,22 @@ def _find_ink(grey: Bytes, area: Mask, width: float) -> Floats:
     padded = cv2.copyMakeBorder(cv2.medianBlur(grey, 3), *[size // 2] * 4, cv2.BORDER_REPLICATE)
     ground = _crop_margin(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, np.ones((size, size))), size // 2).astype(np.float32)
     # Light falls on ink and paper alike, so their ratio counts. The bound keeps the noise of what is nearly black small.
-    signal, noise = _normalize((ground - grey) / np.maximum(ground, 64))
+    signal, noise = _normalize((ground - grey) / np.maximum(ground, 64), area)
     # Lines may be darker than the ink: without them the scale is another.
-    signal, noise = _normalize(np.where(area, _erase_lines(signal, max(0.2, 3 * noise)), 0))
+    signal, noise = _normalize(_erase_lines(signal, max(0.2, 3 * noise)), area)
     threshold = max(0.4, 3 * noise)
-    kept = _choose_parts(signal > threshold)
+    kept = _choose_parts((signal > threshold) & area)
     left, top, right, bottom = _find_box(kept)
     # The soft edges of the strokes belong to the ink, too. What is farther away and faint is lines of the paper, shadows, traces of JPEG.
-    near = cv2.dilate(np.uint8(kept), np.ones((3, 3)), iterations=max(1, round(max(right - left, bottom - top) / 16))) > 0
+    near = cv2.dilate(kept.astype(np.uint8), np.ones((3, 3)), iterations=max(1, round(max(right - left, bottom - top) / 16))) > 0
     faint = signal[~near & (signal < threshold)]
     floor = max(0.06, 3 * noise, float(np.percentile(faint, 98)) if faint.size else 0.0)
     return np.where(near, ((signal - floor) / (1 - floor)).clip(0, 1), 0)
 
 
-def _normalize(signal: Floats) -> tuple[Floats, float]:
-    """`signal` with the ground at 0 and the darkest ink at 1, and the noise of the ground on that scale."""
-    most = np.sort(signal, axis=None)[-max(3, signal.size // 1000) :].mean()
+def _normalize(signal: Floats, area: Mask) -> tuple[Floats, float]:
+    """`signal` [h, w] with the ground at 0 and the darkest ink in `area` at 1, and the noise of the ground on that scale."""
+    most = np.sort(signal[area])[-max(3, signal.size // 1000) :].mean()
     rest = signal[signal < most / 2]
     if most < _CONTRAST_MIN or not rest.size:
         raise _NoDigitError("it is of one colour nearly all over")
@@ -351,7 +321,7 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     """
     height, width = signal.shape
     side = max(height, width)
-    mask = cv2.dilate(np.uint8(signal > threshold) * np.uint8(255), np.ones((3, 3)))
+    mask = cv2.dilate(np.where(signal > threshold, 255, 0).astype(np.uint8), np.ones((3, 3)))
     if mask.sum() == _crop_margin(mask, side // 25).sum():
         return signal  # nothing comes near the edge
     size = int(np.hypot(height, width)) + 2
@@ -374,12 +344,12 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     # A stroke that is darker than the line can still be seen in it; any other is filled in from both sides.
     level = float(np.percentile(signal[(lines > 0) & (signal > threshold)], 80))
     lines[signal > level + max(0.25, (1 - level) / 2)] = 0
-    return cv2.inpaint(np.uint8(signal.clip(0, 1) * 255), lines, 3, cv2.INPAINT_TELEA).astype(np.float32) / 255
+    return cv2.inpaint((signal.clip(0, 1) * 255).astype(np.uint8), lines, 3, cv2.INPAINT_TELEA).astype(np.float32) / 255
 
 
 def _choose_parts(mask: Mask) -> Mask:
     """The connected parts of `mask` [h, w] that form one digit: without specks, frames, underlines, and what comes in over the edge."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     left, top, width, height, area = stats.T
     area[0] = 0  # the ground
     for part in np.flatnonzero(area > 0.05 * area.max()):
@@ -408,7 +378,7 @@ def _choose_parts(mask: Mask) -> Mask:
 
 
 def _is_frame(part: Mask) -> bool:
-    contours, _ = cv2.findContours(np.uint8(part), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     area = cv2.contourArea(contours[0])
     width, height = cv2.minAreaRect(contours[0])[1]
     return min(width, height) > 8 and area > 0.9 * width * height and part.sum() < 0.5 * area
@@ -419,31 +389,32 @@ def _check_digit(mask: Mask) -> None:
     left, top, right, bottom = _find_box(mask)
     width, height = right - left, bottom - top
     longest = max(width, height)
+    margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
 
-    def join(part: float) -> tuple[int, Any]:
+    def join(part: float) -> NDArray[np.int32]:
+        """The heights of the parts that remain where gaps are closed up to `part` of the digit's size, the highest first."""
         reach = max(2, round(part * np.sqrt(width * height)))
-        return cv2.connectedComponentsWithStats(cv2.dilate(np.uint8(np.pad(mask, reach)), np.ones((reach, reach))))[:3:2]
+        joined = cv2.dilate(np.pad(mask, reach).astype(np.uint8), np.ones((reach, reach)))
+        return np.sort(cv2.connectedComponentsWithStats(joined)[2][1:, cv2.CC_STAT_HEIGHT])[::-1]
 
     # A gap in a stroke is narrow. What is farther away may be a detached bar of the digit, which is low.
-    count, stats = join(0.08)
-    heights = np.sort(stats[1:, cv2.CC_STAT_HEIGHT])
-    if count > 5 or join(0.2)[0] > 2 or (count > 2 and heights[-2] > 0.5 * heights[-1]):
-        raise _NoDigitError("there is more than one thing in it")
-    if width > 2 * height:
-        raise _NoDigitError("what is in it is wider than a digit")
-    margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
-    if min(margins) <= max(mask.shape) // 100 and max(margins) > 0.3 * max(mask.shape):
-        raise _NoDigitError("what is in it goes over the edge")
+    heights = join(0.08)
+    several = len(heights) > 4 or len(join(0.2)) > 1 or bool((heights[1:] > 0.5 * heights[0]).any())
     depths = _measure_depths(mask)
-    if 2 * depths.max() > 0.55 * longest or (width > height / 2 and mask.sum() > 0.75 * width * height):
-        raise _NoDigitError("there is only a blot in it")
-    # The mean depth in a stroke is a quarter of its width, and its area over its width is its length.
-    if mask.sum() / (4 * depths[mask].mean()) > 3 * longest:
-        raise _NoDigitError("what is in it has more strokes than a digit")
-    contours, (hierarchy,) = cv2.findContours(np.uint8(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    loops = [contour for contour, (*_, parent) in zip(contours, hierarchy, strict=True) if parent >= 0]
-    if sum(cv2.contourArea(loop) > 0.006 * longest**2 for loop in loops) > 2:
-        raise _NoDigitError("what is in it has more loops than a digit")
+    area = int(mask.sum())
+    contours, (hierarchy,) = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    loops = [cv2.contourArea(contour) for contour, (*_, parent) in zip(contours, hierarchy, strict=True) if parent >= 0]
+    for wrong, reason in (
+        (several, "there is more than one thing in it"),
+        (width > 2 * height, "what is in it is wider than a digit"),
+        (min(margins) <= max(mask.shape) // 100 and max(margins) > 0.3 * max(mask.shape), "what is in it goes over the edge"),
+        (2 * depths.max() > 0.55 * longest or (width > height / 2 and area > 0.75 * width * height), "there is only a blot in it"),
+        # The mean depth in a stroke is a quarter of its width, and its area over its width is its length.
+        (area / (4 * depths[mask].mean()) > 3 * longest, "what is in it has more strokes than a digit"),
+        (sum(loop > 0.006 * longest**2 for loop in loops) > 2, "what is in it has more loops than a digit"),
+    ):
+        if wrong:
+            raise _NoDigitError(reason)
 
 
 def _find_box(ink: Floats | Mask) -> tuple[int, int, int, int]:
@@ -452,25 +423,18 @@ def _find_box(ink: Floats | Mask) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _fit_into_box(ink: Floats) -> Floats:
-    """`ink` with its longer side brought to 20 pixels and its brightest to 1."""
+def _center(ink: Floats) -> Bytes:
+    """`ink` with its longer side brought to 20 pixels, in 28 x 28, its centre of mass as near to row 14 and column 14 as whole pixels allow."""
     scale = 20 / max(ink.shape)
-    size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
     method = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC
+    size = max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale))
     small = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, method))
     # A thin stroke covers a pixel of this size only in part; those of MNIST are all bright.
-    return (small / small.max()).clip(0, 1)
-
-
-def _centre(ink: Floats) -> NDArray[np.uint8]:
-    """`ink` of at most 20 x 20 in 28 x 28, its centre of mass as near to row 14 and column 14 as whole pixels allow."""
-    height, width = ink.shape
-    row = np.arange(height) @ ink.sum(axis=1) / ink.sum()
-    column = np.arange(width) @ ink.sum(axis=0) / ink.sum()
-    top = min(max(0, round(14 - row)), 28 - height)
-    left = min(max(0, round(14 - column)), 28 - width)
+    small = (small / small.max()).clip(0, 1)
+    middle = [np.average(places, weights=small) for places in np.indices(small.shape)]
+    top, left = (min(max(0, round(14 - at)), 28 - length) for at, length in zip(middle, small.shape, strict=True))
     image = np.zeros((28, 28), dtype=np.uint8)
-    image[top : top + height, left : left + width] = (ink * 255).round()
+    image[top : top + small.shape[0], left : left + small.shape[1]] = (small * 255).round()
     return image
 
 
