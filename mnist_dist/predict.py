@@ -223,7 +223,8 @@ def _flatten(picture: Image.Image) -> Image.Image:
     def measure_edges(filled: Image.Image) -> float:
         grey = np.asarray(filled.convert("L"), dtype=np.float32)
         edges = sum(float(np.abs(np.diff(grey, axis=axis)).sum()) for axis in (0, 1))
-        return edges / np.ptp(grey) if np.ptp(grey) > 255 * _CONTRAST_MIN else np.inf
+        contrast = float(np.ptp(grey))
+        return edges / contrast if contrast > 255 * _CONTRAST_MIN else np.inf
 
     grounds = [Image.new("RGBA", picture.size, colour) for colour in ("white", "black")]
     return min((Image.alpha_composite(ground, picture).convert("RGB") for ground in grounds), key=measure_edges)
@@ -254,7 +255,7 @@ def _make_grey(picture: Image.Image) -> Bytes:
         view = np.asarray(_reduce(colour, _VIEW_SIDE))
         # In a wide neighbourhood, most is ground.
         size = int(0.7 * max(view.shape)) | 1
-        ground = _crop_margin(cv2.medianBlur(cv2.copyMakeBorder(view, *[size // 2] * 4, cv2.BORDER_REFLECT), size), size // 2)
+        ground = _crop_margin(cv2.medianBlur(np.pad(view, size // 2, "symmetric"), size), size // 2)
         differences = ground.astype(np.float64) - view
         contrast = float(np.sort(np.abs(differences), axis=None)[-max(3, differences.size // 500) :].mean())
         if contrast > 1.2 * best:  # all colours together, which come first, have less noise than one
@@ -284,7 +285,7 @@ def _find_ink(grey: Bytes, area: Mask, width: float) -> Floats:
     """
     # The ground is what remains when all is filled that is dark and narrower than the kernel. The edges of shadows stay where they are.
     size = int(2 * width + 5) | 1
-    padded = cv2.copyMakeBorder(cv2.medianBlur(grey, 3), *[size // 2] * 4, cv2.BORDER_REPLICATE)
+    padded = np.pad(cv2.medianBlur(grey, 3), size // 2, "edge")
     ground = _crop_margin(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, np.ones((size, size))), size // 2).astype(np.float32)
     # Light falls on ink and paper alike, so their ratio counts. The bound keeps the noise of what is nearly black small.
     signal, noise = _normalize((ground - grey) / np.maximum(ground, 64), area)
@@ -337,8 +338,10 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
         for first, end in bounds.reshape(-1, 2).tolist():
             # A stroke that fills the picture is wider than a line: some of it lies beside these rows.
             if end - first <= 3 + _LINE_MAX * side and max(filled[first - beside], filled[(end - 1 + beside) % size]) < 0.5:
-                tips = cv2.invertAffineTransform(turn) @ [[0, size - 1], [(first + end - 1) / 2] * 2, [1, 1]]
-                cv2.line(lines, *np.rint(tips.T).astype(int).tolist(), 255, end - first + 2)
+                left, right = (
+                    np.rint(cv2.invertAffineTransform(turn) @ [[0, size], [(first + end - 1) / 2] * 2, [1, 1]]).T.astype(int).tolist()
+                )
+                cv2.line(lines, left, right, 255, end - first + 2)
     if not lines.any():
         return signal
     # A stroke that is darker than the line can still be seen in it; any other is filled in from both sides.
@@ -391,7 +394,7 @@ def _check_digit(mask: Mask) -> None:
     longest = max(width, height)
     margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
 
-    def join(part: float) -> NDArray[np.int32]:
+    def join(part: float) -> NDArray[Any]:
         """The heights of the parts that remain where gaps are closed up to `part` of the digit's size, the highest first."""
         reach = max(2, round(part * np.sqrt(width * height)))
         joined = cv2.dilate(np.pad(mask, reach).astype(np.uint8), np.ones((reach, reach)))
@@ -424,7 +427,7 @@ def _find_box(ink: Floats | Mask) -> tuple[int, int, int, int]:
 
 
 def _center(ink: Floats) -> Bytes:
-    """`ink` with its longer side brought to 20 pixels, in 28 x 28, its centre of mass as near to row 14 and column 14 as whole pixels allow."""
+    """`ink` with a longer side of 20 pixels in 28 x 28, its centre of mass as near to row 14 and column 14 as whole pixels allow."""
     scale = 20 / max(ink.shape)
     method = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC
     size = max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale))
