@@ -49,6 +49,7 @@ _CONTRAST_MIN = 0.08  # of the ink to the ground, in the colour where it is grea
 _NOISE_MAX = 0.23  # of the ground, as a part of the contrast: noise alone has 0.3, for its own highest peaks then pass for ink
 _LINE_MAX = 0.035  # the thickness of a printed line, as a part of the picture's side: a digit that fills the picture has thicker strokes
 _SCANS_MAX = 30  # of a progressive JPEG: usual ones have 10, and each costs as much time as a whole picture
+_SEVERAL = "there is more than one thing in it"
 
 
 class _NoDigitError(Exception):
@@ -127,7 +128,7 @@ def _make_table(answers: list[dict[str, Any]]) -> str:
 def prepare_image(path: str | Path) -> "Tensor":
     """The picture in file `path` as MNIST would hold it: uint8 [28, 28], a bright digit on black.
 
-    Raises `UserError` for what is no whole picture of an allowed format, is too large, or shows nothing that stands out.
+    Raises `UserError` for a file that is not a valid picture of an allowed format, is too large, or does not show one digit.
     """
     import torch
 
@@ -178,14 +179,14 @@ def _decode(path: str | Path, content: bytes) -> Image.Image:
             scans = content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") else 1
             if scans > _SCANS_MAX or scans * width * height > 15 * PIXELS_MAX:
                 raise UserError(f"{path} is a progressive JPEG of {scans:,} scans, which takes too long to decode: save it as a plain JPEG")
-            picture.draft(None, _fit(picture.size, _KEPT_SIDE))  # lets a JPEG be decoded at an eighth, a quarter or half of its size
+            picture.draft(None, (_KEPT_SIDE, _KEPT_SIDE))  # lets a JPEG be decoded at an eighth, a quarter or half of its size
             picture.load()
             with contextlib.suppress(Exception):  # damaged Exif data say nothing; the picture itself may still be valid
                 ImageOps.exif_transpose(picture, in_place=True)
-            picture = _spread_deep_grey(picture) if picture.mode.startswith("I") else picture
+            if picture.mode.startswith("I"):  # 16-bit grey, of which sensors fill few bits: the darkest becomes black, the brightest white
+                picture = Image.fromarray(cv2.normalize(np.asarray(picture), np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U))
             mode = "RGBA" if picture.has_transparency_data else "L" if picture.mode == "L" else "RGB"
-            picture = picture if picture.mode == mode else picture.convert(mode)
-            picture = _reduce(picture, _KEPT_SIDE)
+            picture = _reduce(picture if picture.mode == mode else picture.convert(mode), _KEPT_SIDE)
             return _flatten(picture) if mode == "RGBA" else picture.convert("RGB")
     except UserError:
         raise
@@ -198,23 +199,11 @@ def _decode(path: str | Path, content: bytes) -> Image.Image:
         raise UserError(f"{path} is damaged or cut short: {reason}") from error
 
 
-def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
-    scale = min(1.0, side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def _reduce(picture: Image.Image, side: int) -> Image.Image:
     """`picture` with its longer side at most `side`, each pixel the mean of those that it covers."""
-    size = _fit(picture.size, side)
+    scale = min(1.0, side / max(picture.size))
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BOX)
-
-
-def _spread_deep_grey(picture: Image.Image) -> Image.Image:
-    """A picture of 16-bit grey in 8 bits, its darkest grey black and its brightest white: sensors fill few of the 16 bits."""
-    values = np.asarray(picture).clip(0, 65_535).astype(np.uint16)
-    darkest, brightest = int(values.min()), int(values.max())
-    table = (np.arange(65_536) - darkest).clip(0, brightest - darkest) * (255 / max(1, brightest - darkest))
-    return Image.fromarray(table.astype(np.uint8)[values])
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
@@ -237,25 +226,25 @@ def _bring_to_form(picture: Image.Image) -> Bytes:
     ink = _find_ink(far, np.ones(far.shape, np.bool_), max(far.shape) / 4)
     # Once more from near: with more pixels for a small digit, and a ground that follows the light more closely.
     scale = max(grey.shape) / max(far.shape)
-    left, top, right, bottom = (round(edge * scale) for edge in _find_box(ink))
-    margin = round(0.35 * max(right - left, bottom - top))
-    cut = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
-    near = _bring_to_size(grey[cut])
+    left, top, width, height = (round(length * scale) for length in cv2.boundingRect((ink > 0).astype(np.uint8)))
+    margin = round(0.35 * max(width, height))
+    cut = slice(max(0, top - margin), top + height + margin), slice(max(0, left - margin), left + width + margin)
     found = cv2.resize(cv2.dilate((ink > 0).astype(np.uint8), np.ones((5, 5))), grey.shape[::-1])[cut]
-    width = 2 * _measure_depths(ink > 0.4).max() * scale * max(near.shape) / max(found.shape)
-    ink = _find_ink(near, cv2.resize(found, near.shape[::-1]) > 0, float(width))
-    left, top, right, bottom = _find_box(ink)
-    return _center(ink[top:bottom, left:right])
+    near = _bring_to_size(grey[cut])
+    stroke = 2 * _measure_depths(ink > 0.4).max() * scale * max(near.shape) / max(found.shape)
+    ink = _find_ink(near, cv2.resize(found, near.shape[::-1]) > 0, float(stroke))
+    left, top, width, height = cv2.boundingRect((ink > 0).astype(np.uint8))
+    return _center(ink[top : top + height, left : left + width])
 
 
 def _make_grey(picture: Image.Image) -> Bytes:
     """The colour of an RGB picture in which the ink differs most from its ground [h, w], inverted where the ink is the brighter."""
-    best, chosen, inverted = 0.0, picture, False
-    for colour in (picture.convert("L"), *picture.split()):
+    best, chosen, inverted = 0.0, picture.convert("L"), False
+    for colour in (chosen, *picture.split()):
         view = np.asarray(_reduce(colour, _VIEW_SIDE))
         # In a wide neighbourhood, most is ground.
-        size = int(0.7 * max(view.shape)) | 1
-        ground = _crop_margin(cv2.medianBlur(np.pad(view, size // 2, "symmetric"), size), size // 2)
+        half = max(1, int(0.35 * max(view.shape)))
+        ground = cv2.medianBlur(np.pad(view, half, "symmetric"), 2 * half + 1)[half:-half, half:-half]
         differences = ground.astype(np.float64) - view
         contrast = float(np.sort(np.abs(differences), axis=None)[-max(3, differences.size // 500) :].mean())
         if contrast > 1.2 * best:  # all colours together, which come first, have less noise than one
@@ -269,13 +258,9 @@ def _bring_to_size(grey: Bytes) -> Bytes:
     return np.asarray(_reduce(Image.fromarray(grey), _VIEW_SIDE)).repeat(blocks, axis=0).repeat(blocks, axis=1)
 
 
-def _crop_margin(values: NDArray[Any], margin: int) -> NDArray[Any]:
-    return values[margin : values.shape[0] - margin, margin : values.shape[1] - margin]
-
-
 def _measure_depths(mask: Mask) -> Floats:
     """How far each pixel of `mask` [h, w] lies from what is outside of it: in the middle of a stroke, half its width."""
-    return _crop_margin(cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5), 1)
+    return np.asarray(cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1], np.float32)
 
 
 def _find_ink(grey: Bytes, area: Mask, width: float) -> Floats:
@@ -284,18 +269,18 @@ def _find_ink(grey: Bytes, area: Mask, width: float) -> Floats:
     The strokes are at most `width` pixels wide; what lies outside of `area` does not belong to the digit. Raises `_NoDigitError`.
     """
     # The ground is what remains when all is filled that is dark and narrower than the kernel. The edges of shadows stay where they are.
-    size = int(2 * width + 5) | 1
-    padded = np.pad(cv2.medianBlur(grey, 3), size // 2, "edge")
-    ground = _crop_margin(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, np.ones((size, size))), size // 2).astype(np.float32)
+    half = int(width + 3)
+    padded = np.pad(cv2.medianBlur(grey, 3), half, "edge")
+    ground = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, np.ones((2 * half + 1, 2 * half + 1)))[half:-half, half:-half].astype(np.float32)
     # Light falls on ink and paper alike, so their ratio counts. The bound keeps the noise of what is nearly black small.
     signal, noise = _normalize((ground - grey) / np.maximum(ground, 64), area)
     # Lines may be darker than the ink: without them the scale is another.
     signal, noise = _normalize(_erase_lines(signal, max(0.2, 3 * noise)), area)
     threshold = max(0.4, 3 * noise)
     kept = _choose_parts((signal > threshold) & area)
-    left, top, right, bottom = _find_box(kept)
     # The soft edges of the strokes belong to the ink, too. What is farther away and faint is lines of the paper, shadows, traces of JPEG.
-    near = cv2.dilate(kept.astype(np.uint8), np.ones((3, 3)), iterations=max(1, round(max(right - left, bottom - top) / 16))) > 0
+    reach = max(1, round(max(cv2.boundingRect(kept.astype(np.uint8))[2:]) / 16))
+    near = cv2.dilate(kept.astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1))) > 0
     faint = signal[~near & (signal < threshold)]
     floor = max(0.06, 3 * noise, float(np.percentile(faint, 98)) if faint.size else 0.0)
     return np.where(near, ((signal - floor) / (1 - floor)).clip(0, 1), 0)
@@ -321,31 +306,31 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     In a picture turned by the angle of a line, the line is a few rows that are filled from end to end between rows that are not.
     """
     height, width = signal.shape
-    side = max(height, width)
+    side, size = max(height, width), int(np.hypot(height, width)) + 2
     mask = cv2.dilate(np.where(signal > threshold, 255, 0).astype(np.uint8), np.ones((3, 3)))
-    if mask.sum() == _crop_margin(mask, side // 25).sum():
+    rim, beside = side // 25, max(2, side // 50)
+    if mask.sum() == mask[rim : height - rim, rim : width - rim].sum():
         return signal  # nothing comes near the edge
-    size = int(np.hypot(height, width)) + 2
-    beside = max(2, side // 50)
     lines = np.zeros_like(mask)
     for angle in range(180):
         turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
         turn[:, 2] += (size - width) / 2, (size - height) / 2
-        chords = cv2.warpAffine(np.full_like(mask, 255), turn, (size, size)).sum(axis=1)
-        turned = cv2.morphologyEx(cv2.warpAffine(mask, turn, (size, size)), cv2.MORPH_CLOSE, np.ones((1, max(3, side // 25))))  # for dots
-        filled = turned.sum(axis=1) / np.maximum(chords, 255)
-        bounds = np.flatnonzero(np.diff((filled > 0.95) & (chords > 255 * 0.8 * min(height, width)), prepend=False, append=False))
+        turned, all_of_it = (cv2.warpAffine(one, turn, (size, size)) for one in (mask, np.full_like(mask, 255)))
+        turned = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, np.ones((1, max(3, rim))))  # joins dots
+        chords = all_of_it.sum(axis=1) / 255
+        filled = turned.sum(axis=1) / 255 / np.maximum(chords, 1)
+        bounds = np.flatnonzero(np.diff((filled > 0.95) & (chords > 0.8 * min(height, width)), prepend=False, append=False))
         for first, end in bounds.reshape(-1, 2).tolist():
             # A stroke that fills the picture is wider than a line: some of it lies beside these rows.
             if end - first <= 3 + _LINE_MAX * side and max(filled[first - beside], filled[(end - 1 + beside) % size]) < 0.5:
-                left, right = (
-                    np.rint(cv2.invertAffineTransform(turn) @ [[0, size], [(first + end - 1) / 2] * 2, [1, 1]]).T.astype(int).tolist()
-                )
+                ends = cv2.invertAffineTransform(turn) @ [[0, size], [(first + end - 1) / 2] * 2, [1, 1]]
+                left, right = np.rint(ends).astype(int).T.tolist()
                 cv2.line(lines, left, right, 255, end - first + 2)
-    if not lines.any():
+    values = signal[(lines > 0) & (signal > threshold)]
+    if not values.size:
         return signal
     # A stroke that is darker than the line can still be seen in it; any other is filled in from both sides.
-    level = float(np.percentile(signal[(lines > 0) & (signal > threshold)], 80))
+    level = float(np.percentile(values, 80))
     lines[signal > level + max(0.25, (1 - level) / 2)] = 0
     return cv2.inpaint((signal.clip(0, 1) * 255).astype(np.uint8), lines, 3, cv2.INPAINT_TELEA).astype(np.float32) / 255
 
@@ -367,16 +352,14 @@ def _choose_parts(mask: Mask) -> Mask:
         longest, shortest = np.maximum(width, height), np.minimum(width, height)
         for part in np.flatnonzero((area > 0.3 * inside[main]) & (touched == 1) & (shortest > 0.25 * longest[main])):
             if 2 * _measure_depths(labels == part).max() < 0.35 * longest[part]:  # no thumb, but strokes
-                raise _NoDigitError("there is more than one thing in it")
+                raise _NoDigitError(_SEVERAL)
         area = inside
     main = area.argmax()
     area = np.where((width > 5 * height) & (top >= top[main] + height[main]), 0, area)  # an underline
     kept = area > 0.05 * area.max()
     if not kept.any():
         raise _NoDigitError("there are only lines in it")
-    if kept.sum() > 6:
-        raise _NoDigitError("there is more than one thing in it")
-    _check_digit(kept[labels])
+    _check_digit(kept[labels], int(kept.sum()))
     return kept[labels]
 
 
@@ -387,12 +370,11 @@ def _is_frame(part: Mask) -> bool:
     return min(width, height) > 8 and area > 0.9 * width * height and part.sum() < 0.5 * area
 
 
-def _check_digit(mask: Mask) -> None:
-    """Raise `_NoDigitError` where `mask` [h, w] does not look like one digit. At most a few in a thousand of MNIST's fail."""
-    left, top, right, bottom = _find_box(mask)
-    width, height = right - left, bottom - top
-    longest = max(width, height)
-    margins = left, top, mask.shape[1] - right, mask.shape[0] - bottom
+def _check_digit(mask: Mask, count: int) -> None:
+    """Raise `_NoDigitError` where the `count` parts in `mask` [h, w] do not look like one digit. Of MNIST's, a few in a thousand fail."""
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    longest, area, depths = max(width, height), int(mask.sum()), _measure_depths(mask)
+    margins = left, top, mask.shape[1] - left - width, mask.shape[0] - top - height
 
     def join(part: float) -> NDArray[Any]:
         """The heights of the parts that remain where gaps are closed up to `part` of the digit's size, the highest first."""
@@ -400,15 +382,12 @@ def _check_digit(mask: Mask) -> None:
         joined = cv2.dilate(np.pad(mask, reach).astype(np.uint8), np.ones((reach, reach)))
         return np.sort(cv2.connectedComponentsWithStats(joined)[2][1:, cv2.CC_STAT_HEIGHT])[::-1]
 
-    # A gap in a stroke is narrow. What is farther away may be a detached bar of the digit, which is low.
-    heights = join(0.08)
-    several = len(heights) > 4 or len(join(0.2)) > 1 or bool((heights[1:] > 0.5 * heights[0]).any())
-    depths = _measure_depths(mask)
-    area = int(mask.sum())
     contours, (hierarchy,) = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     loops = [cv2.contourArea(contour) for contour, (*_, parent) in zip(contours, hierarchy, strict=True) if parent >= 0]
+    # A gap in a stroke is narrow. What is farther away may be a detached bar of the digit, which is low.
+    heights = join(0.08)
     for wrong, reason in (
-        (several, "there is more than one thing in it"),
+        (count > 6 or len(heights) > 4 or len(join(0.2)) > 1 or (heights[1:] > 0.5 * heights[0]).any(), _SEVERAL),
         (width > 2 * height, "what is in it is wider than a digit"),
         (min(margins) <= max(mask.shape) // 100 and max(margins) > 0.3 * max(mask.shape), "what is in it goes over the edge"),
         (2 * depths.max() > 0.55 * longest or (width > height / 2 and area > 0.75 * width * height), "there is only a blot in it"),
@@ -418,12 +397,6 @@ def _check_digit(mask: Mask) -> None:
     ):
         if wrong:
             raise _NoDigitError(reason)
-
-
-def _find_box(ink: Floats | Mask) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what is not zero; the last two lie just outside."""
-    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _center(ink: Floats) -> Bytes:
