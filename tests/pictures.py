@@ -1,6 +1,10 @@
-"""Draws everyday pictures of MNIST digits, and pictures that hold no digit or several: all sizes, pens and grounds from one generator."""
+"""Draws pictures of MNIST digits as people take them, and pictures without a digit or with several.
+
+Sizes, pens, grey levels and light are drawn from one generator, so that a seed gives a picture.
+"""
 
 import io
+import itertools
 
 import cv2
 import numpy as np
@@ -31,8 +35,8 @@ class Page:
             x0, y0, x1, y1 = (float(value) for value in line)
             count = max(1, int(np.hypot(x1 - x0, y1 - y0) / dots)) if dots else 1
             points = np.linspace((x0, y0), (x1, y1), count + 1)
-            for start, end in list(zip(points, points[1:], strict=False))[:: 2 if dots else 1]:
-                ends = [tuple(int(round(value * 16)) for value in point) for point in (start, end)]
+            for start, end in list(itertools.pairwise(points))[:: 2 if dots else 1]:
+                ends = [tuple(round(value * 16) for value in point) for point in (start, end)]
                 cv2.line(cover, *ends, 255, max(1, round(thickness)), cv2.LINE_AA, 4)
         return self.lay(cover / 255, ink)
 
@@ -156,7 +160,7 @@ def thumb(page):
 def underline(page):
     rng = page.rng
     left, _, right, bottom = page.box
-    height, width = page.grey.shape
+    height = page.grey.shape[0]
     gap, thickness = rng.uniform(0.06, 0.12) * page.side, max(1, page.side * rng.uniform(0.01, 0.03))
     y = min(height - thickness, bottom + gap)
     reach = rng.uniform(0, 0.15) * page.side
@@ -320,7 +324,9 @@ EVERYDAY = {
 
 def blank(rng):
     side = int(rng.integers(100, 500))
-    return Page(rng, side, int(side * rng.uniform(0.7, 1.5)))
+    page = Page(rng, side, int(side * rng.uniform(0.7, 1.5)))
+    page.box = (side // 2,) * 4
+    return page
 
 
 def text(rng, lines):
@@ -361,11 +367,7 @@ BLANK = {
     "soft shadow": lambda rng: shadow(blank(rng), rng.uniform(0, 360), rng.uniform(0.05, 0.4)).grain(0.01).picture(),
     "stain": lambda rng: stain(blank(rng)).picture(),
     "speckles": lambda rng: stain(blank(rng), int(rng.integers(5, 60))).picture(),
-    "empty cell": lambda rng: (
-        (page := blank(rng))
-        and setattr(page, "box", (page.side // 2,) * 4)
-        or frame(page, rng.choice(["LTRB", "LT", "LR", "TB"])).picture()
-    ),
+    "empty cell": lambda rng: frame(blank(rng), rng.choice(["LTRB", "LT", "LR", "TB"])).picture(),
     "corner": lambda rng: thumb(blank(rng)).picture(),
     "ruled in shadow, blank": lambda rng: shadow(rule(blank(rng))).picture(),
 }
@@ -400,3 +402,14 @@ def row(rng, digits, then=None, upright=False):
     page = Page(rng, *whole.shape).lay(whole)
     page.box = (margin, margin, page.grey.shape[1] - margin, page.grey.shape[0] - margin)
     return (then(page) if then else page).picture()
+
+
+def draw(kind, index, images, seed=0):
+    """Picture `index` of `kind` and the number, in uint8 `images` [n, 28, 28], of the digit that it shows; None where it shows not one."""
+    rng = np.random.default_rng([seed, *kind.encode(), index])
+    numbers = rng.integers(len(images), size=3)
+    if kind in BLANK:
+        return BLANK[kind](rng), None
+    if kind in SEVERAL:
+        return SEVERAL[kind](rng, images[numbers]), None
+    return {**CLEAN, **EVERYDAY}[kind](rng, images[numbers[0]]), int(numbers[0])
