@@ -1,4 +1,4 @@
-"""Checkpoints: one file for the whole run, whatever its world size; complete or absent, never torn.
+"""Checkpoints: one file for the whole run, for any number of processes; complete or absent, never torn.
 
 A file's name carries its step and the SHA-256 of its bytes (`step_00001200-9f86d081884c7d65.pt`), so one rename publishes both, and
 damage to any byte shows. It is an ordinary `torch.save` file, always loaded with `weights_only=True`.

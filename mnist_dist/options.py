@@ -1,4 +1,4 @@
-"""Options as frozen, typed models, and what a command line makes of them: every mistake is one message that says what is allowed.
+"""Options as frozen, typed models, and the command line that sets them: every mistake is one message that says what is allowed.
 
 Imports no torch, so that `--help` and every mistake answer at once.
 """
@@ -49,7 +49,7 @@ class Options(BaseModel):
 
 
 def path_argument(text: str) -> str:
-    """The type of a path on a command line: what `expand_path` makes of it. Raises `argparse.ArgumentTypeError`."""
+    """The type of a path on a command line, which `expand_path` expands. Raises `argparse.ArgumentTypeError`."""
     try:
         return expand_path(text)
     except ValueError as error:
@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
             shown = unknown[0].split("=")[0]
             raise UserError(_explain_unknown(shown, shown.lstrip("-"), self._names))
         for name, value in vars(known).items():
-            if value == [] and name in self._names:  # what argparse makes of `--option=--`
+            if value == [] and name in self._names:  # argparse's result for `--option=--`
                 raise UserError(f"{name} needs a value")
         return {name: None if value == "none" else value for name, value in vars(known).items()}
 

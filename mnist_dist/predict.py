@@ -9,8 +9,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import stat
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_dist.errors import UserError
-from mnist_dist.options import Parser
+from mnist_dist.files import read_file
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_printable, print_answer
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "mnist_dist.predict",
         f"Label pictures of one digit each ({', '.join(FORMATS)}), in any size and colours, with the weights of a run.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder, or a .safetensors file that a run wrote")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="picture files")
     parser.add_argument("--json", action="store_true", help="print one JSON array with an object for each picture, in their order")
     return parser.parse_args(arguments)
@@ -139,27 +138,12 @@ def prepare_image(path: str | Path) -> "Tensor":
 
 
 def _read(path: str | Path) -> bytes:
-    """The bytes of a regular file of at most BYTES_MAX. Never waits, as a plain open of a FIFO would."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-                raise UserError(f"{path} is {kind}; expected a picture file")
-            content = file.read(BYTES_MAX + 1)
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; expected a picture file") from None
+        content = read_file(path, BYTES_MAX)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{str(path)!r} cannot be the name of a file") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; expected a picture file") from error
     if not content:
         raise UserError(f"{path} is empty; expected a picture file")
-    if len(content) > BYTES_MAX:
-        raise UserError(f"{path} has more than the {BYTES_MAX:,} bytes that are allowed: reduce the picture")
     return content
 
 

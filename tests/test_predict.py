@@ -232,7 +232,7 @@ REFUSED = {
     "bomb.png": (lambda: forge_png(60_000, 60_000), r"more than the 50,000,000"),
     "wide bomb.png": (lambda: forge_png(2**31 - 1, 1), r"more than the 50,000,000"),
     "small bomb.png": (lambda: forge_png(7_100, 7_100), "7100 x 7100 pixels, more than the 50,000,000"),
-    "heavy.png": (lambda: encode(enlarge(digits()[0])) + bytes(20_000_000), "more than the 20,000,000 bytes"),
+    "heavy.png": (lambda: encode(enlarge(digits()[0])) + bytes(20_000_000), "more than the 20,000,000 that are read"),
     "tiff.png": (lambda: encode(enlarge(digits()[0]), "TIFF"), "allowed: PNG, JPEG, GIF, BMP, WEBP"),
     "script.png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", "allowed: PNG, JPEG, GIF, BMP, WEBP"),
     "pixel.png": (lambda: encode(Image.new("L", (1, 1))), "1 x 1 pixels, too few"),
