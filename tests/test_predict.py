@@ -213,31 +213,39 @@ def make_noise(deviation):
     return Image.fromarray(np.random.default_rng(0).normal(128, deviation, (200, 200)).clip(0, 255).astype(np.uint8))
 
 
+def add_scans(count):
+    """A progressive JPEG whose last scan is repeated: little to read, much to decode."""
+    content = encode(enlarge(digits()[0]), "JPEG", progressive=True)
+    scan, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    return content[:end] + content[scan:end] * count + content[end:]
+
+
 REFUSED = {
-    "text.png": (lambda: b"this is no picture\n", "no picture that can be read"),
+    "text.png": (lambda: b"this is no picture\n", "is not a readable picture"),
     "empty.png": (lambda: b"", "is empty"),
     "half.png": (lambda: (content := encode(take_photo(digits()[0])))[: len(content) // 2], "damaged or cut short"),
     "half.jpg": (lambda: (content := encode(take_photo(digits()[0]), "JPEG"))[: len(content) // 2], "damaged or cut short"),
     "half.bmp": (lambda: (content := encode(enlarge(digits()[0]), "BMP"))[: len(content) // 2], "damaged or cut short"),
     "half.gif": (lambda: (content := encode(enlarge(digits()[0]), "GIF"))[: len(content) // 2], "damaged or cut short"),
-    "half.webp": (lambda: (content := encode(enlarge(digits()[0]), "WEBP"))[: len(content) // 2], "no picture|damaged or cut short"),
-    "header.png": (lambda: encode(enlarge(digits()[0]))[:20], "no picture|damaged or cut short"),
+    "half.webp": (lambda: (content := encode(enlarge(digits()[0]), "WEBP"))[: len(content) // 2], "readable|damaged or cut short"),
+    "header.png": (lambda: encode(enlarge(digits()[0]))[:20], "readable|damaged or cut short"),
     "bomb.png": (lambda: forge_png(60_000, 60_000), r"more than the 50,000,000"),
     "wide bomb.png": (lambda: forge_png(2**31 - 1, 1), r"more than the 50,000,000"),
     "small bomb.png": (lambda: forge_png(7_100, 7_100), "7100 x 7100 pixels, more than the 50,000,000"),
-    "heavy.png": (lambda: encode(enlarge(digits()[0])) + bytes(20_000_000), "more than 20,000,000 bytes"),
+    "heavy.png": (lambda: encode(enlarge(digits()[0])) + bytes(20_000_000), "more than the 20,000,000 bytes"),
     "tiff.png": (lambda: encode(enlarge(digits()[0]), "TIFF"), "allowed: PNG, JPEG, GIF, BMP, WEBP"),
     "script.png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", "allowed: PNG, JPEG, GIF, BMP, WEBP"),
     "pixel.png": (lambda: encode(Image.new("L", (1, 1))), "1 x 1 pixels, too few"),
-    "black.png": (lambda: encode(Image.new("L", (100, 100))), "holds no digit that stands out"),
-    "thread.png": (lambda: encode(Image.new("L", (50_000, 1), 9)), "holds no digit that stands out"),
-    "gradient.png": (lambda: encode(Image.linear_gradient("L")), "holds no digit that stands out"),
-    "grain.png": (lambda: encode(make_noise(5)), "holds no digit that stands out"),
-    "noise.png": (lambda: encode(make_noise(60)), "holds no digit that stands out"),
-    "glass.png": (lambda: encode(Image.new("RGBA", (100, 100))), "holds no digit that stands out"),
+    "scans.jpg": (lambda: add_scans(2000), "a progressive JPEG of 2,006 scans"),
+    "black.png": (lambda: encode(Image.new("L", (100, 100))), "does not show one digit"),
+    "thread.png": (lambda: encode(Image.new("L", (50_000, 1), 9)), "does not show one digit"),
+    "gradient.png": (lambda: encode(Image.linear_gradient("L")), "does not show one digit"),
+    "grain.png": (lambda: encode(make_noise(5)), "does not show one digit"),
+    "noise.png": (lambda: encode(make_noise(60)), "does not show one digit"),
+    "glass.png": (lambda: encode(Image.new("RGBA", (100, 100))), "does not show one digit"),
     "blank photo.jpg": (
         lambda: encode(take_photo(np.zeros((28, 28), np.uint8)).crop((45, 0, 600, 450)), "JPEG"),
-        "no digit that stands out",
+        "does not show one digit",
     ),
 }
 
@@ -259,9 +267,9 @@ def test_only_regular_files_are_read_and_nothing_waits(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     for name, message in {
-        tmp_path / "fifo.png": "no regular file",
+        tmp_path / "fifo.png": "not a regular file",
         tmp_path: "is a folder",
-        "/dev/zero": "no regular file",
+        "/dev/zero": "not a regular file",
         tmp_path / "loop.png": "cannot be read",
         tmp_path / "missing.png": "No such file",
         tmp_path / ("x" * 5000): "cannot be read",
