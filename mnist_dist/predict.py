@@ -28,8 +28,6 @@ from mnist_dist.program import make_printable, print_answer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist_dist.weights import TrainedModel
-
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 BYTES_MAX = 20_000_000
 PIXELS_MAX = 50_000_000
@@ -74,6 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _predict(options: argparse.Namespace) -> int:
     import torch
 
+    from mnist_dist.augment import make_inputs
     from mnist_dist.weights import load_model
 
     trained = load_model(options.run)
@@ -89,7 +88,9 @@ def _predict(options: argparse.Namespace) -> int:
         except UserError as error:
             answer["error"] = str(error)
             print(f"error: {make_printable(str(error))}", file=sys.stderr)
-    rows = _classify(trained, torch.stack(images)) if images else []
+    with torch.inference_mode():
+        batches = torch.stack(images).split(500) if images else ()
+        rows = [row for batch in batches for row in trained.model(make_inputs(batch, trained.mean, trained.std)).softmax(dim=1).tolist()]
     good = [answer for answer in answers if "error" not in answer]
     for answer, row in zip(good, rows, strict=True):
         digit, runner_up = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:2]
@@ -100,17 +101,6 @@ def _predict(options: argparse.Namespace) -> int:
     elif good:
         print(_make_table(good))
     return 0 if len(good) == len(answers) else UserError.exit_code
-
-
-def _classify(trained: "TrainedModel", images: "Tensor") -> list[list[float]]:
-    """The probabilities of the ten digits for each of `images` uint8 [n, 28, 28]."""
-    import torch
-
-    from mnist_dist.augment import make_inputs
-
-    with torch.inference_mode():
-        parts = [trained.model(make_inputs(part, trained.mean, trained.std)).softmax(dim=1) for part in torch.split(images, 500)]
-    return torch.cat(parts).tolist()
 
 
 def _make_table(answers: list[dict[str, Any]]) -> str:

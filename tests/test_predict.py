@@ -469,8 +469,8 @@ def damage_weights(name):
         ("another shape", "conv1.bias is [3], expected [32]"),
         ("missing tensor", "linear2.weight is missing"),
         ("surplus tensor", "extra is [1], expected no such tensor"),
-        ("half precision", "finite float32 values are wanted"),
-        ("not finite", "finite float32 values are wanted"),
+        ("half precision", "expected finite float32 values"),
+        ("not finite", "expected finite float32 values"),
         ("no metadata", "does not say its dataset, mean, std"),
         ("std of zero", "its std is '0'"),
         ("mean of words", "its mean is 'about 0.1'"),
@@ -495,8 +495,8 @@ def test_weights_that_are_missing_or_torn_are_refused(tmp_path, weights, capsys)
     weights.with_name("text.safetensors").write_text("weights")
     (tmp_path / "unfinished").mkdir()
     for path, message in {
-        "torn.safetensors": "no whole .safetensors file",
-        "text.safetensors": "no whole .safetensors file",
+        "torn.safetensors": "not a valid .safetensors file",
+        "text.safetensors": "not a valid .safetensors file",
         "unfinished": "holds no model.safetensors",
         "nowhere": "neither a run folder nor a file of weights",
     }.items():
