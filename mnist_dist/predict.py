@@ -89,7 +89,7 @@ def _predict(options: argparse.Namespace) -> int:
             answer["error"] = str(error)
             print(f"error: {make_printable(str(error))}", file=sys.stderr)
     with torch.inference_mode():
-        batches = torch.stack(images).split(500) if images else ()
+        batches = torch.split(torch.stack(images), 500) if images else ()
         rows = [row for batch in batches for row in trained.model(make_inputs(batch, trained.mean, trained.std)).softmax(dim=1).tolist()]
     good = [answer for answer in answers if "error" not in answer]
     for answer, row in zip(good, rows, strict=True):
