@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
-from mnist_dist.config import Config, resolve_config
+from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.distributed import choose_precision
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser
@@ -29,7 +29,7 @@ def make_config(recipe: str, training: Sequence[str]) -> Config:
     """The config of a recipe with the options of the training over it. Raises `UserError`."""
     parser = Parser("benchmarks.accuracy ... --", "Options of the training.")
     parser.add_options(Config)
-    return resolve_config(parser.parse(training), recipe)
+    return resolve_config(parser.parse(training), read_recipe(recipe))
 
 
 def train(settings: Row, config: Config) -> Row:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import common
 from benchmarks.common import Row, Step
-from mnist_dist.config import Config, resolve_config
+from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError
 from mnist_dist.model import PARAMETERS
@@ -285,7 +285,7 @@ def measure(options: argparse.Namespace) -> Row:
     limits |= {} if options.batch_size is None else {"batch_size": options.batch_size}
     rounds: list[Row] = []
     with common.temporary_folder() as folder:
-        configs = {size: resolve_config(limits | {"run_dir": str(folder / str(size))}, options.config) for size in worlds}
+        configs = {size: resolve_config(limits | {"run_dir": str(folder / str(size))}, read_recipe(options.config)) for size in worlds}
         for size, config in configs.items():
             config.check_world(size)
         groups = {size: Ranks(config, size) for size, config in configs.items()}

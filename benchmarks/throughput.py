@@ -24,7 +24,7 @@ from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist import loop
 from mnist_dist.augment import STEPS_AT_ONCE
-from mnist_dist.config import Config, resolve_config
+from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import UserError
 from mnist_dist.model import CNN
@@ -191,7 +191,7 @@ def measure(options: argparse.Namespace) -> Row:
     with common.temporary_folder() as folder:
         stock.write_files(folder)
         limits = {"steps": steps, "evaluate_every": steps, "test_size": 100, "report": False, "wandb": options.wandb}
-        config = resolve_config(given | limits | {"run_dir": str(folder / "run")}, options.config)
+        config = resolve_config(given | limits | {"run_dir": str(folder / "run")}, read_recipe(options.config))
         session = Session(options, config, folder)
         timed = session.timer.timed
 

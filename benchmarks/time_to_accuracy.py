@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist import loop
-from mnist_dist.config import Config, resolve_config
+from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import CNN
@@ -66,7 +66,7 @@ def make_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
     """The options of the loop: the recipe, evaluated several times an epoch, with its record and no mirror."""
     given: Row = {"seed": seed, "run_dir": run_dir, "report": False, "wandb": "disabled"}
     given |= {name: getattr(options, name) for name in ("train_size", "test_size", "epochs") if getattr(options, name) is not None}
-    config = resolve_config(given, options.config)
+    config = resolve_config(given, read_recipe(options.config))
     if getattr(config, "holdout", 0):
         raise UserError(f"the recipe {options.config} holds training images out; expected one that is evaluated on the test images")
     return config.model_copy(update={"evaluate_every": max(1, config.steps_per_epoch // options.evaluations)})

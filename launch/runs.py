@@ -1,5 +1,6 @@
 """What is known of runs: from their folders, and of their jobs from Slurm. Reads only; imports no torch."""
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -174,8 +175,10 @@ def _describe_progress(path: Path, values: dict[str, Any], config: Config | None
 
 
 def find_saved_step(path: Path) -> int | None:
-    """The step of the newest checkpoint."""
-    return next(map(find_step, list_newest_first(path / CHECKPOINTS)), None)
+    """The step of the newest checkpoint, as far as this user may see it."""
+    with contextlib.suppress(OSError):
+        return next(map(find_step, list_newest_first(path / CHECKPOINTS)), None)
+    return None
 
 
 def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def run_locally(
     active: dict[str, tuple[Config, int, LocalJob[None]]] = {}
     statuses: dict[str, int] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless this runs under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     stopping = False
     while waiting or active:
         try:

@@ -3,6 +3,12 @@
 Everything that can be known to be wrong is said before a job is queued. Imports no torch, so that it answers in about a second.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +19,7 @@ from launch import cluster
 from launch.request import Request, place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
-from mnist_dist.config import Config, add_config_options, resolve_config
+from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, make_options
 from mnist_dist.program import make_printable, print_answer
@@ -35,7 +41,7 @@ def _submit(arguments: Sequence[str] | None) -> int:
     file = given.pop("config")
     request, config = collect_mistakes(
         lambda: read_request(given),
-        lambda: resolve_config({name: value for name, value in given.items() if name in Config.model_fields}, file),
+        lambda: resolve_config({name: value for name, value in given.items() if name in Config.model_fields}, read_recipe(file)),
     )
     config, _ = collect_mistakes(lambda: place_config(config, request), lambda: compare_with_cluster(request))
     folder = Path(config.run_dir) / "slurm"

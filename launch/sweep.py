@@ -6,6 +6,12 @@
 The same command again submits only what is neither finished nor queued. Imports no torch.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import argparse
 import itertools
 import json
@@ -23,7 +29,7 @@ from launch.request import Request, place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from launch.submit import collect_mistakes, compare_with_cluster, read_request, say
-from mnist_dist.config import Config, add_config_options, resolve_config
+from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, find_by_initials, make_options, option, path_argument, read_options_file
 from mnist_dist.program import print_answer
@@ -113,8 +119,8 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
             raise UserError(f"{path} has {', '.join(unknown)}; allowed: config, sweep, fixed")
         file = file or values.get("config")
         fixed = _read_mapping(values, "fixed", path)
-        axes = {_find_option(key): value for key, value in _read_mapping(values, "sweep", path).items()}
-        fixed = {_find_option(key): value for key, value in fixed.items()}
+        axes = _spell_out(_read_mapping(values, "sweep", path))
+        fixed = _spell_out(fixed)
         wrong = [key for key, value in axes.items() if not isinstance(value, list)]
         if wrong or not isinstance(file, str | None):
             raise UserError(f"{path}: {wrong[0] if wrong else 'config'} needs {'a list of values, such as [0, 1]' if wrong else 'a name'}")
@@ -122,6 +128,8 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
         key, separator, text = word.partition("=")
         if not separator:
             raise UserError(f"{word!r} is not of the form option=value,value")
+        if _find_option(key) in axes:
+            raise UserError(f"{_find_option(key)} is swept twice: give all of its values at once")
         axes[_find_option(key)] = [None if value == "none" else value for value in text.split(",")]
     if not axes or not all(axes.values()):
         raise UserError("nothing to sweep: expected option=value,value or a YAML file with `sweep:`")
@@ -129,6 +137,16 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
     if both:
         raise UserError(f"{both[0]} is swept and also given one value: leave one of them out")
     return file, fixed, axes, name
+
+
+def _spell_out(mapping: dict[str, Any]) -> dict[str, Any]:
+    """`mapping` by the whole names of its options. Raises `UserError` where two keys mean one option."""
+    spelt: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if _find_option(key) in spelt:
+            raise UserError(f"{_find_option(key)} stands there twice, once as {key!r}: leave one of them out")
+        spelt[_find_option(key)] = value
+    return spelt
 
 
 def expand_word(text: str) -> str:
@@ -165,8 +183,10 @@ def combine(axes: dict[str, list[Any]], given: dict[str, Any], file: str | None,
     if count > _RUNS_MAX:
         raise UserError(f"the sweep has {count} combinations; at most {_RUNS_MAX} are allowed")
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    folder = Path(given.get("run_dir") or f"runs/{name}")
-    configs = collect_mistakes(*(partial(resolve_config, given | values | {"run_dir": str(folder)}, file) for values in combinations))
+    given = {"run_dir": f"runs/{name}"} | given
+    recipe = read_recipe(file)
+    configs = collect_mistakes(*(partial(resolve_config, given | values, recipe) for values in combinations))
+    folder = Path(configs[0].run_dir)
     placed = {}
     for config in configs:
         name = ",".join(f"{axis}={_show(getattr(config, axis))}" for axis in axes)

@@ -4,6 +4,7 @@ A file's name carries its step and the SHA-256 of its bytes (`step_00001200-9f86
 damage to any byte shows. It is an ordinary `torch.save` file, always loaded with `weights_only=True`.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -42,7 +43,10 @@ def encode(state: dict[str, Any]) -> bytes:
 
 
 def decode(content: bytes) -> dict[str, Any]:
-    """The state in a checkpoint's bytes, on the CPU. Raises `RunError` for anything that is not safe and of this format."""
+    """The state in a checkpoint's bytes, on the CPU.
+
+    Raises `RunError` for anything that is not safe and of this program, `UserError` for another format of it.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > len(content):  # this program compresses nothing
@@ -53,19 +57,21 @@ def decode(content: bytes) -> dict[str, Any]:
     except Exception as error:  # zipfile, pickle and torch raise nearly every kind
         reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
         raise RunError(f"it is not a checkpoint of this program: {reason}") from error
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise UserError(f"it has format {str(version)[:40]}, this version of mnist_dist reads {FORMAT}: use the version that wrote it")
     return state
 
 
 def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
     """Write a checkpoint atomically, then delete all but the newest `keep`. Raises OSError; the older ones are then still there."""
+    folder.mkdir(exist_ok=True)  # somebody may have removed it
     path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
     write_atomically(path, content)
     # Files of a higher step failed their checksum: they do not count until the run has come as far.
     older = [old for old in list_newest_first(folder) if old != path and find_step(old) <= step]
     for old in older[max(0, keep - 1) :]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody's folder of such a name; the checkpoint itself is written
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -127,7 +133,7 @@ class Writer:
         try:
             return self._write(step, content)
         except OSError as error:
-            raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}; older ones are intact") from error
+            raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}") from error
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, if any. A failure is a warning."""

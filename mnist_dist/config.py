@@ -9,7 +9,7 @@ import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import model_validator
@@ -200,6 +200,12 @@ class Config(Options):
             if field.json_schema_extra["recipe"]  # type: ignore[index]
         }
 
+    @classmethod
+    def allowed(cls, name: str) -> tuple[Any, ...]:
+        """What an option that takes some words, or none, may be."""
+        words = [value for part in get_args(cls.model_fields[name].annotation) for value in get_args(part)]
+        return (None, *words)
+
     def find_idle(self) -> dict[str, str]:
         """The options that have no effect here, and for each the one that makes it so."""
         return {name: decider for name, (decider, values) in _ONLY_WITH.items() if getattr(self, decider) not in values}
@@ -233,22 +239,29 @@ def _recipe_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"  # the latter in a checkout
 
 
-def resolve_config(given: dict[str, Any], file: str | None = None) -> Config:
-    """The config that `given` and the file of `--config` make. Raises `UserError`."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        path = find_config_file(file)
-        values = read_options_file(path)
-        # The file alone need not be whole (data_dir may come from the command line), but its own keys and values must be right.
-        unknown_keys = [key for key in values if key not in Config.model_fields]
-        if unknown_keys:
-            make_config({key: values[key] for key in unknown_keys}, str(path))
-    config = make_config(values | given)
+def read_recipe(file: str | None) -> dict[str, Any]:
+    """The options in the file of `--config`; none without one. Raises `UserError`."""
+    if file is None:
+        return {}
+    path = find_config_file(file)
+    values = read_options_file(path)
+    # The file alone need not be complete (data_dir may come from the command line), but its own keys and values must be right.
+    unknown_keys = [key for key in values if key not in Config.model_fields]
+    if unknown_keys:
+        make_config({key: values[key] for key in unknown_keys}, str(path))
+    return values
+
+
+def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
+    """The config that the options `given` make of those in a `recipe`. Raises `UserError`."""
+    config = make_config((recipe or {}) | given)
+    if len(recipe or {}) > len(Config.model_fields) // 2:  # the config.yaml of a run, which holds every option
+        given = dict(given) | {decider: None for decider, _ in _ONLY_WITH.values()}
     idle = config.find_idle()
     defaults = {name: type(config).model_fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-        if name in given or (idle[name] not in given and getattr(config, name) != default):
+        if (name in given) or (idle[name] not in given and getattr(config, name) != default):
             decider, wanted = _ONLY_WITH[name]
             raise UserError(
                 f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
@@ -273,7 +286,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> Config:
     add_config_options(parser)
     given = parser.parse(arguments)
     file, print_config = given.pop("config"), given.pop("print_config")
-    config = resolve_config(given, file)
+    config = resolve_config(given, read_recipe(file))
     if print_config:
         try:
             sys.stdout.buffer.write(config.to_yaml().encode(errors="backslashreplace"))

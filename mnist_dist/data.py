@@ -232,6 +232,8 @@ def _read_idx(path: Path) -> Tensor:
         dimensions = content[3]
         shape = np.frombuffer(content, ">i4", dimensions, offset=4).tolist()
         values = np.frombuffer(content, dtype, offset=4 + 4 * dimensions).reshape(shape)
+        if dimensions not in (1, 2, 3) or not values.size or (dimensions == 3 and dtype != "u1"):
+            raise ValueError(f"it holds numbers of type {dtype} in {dimensions} dimensions of sizes {shape}")
     except (OSError, EOFError, ValueError, LookupError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
         raise UserError(f"the data file {path} cannot be read or is damaged: {reason}") from error

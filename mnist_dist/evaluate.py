@@ -3,6 +3,12 @@
 The evaluation itself is `mnist_dist.evaluation.evaluate`, imported only once the options are right: torch takes seconds to import.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import argparse
 import json
 import os

@@ -1,7 +1,7 @@
 """Exact evaluation over any number of processes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class Evaluation:
 
     loss: float
     confusion_matrix: list[list[int]]
-    mistakes: list[Mistake]
+    mistakes: list[Mistake] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -73,7 +73,7 @@ def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Gro
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
     confusion = torch.zeros(CLASSES * CLASSES, dtype=torch.float64, device=group.device)
-    mistakes: list[Mistake] = []
+    probabilities, wrong = [torch.empty(0, CLASSES, device=group.device)], [torch.empty(0, dtype=torch.bool, device=group.device)]
     mine = torch.arange(len(split), device=split.labels.device)[group.rank :: group.size]
     for indices in torch.split(mine, _BATCH):
         images, labels = split.images[indices], split.labels[indices]
@@ -81,8 +81,8 @@ def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Gro
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         predicted = logits.argmax(dim=1)
         confusion += _count(labels * CLASSES + predicted)
-        wrong = (predicted != labels).nonzero().flatten()
-        mistakes += map(Mistake, indices[wrong].tolist(), logits[wrong].softmax(dim=1).tolist())
+        probabilities.append(logits.softmax(dim=1))
+        wrong.append(predicted != labels)
     model.train(training)
     sums = group.sum(torch.cat([loss_sum.reshape(1), confusion])).tolist()  # float64 is exact for counts
     counts = [round(count) for count in sums[1:]]
@@ -90,6 +90,9 @@ def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Gro
         raise RunError(f"the evaluation counted {sum(counts)} images, but the split has {len(split)}: its ranks do not share it rightly")
     if not math.isfinite(sums[0]):
         raise RunError(f"the loss of the evaluation is {sums[0]}: the weights or their outputs are not finite numbers")
+    # Only now, so that no batch waits for the device.
+    mistaken = torch.cat(wrong).nonzero().flatten()
+    mistakes = list(map(Mistake, mine[mistaken.to(mine.device)].tolist(), torch.cat(probabilities)[mistaken].tolist()))
     mistakes = [mistake for part in group.gather(_most_confident(mistakes)) for mistake in part]
     confusion_matrix = [counts[i : i + CLASSES] for i in range(0, CLASSES**2, CLASSES)]
     return Evaluation(sums[0] / len(split), confusion_matrix, _most_confident(mistakes))

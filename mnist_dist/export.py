@@ -4,6 +4,12 @@ The file holds the normalisation, too: pixels from 0 to 1 go in, log-probabiliti
 back from its bytes, gives what the model itself gives on test images.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import argparse
 import importlib.util
 import io

@@ -11,6 +11,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -50,7 +51,7 @@ class Mirror:
         self._start = start
         self._tell = tell
         self._folder = Path(start["run_dir"], "wandb")
-        self._earlier = set(self._folder.glob("*run-*"))
+        self._earlier = self._find_pieces()
         self._console = sys.stderr = io.StringIO()  # W&B says only here that the server refuses what comes
         self._messages: list[Message] = []
         self._online = start["mode"] != "offline"
@@ -174,11 +175,16 @@ class Mirror:
             x_save_requirements=False,
         )
 
+    def _find_pieces(self) -> set[Path]:
+        """The folders of this run that W&B has written, each of one start, and no others of such a name."""
+        name = re.compile(rf"(offline-)?run-\d{{8}}_\d{{6}}-{re.escape(self._start['run']['run_id'])}")
+        return {path for path in self._folder.glob("*run-*") if name.fullmatch(path.name)}
+
     def _open(self, mode: Any) -> None:
         os.environ.clear()
         os.environ.update(self._environs[mode])
         os.chdir(self._places[mode])
-        pieces = set(self._folder.glob("*run-*")) - self._earlier
+        pieces = self._find_pieces() - self._earlier
         # Not given to `init`: in a sweep that forgets our id.
         wandb.setup(self._settings.model_copy(update={"mode": mode}))
         self._run = wandb.init(mode=mode, config=self._start["config"])

@@ -35,17 +35,19 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_any(cls, value: Any, info: Any) -> Any:
+        field = cls.model_fields[info.field_name]
+        is_folder = isinstance(field.json_schema_extra, dict) and field.json_schema_extra["folder"]
+        if is_folder and isinstance(value, str) and len(value) <= _TEXT_MAX:
+            value = expand_path(value)
         # Before anything looks at the value, or shows it in a message: Python refuses to write out a number of 5,000 digits.
         if (isinstance(value, str) and len(value) > _TEXT_MAX) or (isinstance(value, int) and abs(value) >= 2**64):
             raise PydanticCustomError("too_long", "a value of such a size is not allowed")
-        field = cls.model_fields[info.field_name]
         # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("true and false are not allowed here")
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("expected printable characters")
-        is_folder = isinstance(field.json_schema_extra, dict) and field.json_schema_extra["folder"]
-        return expand_path(value) if is_folder and isinstance(value, str) else value
+        return value
 
 
 def path_argument(text: str) -> str:

@@ -3,6 +3,12 @@
 Drawn with matplotlib's objects, never with pyplot: there is no global state, no window and no display.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import io
 import logging
 import sys

@@ -5,6 +5,12 @@ mass in 28 x 28 [LeCun et al., Gradient-based learning applied to document recog
 how much of it, is bounded before anything is decoded. torch is imported only once the options are right.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import argparse
 import contextlib
 import io

@@ -3,12 +3,26 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.world import find_world
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end this process in one line until `run_program` takes over.
+
+    A program calls this before its other imports: they take a second, in which Ctrl-C would end in a traceback.
+    """
+    signal.signal(signal.SIGINT, _end)
+
+
+def _end(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def run_program(work: Callable[[], int]) -> int:
@@ -18,6 +32,8 @@ def run_program(work: Callable[[], int]) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work()
     except (UserError, RunError) as error:
@@ -25,6 +41,8 @@ def run_program(work: Callable[[], int]) -> int:
             print("\n".join(f"{_find_prefix()}error: {make_printable(line)}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
         return 130
 
 

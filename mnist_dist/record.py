@@ -15,7 +15,7 @@ from typing import Any
 
 from mnist_dist.config import CLASSES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import TEMPORARY_SUFFIX, is_marked, read_file, write_atomically
+from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, is_marked, read_file, write_atomically
 from mnist_dist.options import read_options_file
 
 # All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
@@ -58,14 +58,14 @@ class Record:
         content = read_file(self.path, _RECORD_BYTES_MAX)
         kept, damaged = io.BytesIO(), []
         for number, line in enumerate(io.BytesIO(content), start=1):
-            row = parse_row(line)
-            if row is not None and row["step"] > step:
+            row = parse_object(line)
+            if is_row(row) and row["step"] > step:
                 continue
-            if row is None or (self.steps and row["step"] <= self.steps[-1]):
+            if not is_row(row) or (self.steps and row["step"] <= self.steps[-1]):
                 if line.endswith(b"\n"):  # else it was torn: the run was killed while it wrote
                     damaged.append(number)
                 continue
-            kept.write(line)
+            kept.write(line.rstrip(b"\r\n") + b"\n")
             self.steps.append(row["step"])
         if damaged:
             _log.warning("%s: %s damaged or out of order and left out", self.path, _name_some(damaged, "line", "lines"))
@@ -90,6 +90,11 @@ class Record:
             if not self._waiting:  # said once, not for every row
                 _log.warning("metrics.jsonl cannot be written, its rows wait in memory: %s", error.strerror)
             self._waiting = True
+
+    def copy_steps(self) -> list[int]:
+        """The steps of all rows."""
+        with self._writing:
+            return self.steps.tolist()
 
     def sync(self) -> None:
         """Make all rows durable. Raises OSError."""
@@ -124,8 +129,9 @@ class Record:
             os.ftruncate(self._descriptor, len(content))
             self._end = len(content)
             _log.warning("somebody has cut %s: the rows of %s are lost", self.path, _name_some(lost, "step"))
-        elif own.st_size > self._end:  # written by somebody else, or half a row that the disk had no room for
+        elif own.st_size > self._end:
             os.ftruncate(self._descriptor, self._end)
+            _log.warning("somebody has written to %s: what is not the run's own is removed", self.path)
         if there != own.st_ino:
             self._replace(content)
             _log.warning("somebody has removed or replaced %s: it is written again, with all rows", self.path)
@@ -172,15 +178,25 @@ def check_folder(run_dir: Path, config: Config) -> None:
     """Raise `UserError` if `run_dir` cannot be listed, or holds another run than `config`'s, or files of ours that belong to none."""
     try:
         os.scandir(run_dir).close()
+        _check_folder(run_dir, config)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror or error}; expected a writable folder") from error
+        raise UserError(f"run_dir {run_dir} cannot be used: {describe_error(error)}; expected a writable folder") from error
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether a training has begun in a folder. Raises OSError."""
+    return os.path.lexists(run_dir / CONFIG_FILE) or bool(list_newest_first(run_dir / CHECKPOINTS))
+
+
+def _check_folder(run_dir: Path, config: Config) -> None:
+    os.stat(run_dir / ".")  # a folder that can be listed and not entered
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
-    elif not list_newest_first(run_dir / CHECKPOINTS):
-        for name in _FILES:
+    elif not is_run(run_dir):
+        for name in (*_FILES, *(f"{PLOTS}/{picture}.png" for picture in PICTURES)):
             path = run_dir / name
             if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
                 raise UserError(
@@ -215,8 +231,13 @@ def remove_temporary_files(run_dir: Path) -> None:
 
 
 def list_newest_first(checkpoints: Path) -> list[Path]:
-    """The checkpoints in a folder by falling step, valid or not."""
-    return sorted((path for path in checkpoints.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=find_step, reverse=True)
+    """The checkpoints in a folder by falling step, valid or not; none where there is no folder. Raises OSError where it cannot be read."""
+    try:
+        with os.scandir(checkpoints) as entries:
+            paths = [Path(entry.path) for entry in entries if CHECKPOINT_NAME.fullmatch(entry.name)]
+    except FileNotFoundError:
+        return []
+    return sorted(paths, key=find_step, reverse=True)
 
 
 def find_step(path: Path) -> int:
@@ -231,6 +252,8 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / CONFIG_FILE
     values = read_options_file(path)
     values.pop("run_dir", None)
+    if values.get("log_with") not in Config.allowed("log_with"):  # older versions knew more trackers
+        del values["log_with"]
     return make_config(values, str(path)).model_copy(update={"run_dir": str(run_dir)})
 
 
@@ -268,6 +291,7 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
     good = {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, *(f"{split}/{name}" for name in _EVALUATED_NUMBERS))}
     good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= config.total_steps)
     good[f"{split}/confusion_matrix"] = _is_confusion(result.get(f"{split}/confusion_matrix"))
+    good[f"{split}/accuracy"] = good[f"{split}/accuracy"] and 0 <= result[f"{split}/accuracy"] <= 1
     for name in good:
         if not good[name]:
             raise UserError(f"{path} is damaged: it has no valid {name}; delete it to let the run write it again from its last checkpoint")
@@ -281,6 +305,8 @@ def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> l
     for number, row in _read_lines(path, tail_bytes):
         if not is_row(row):
             raise UserError(f"{path} is damaged: line {number} is not a JSON object of numbers with a step")
+        if row["step"] > config.total_steps:
+            raise UserError(f"{path} is damaged: line {number} is of step {row['step']}; the run has {config.total_steps}")
         if rows and row["step"] <= rows[-1]["step"]:
             raise UserError(f"{path} is damaged: line {number} is of step {row['step']}, after one of step {rows[-1]['step']}")
         rows.append(_rename_split(row, config))
@@ -340,12 +366,6 @@ def _read_lines(path: Path, tail_bytes: int | None = None) -> Iterable[tuple[int
             yield number, row
 
 
-def parse_row(line: bytes) -> Row | None:
-    """The row of metrics.jsonl in a complete line; None where it is damaged."""
-    row = parse_object(line)
-    return row if line.endswith(b"\n") and is_row(row) else None
-
-
 def parse_object(text: bytes) -> Row:
     """The JSON object in `text`; an empty one where there is none."""
     try:
@@ -356,9 +376,14 @@ def parse_object(text: bytes) -> Row:
 
 
 def is_row(row: Row) -> bool:
-    """Whether `row` is one of metrics.jsonl: a step, and numbers or lists of numbers, some of which may not be known."""
-    values = (entry for value in row.values() for entry in (value if isinstance(value, list) else [value]))
-    return is_count(row.get("step")) and all(value is None or is_number(value) for value in values)
+    """Whether `row` is one of metrics.jsonl: a step, and numbers, some of which may not be known; a list of them for classes."""
+    return is_count(row.get("step")) and all(_is_measure(name, value) for name, value in row.items())
+
+
+def _is_measure(name: str, value: object) -> bool:
+    if isinstance(value, list):
+        return name.endswith("/class_accuracy") and all(_is_measure("/accuracy", entry) for entry in value)
+    return value is None or (is_number(value) and (not name.endswith("/accuracy") or 0 <= value <= 1))  # type: ignore[operator]
 
 
 def is_count(value: object) -> bool:

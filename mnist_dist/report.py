@@ -3,6 +3,12 @@
 It loads nothing: the pictures are in it. The same run gives the same bytes.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import base64
 import logging
 import os
@@ -22,6 +28,7 @@ from mnist_dist.plots import draw_comparison, draw_run, print_written, render, s
 from mnist_dist.record import PLOTS, REPORT_FILE, Run, read_run
 
 COMPARISON_FILE = "compare.html"
+_GENERATOR = b'<meta name="generator" content="mnist_dist">'
 _COMPARISON_BYTES_MAX = 64 << 20
 
 _log = logging.getLogger(__name__)
@@ -30,6 +37,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="mnist_dist">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>$title</title>
@@ -210,15 +218,17 @@ def _starts_table(run: Run) -> str:
 
 
 def write_comparison(run_dirs: Sequence[Path]) -> Path:
-    """Write `compare.html`, one page about several runs, into the folder that they share; its path.
+    """Write `compare.html`, one page about several runs, beside the folder of the first; its path.
 
-    Raises `UserError` where one is no run folder or is damaged, or where somebody's own file has that name; `RunError` where it cannot be
-    written.
+    Raises `UserError` where one is no run folder, is damaged or is named twice, or where somebody's own file has that name; `RunError`
+    where it cannot be written.
     """
+    if len({path.resolve() for path in run_dirs}) < len(run_dirs):
+        raise UserError("a run is named twice; expected different runs to compare")
     runs = [read_run(run_dir) for run_dir in run_dirs]
-    path = Path(os.path.commonpath([run.path.absolute() for run in runs])) / COMPARISON_FILE
+    path = run_dirs[0].absolute().parent / COMPARISON_FILE
     try:
-        if os.path.lexists(path) and not read_file(path, _COMPARISON_BYTES_MAX).startswith(_PAGE.template.split("\n", 1)[0].encode()):
+        if os.path.lexists(path) and _GENERATOR not in read_file(path, _COMPARISON_BYTES_MAX)[:500]:
             raise UserError(f"{path} exists and is not a page of this program: move it away")
         write_atomically(path, make_comparison(runs).encode(errors="replace"))
     except OSError as error:
@@ -274,7 +284,7 @@ def _describe_result(run: Run) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 written, 2 a user's mistake, 1 the rest."""
-    description = "Write report.html of a run into its folder, at any time; of several runs, compare.html into the folder they share."
+    description = "Write report.html of a run into its folder, at any time; of several runs, compare.html beside the first."
     return print_written(
         "mnist_dist.report", description, arguments, lambda runs: [write_comparison(runs) if runs[1:] else write_report(runs[0])]
     )

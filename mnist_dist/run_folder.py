@@ -43,6 +43,7 @@ from mnist_dist.record import (
     Record,
     Row,
     check_folder,
+    is_run,
     read_holder,
     read_result,
     remove_temporary_files,
@@ -95,11 +96,17 @@ class RunFolder:
 
         def check() -> Row | None:
             check_folder(self.path, self.config)
-            if self.config.wandb != "disabled":
+            result = read_result(self.path, self.config)
+            if result is not None:
+                return result
+            if self.config.wandb != "disabled" and self.config.wandb_project is not None:
                 check_project(self.config.wandb_project)
             if self.config.log_with is not None:
                 AccelerateTracker.check(self.config.log_with)
-            return read_result(self.path, self.config)
+            for folder in (self.path, self.path / CHECKPOINTS):
+                if os.path.exists(folder) and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                    raise UserError(f"run_dir {self.path} cannot be used: {folder} is not readable and writable")
+            return None
 
         return self.group.on_main(check)
 
@@ -117,8 +124,9 @@ class RunFolder:
             check_folder(self.path, self.config)  # again: another run may have come first
             if read_result(self.path, self.config) is not None:
                 raise UserError(f"run_dir {self.path} has been finished by another process meanwhile; nothing is left to do")
+            if is_run(self.path):  # in any other folder, such files are somebody else's
+                remove_temporary_files(self.path)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
-            remove_temporary_files(self.path)
             newest = checkpoint.read_newest(self.path / CHECKPOINTS)
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
@@ -143,7 +151,7 @@ class RunFolder:
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
-        self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._record.sync)
+        self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
         mirror = open_tracker(
@@ -159,6 +167,12 @@ class RunFolder:
         )
         self._trackers.append(mirror)
 
+    def _sync(self) -> None:
+        assert self._lock is not None
+        assert self._record is not None
+        self._lock.check()
+        self._record.sync()
+
     def _note_end(self, error: BaseException | None) -> None:
         if self._is_finished:
             why = "finished"
@@ -168,7 +182,9 @@ class RunFolder:
             lines = str(error).strip().splitlines()
             lost = isinstance(error, Exception) and is_loss(error)
             why = f"failed: {'another rank was lost' if lost else (lines[0] if lines else type(error).__name__)[:300]}"
-        with contextlib.suppress(OSError):  # the log has it as well
+        assert self._lock is not None
+        with contextlib.suppress(OSError, RunError):  # the log has it as well
+            self._lock.check()
             end = {"time": _now(), "step": self._step, "start": self._starts, "why": why}
             append_line(self.path / ENDS_FILE, json.dumps(end).encode())
 
@@ -227,7 +243,7 @@ class RunFolder:
             # Weights that are not finite are left to the next row of the record, which will tell.
             if self._writer.is_free(state.step) and state.is_finite():
                 assert self._record is not None
-                self._writer.submit(state.step, state.encode(self._record.steps))
+                self._writer.submit(state.step, state.encode(self._record.copy_steps()))
 
     def save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
         """Write the checkpoint with which this start ends, because of `stop` or at the end. Raises `RunError` where that fails."""
@@ -239,7 +255,7 @@ class RunFolder:
             self._lock.check()
             if not state.is_finite():
                 raise RunError(f"the weights are not finite after step {state.step}; the run stops here and keeps its last checkpoint")
-            path = self._writer.finish(state.step, state.encode(self._record.steps))
+            path = self._writer.finish(state.step, state.encode(self._record.copy_steps()))
             self._stop, self._step = stop, state.step
             return path
 
@@ -249,6 +265,8 @@ class RunFolder:
         """Write model.safetensors, then result.json, whose presence means that the run is finished. Raises `RunError`."""
 
         def write() -> None:
+            assert self._lock is not None
+            self._lock.check()
             try:
                 write_atomically(self.path / WEIGHTS_FILE, weights)
                 write_atomically(self.path / RESULT_FILE, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
@@ -310,7 +328,10 @@ def _describe_origin() -> Row:
     if (checkout / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
-            origin["git_commit"] = subprocess.run(command, text=True, capture_output=True, check=True, timeout=5).stdout.strip()
+            # Not the repository of a hook that may have started this; and no lock in a checkout that many jobs share.
+            environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
+            answer = subprocess.run(command, env=environ, text=True, capture_output=True, check=True, timeout=5)
+            origin["git_commit"] = answer.stdout.strip()
     return origin
 
 
@@ -348,7 +369,13 @@ class Lock:
             os.pwrite(self._descriptors[-1], f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
 
     def check(self) -> None:
-        """Notice that somebody removed the file of the lock, and take it again. Raises `RunError` if another job was quicker."""
+        """Notice that somebody removed the file of the lock, and take it again.
+
+        Raises `RunError` if another job was quicker, or if another folder is in the place of the one that was locked.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0])):
+                raise RunError(f"somebody has put another folder in the place of {self.run_dir}: this run stops and leaves that alone")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return

@@ -14,7 +14,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer, describe_state
-from mnist_dist.record import check_same
+from mnist_dist.record import check_same, find_step
 
 
 class TrainingState:
@@ -79,11 +79,11 @@ class TrainingState:
         Raises `UserError` for a checkpoint of another recipe, model or data set, `RunError` for one that this program cannot have written.
         """
         try:
-            return self._restore(checkpoint.decode(saved.content))
+            return self._restore(checkpoint.decode(saved.content), find_step(saved.path))
         except (UserError, RunError) as error:
             raise type(error)(f"checkpoint {saved.path}: {error}") from error
 
-    def _restore(self, state: dict[str, Any]) -> list[int]:
+    def _restore(self, state: dict[str, Any], named_step: int) -> list[int]:
         model, optimizer = _read_field(state, "model", dict), _read_field(state, "optimizer", dict)
         slots = {
             f"{index!r}/{name}": value
@@ -107,14 +107,16 @@ class TrainingState:
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")
         for name, tensor in [*model.items(), *slots.items()]:
-            if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise RunError(f"it is damaged: {name} holds values that are not finite numbers")
-        if not 1 <= step <= self.config.total_steps:
-            raise RunError(f"it is damaged: its step is {step}; the run has {self.config.total_steps}")
+            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise RunError(f"it is damaged: {name} holds values that are not finite float32 numbers")
+        if step != named_step or not 1 <= step <= self.config.total_steps:
+            raise RunError(f"it is damaged: its step is {step}, its name says {named_step}, and the run has {self.config.total_steps}")
         if not 0 <= elapsed_s < math.inf:
             raise RunError(f"it is damaged: its elapsed_s is {elapsed_s}")
         if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype != torch.int64 or rows.ndim != 1:
             raise RunError("it is damaged: its rows are not a list of steps")
+        if len(rows) > step or (len(rows) and (rows[0] < 1 or rows[-1] > step or bool((rows.diff() <= 0).any()))):
+            raise RunError(f"it is damaged: its rows are not rising steps from 1 to {step}")
         self.bare_model.load_state_dict(model)
         # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
         settings = self.optimizer.state_dict()["param_groups"]

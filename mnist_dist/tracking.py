@@ -43,6 +43,8 @@ _SMALL_FILE_BYTES = 65_536
 _NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, as the next
 _NAME_LENGTH_MAX = 128
 _SCRATCH_PREFIX = "mirror-tmp-"
+_SCRATCH_NAME = re.compile(rf"{_SCRATCH_PREFIX}[a-z0-9_]{{8}}")
+_PATHS = ("run_dir", "images", "mistakes", "model")  # of messages
 # What of the environment the mirror's process needs to find and read the same files as this one.
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
 # The run folder says which run on W&B this is.
@@ -194,16 +196,24 @@ class WandbTracker(NoTracker):
         if self._over:
             return
         try:
-            text = json.dumps(message, default=str)
+            text = json.dumps(self._hide(json.loads(json.dumps(message, default=str))))
         except (ValueError, TypeError, RecursionError) as error:
             self._warn(f"something that was logged cannot be sent to W&B ({error})")
             return
-        for secret in self._secrets:
-            text = text.replace(json.dumps(secret)[1:-1], _HIDDEN)
         self._pending += text.encode() + b"\n"
         self._exchange()
         if len(self._pending) > _PENDING_BYTES_MAX:
             self._end("W&B's process does not take any more rows")
+
+    def _hide(self, value: Any) -> Any:
+        """`value` without the secrets of the environment; the paths of files stay, which the mirror must find."""
+        if isinstance(value, dict):
+            return {self._hide(name): entry if name in _PATHS else self._hide(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self._hide(entry) for entry in value]
+        for secret in self._secrets if isinstance(value, str) else ():
+            value = value.replace(secret, _HIDDEN)
+        return value
 
     def _exchange(self) -> None:
         """Write and read what the pipes take and have at this moment."""
@@ -345,13 +355,11 @@ def _hide_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _HIDDEN if _SECRET_NAME.search(name) else value for name, value in config.items()}
 
 
-def check_project(name: str | None) -> None:
-    """Raise `UserError` where W&B would refuse the project: `name`, the value of --wandb_project, or else WANDB_PROJECT."""
-    project = name or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
-    if not _is_project(project):
+def check_project(name: str) -> None:
+    """Raise `UserError` where W&B would refuse the project `name`."""
+    if not _is_project(name):
         raise UserError(
-            f"{'wandb_project' if name else 'the variable WANDB_PROJECT'} is {project!r}: expected at most {_NAME_LENGTH_MAX} "
-            f"printable characters, none of {' '.join(_NOT_IN_A_PROJECT)}"
+            f"wandb_project is {name!r}: expected at most {_NAME_LENGTH_MAX} printable characters, none of {' '.join(_NOT_IN_A_PROJECT)}"
         )
 
 
@@ -442,6 +450,8 @@ def _find_mode() -> Mode:
 def _describe_run(run_id: str, project: str | None, defaults: Mapping[str, str | None]) -> dict[str, Any]:
     """What W&B shall know of the run, as settings whose values it takes, whatever is in its variables."""
     project = project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
+    if not _is_project(project):
+        _log.warning("W&B would refuse the project %r of the environment; the run goes to %s", project, _DEFAULT_PROJECT)
     # The names of files may hold what is no character to W&B.
     told = {
         name: (os.environ.get(f"WANDB_{name}") or default or "").encode(errors="replace").decode() for name, default in defaults.items()
@@ -466,6 +476,8 @@ def _find_places(folder: Path) -> dict[str, str]:
 def _remove_what_was_left(folder: Path) -> None:
     """Remove the temporary files of earlier starts that were killed together with their mirror."""
     for path in folder.glob(f"{_SCRATCH_PREFIX}*"):
+        if not _SCRATCH_NAME.fullmatch(path.name):
+            continue
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -4,6 +4,12 @@ Trains a few steps in float32 and compares the loss of each with a recorded curv
 any world must give the same curve up to the rounding of its sums: a wrong gradient average, order, augmentation or rank shows at once.
 """
 
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
 import json
 import os
 import sys
@@ -16,6 +22,7 @@ from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import read_file, write_atomically
 from mnist_dist.options import Parser, path_argument
+from mnist_dist.preemption import StopSignals
 from mnist_dist.program import print_answer
 from mnist_dist.record import METRICS_FILE, is_number, read_run
 
@@ -76,9 +83,12 @@ def verify(reference: Path | None = None, record: Path | None = None) -> int:
     expected = read_reference(reference or Path(str(resources.files("mnist_dist") / "reference.json")))
     from mnist_dist.loop import train
 
+    signals = StopSignals().install()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "verify"
-        result = train(make_config(run_dir))
+        result = train(make_config(run_dir), signals)
+        if result.stop:
+            return result.stop.exit_code
         if (run_dir / METRICS_FILE).exists():  # rank zero's
             losses = [row["train/loss"] for row in read_run(run_dir).rows]
             if record is not None:

@@ -1,5 +1,6 @@
 """Real processes for the tests: each rank is one, started in milliseconds by a server that has imported torch already."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -106,8 +107,15 @@ class Train:
         return main(self.arguments)
 
 
+def find_free_ports(count: int) -> list[int]:
+    """Ports on which nothing listens now, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def find_free_port() -> int:
     """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return find_free_ports(1)[0]

@@ -1,4 +1,5 @@
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -250,3 +251,20 @@ def test_an_option_that_lost_its_effect_to_the_command_line_is_no_part_of_the_re
     assert make_config(config.model_dump()) == config  # what a run folder holds is read back whatever it says
     with pytest.raises(UserError, match="warmup has no effect with schedule constant"):
         parse_command_line(["--config", str(tmp_path / "b.yaml")])
+
+
+def test_the_config_of_a_run_is_a_recipe_whatever_it_holds(tmp_path):
+    (tmp_path / "config.yaml").write_text(make_config({"schedule": "constant", "warmup": 0.5}).to_yaml())
+    assert (
+        parse_command_line(["--config", str(tmp_path / "config.yaml")]).recipe() == parse_command_line(["--schedule", "constant"]).recipe()
+    )
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "report", "predict", "verify"])
+def test_ctrl_c_while_a_program_is_imported_is_one_line(program):
+    for delay_s in (0.15, 0.4):
+        process = subprocess.Popen([sys.executable, "-m", f"mnist_dist.{program}", "a", "b"], stderr=subprocess.PIPE, text=True)
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=30)
+        assert "Traceback" not in text, (delay_s, text)

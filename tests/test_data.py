@@ -126,7 +126,9 @@ def test_files_are_found_as_people_have_them(tmp_path, folder, compressed):
     )
 
 
-@pytest.mark.parametrize("fault", ["bomb", "cut", "other bytes", "fifo", "other type", "floats"])
+@pytest.mark.parametrize(
+    "fault", ["bomb", "cut", "other bytes", "fifo", "other type", "floats", "no dimensions", "no images", "wide numbers"]
+)
 def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
     write_idx_files(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
@@ -138,7 +140,8 @@ def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
     else:
         good = gzip.compress(content, 1)
         header = {"other type": b"\0\0\x0b\3", "floats": b"\0\0\x0d\3"}.get(fault, content[:4])
-        damaged = {"bomb": gzip.compress(bytes(1 << 30), 1), "cut": good[:-100], "other bytes": b"PK" + good}
+        odd = {"no dimensions": b"\0\0\x08\0\1", "no images": b"\0\0\x08\3" + bytes(12), "wide numbers": b"\0\0\x0c\3" + b"\0\0\0\1" * 4}
+        damaged = odd | {"bomb": gzip.compress(bytes(1 << 30), 1), "cut": good[:-100], "other bytes": b"PK" + good}
         packed.write_bytes(damaged.get(fault, gzip.compress(header + content[4:], 1)))
     start = time.process_time()
     with pytest.raises(UserError, match=str(packed)):

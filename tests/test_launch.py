@@ -289,6 +289,26 @@ def test_a_sweep_counts_its_combinations_before_it_makes_them(no_slurm, capsys):
     assert time.process_time() - start < 1
 
 
+def test_an_option_is_swept_once_and_its_folder_is_found_as_everywhere(no_slurm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for words in (["seed=0", "seed=1,2"], ["lr=0.1", "learning_rate=0.2,0.3"]):
+        assert sweep.main([*words, "--config", "smoke", "--dry_run"]) == 2
+        assert "is swept twice" in capsys.readouterr().err
+    (tmp_path / "s.yaml").write_text("sweep: {seed: [1]}\nfixed: {lr: 0.1, learning_rate: 0.2}\n")
+    assert sweep.main(["s.yaml", "--dry_run"]) == 2
+    assert "stands there twice" in capsys.readouterr().err
+    assert sweep.main(["seed=0,1", "--config", "smoke", "--run_dir=~/sweeps", "--dry_run"]) == 0
+    assert f"{tmp_path}/home/sweeps/slurm" in capsys.readouterr().out
+
+
+def test_a_sweep_reads_its_recipe_once(no_slurm, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("# " + "x" * 30_000 + "\n" + "steps: 5\ndataset: synthetic\n")
+    start = time.process_time()
+    assert sweep.main(["seed=" + ",".join(map(str, range(300))), "--config", "recipe.yaml", "--dry_run"]) == 0
+    assert time.process_time() - start < 5
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value", ["a/b", "../x", "/tmp/x"])
 def test_a_swept_value_does_not_make_a_folder_elsewhere(no_slurm, tmp_path, capsys, value):
     assert sweep.main([f"wandb_project=a,{value}", "--config", "smoke", "--cluster", "local"]) == 2

@@ -400,7 +400,8 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
     assert ["0", "5", "0", "100.00%", "none"] in rows
     assert ["1", "1015", "15", "98.52%", "8 (12)"] in rows
     assert ["2", "0", "0", "no images", "none"] in rows
-    assert rows[rows.index(["time", "step", "host"]) :][1:3] == [["early", "0", ""], ["late", "6", "node7"]]
+    starts = rows[rows.index(["time", "step", "host", "ended"]) :][1:3]
+    assert [start[:3] for start in starts] == [["early", "0", ""], ["late", "6", "node7"]]
 
 
 @pytest.mark.parametrize(("holdout", "what"), [(0, "Test"), (20, "Held-out")])
@@ -466,10 +467,13 @@ def test_runs_are_compared_on_one_page(run_dir, capsys):
     assert len(page.sources) == 1
     assert page.sources[0].startswith("data:image/png")
     assert report.main([str(run_dir), str(other)]) == 0  # drawn again
-    path.write_text("mine")
-    assert report.main([str(run_dir), str(other)]) == 2
-    assert path.read_text() == "mine"
-    assert "move it away" in capsys.readouterr().err
+    for text in ("mine", "<!DOCTYPE html>\n<html>mine</html>\n"):
+        path.write_text(text)
+        assert report.main([str(run_dir), str(other)]) == 2
+        assert path.read_text() == text
+        assert "move it away" in capsys.readouterr().err
+    assert report.main([str(run_dir), f"{run_dir}/"]) == 2
+    assert "named twice" in capsys.readouterr().err
 
 
 def test_a_comparison_of_equal_names_shows_the_whole_paths(run_dir, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, Train, run_ranks, start_ranks
+from processes import TINY, Train, find_free_ports, run_ranks, start_ranks
 from safetensors.torch import load_file
 
 from mnist_dist import checkpoint
@@ -139,16 +139,19 @@ class StopAndResume:
 
     folder: str
     world: int
+    ports: list[int]  # a start joins at a port of its own
 
     def __call__(self):
         from mnist_dist.loop import train
+
+        ports = iter(self.ports)
 
         # With more ranks than one, a stop is agreed upon in one step and heeded after the next.
         runs = {"unbroken": [], "even": [1, 1], "odd": [2, 1]} if self.world > 1 else {"unbroken": [], "even": [2, 2], "odd": [1, 2, 2]}
         for name, recipe in RECIPES.items():
             for kind, stops in runs.items():
                 for step in [*stops, 99]:
-                    os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", "0")) + 1)  # a start joins at a port of its own
+                    os.environ["MASTER_PORT"] = str(next(ports))
                     train(parse_command_line([*TINY, *recipe, "--steps", "6", "--run_dir", f"{self.folder}/{name} {kind}"]), StopAt(step))
 
 
@@ -161,7 +164,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_on_any_number_of_ranks_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, world):
-    run_ranks(tmp_path, StopAndResume(str(tmp_path), world), world)
+    run_ranks(tmp_path, StopAndResume(str(tmp_path), world, find_free_ports(40)), world)
     for name in RECIPES:
         expected = (tmp_path / f"{name} unbroken/model.safetensors").read_bytes()
         steps = set()
@@ -300,7 +303,7 @@ def test_a_run_has_ended_well_though_the_others_did_not_wait_for_its_report(tmp_
     def lose(_work):
         raise RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
 
-    RunFolder(Config(run_dir=str(tmp_path)), Alone(lose)).publish({})
+    RunFolder(Config(run_dir=str(tmp_path)), Alone(lose)).publish({}, None, None)
     assert "see --timeout_s" in caplog.text
 
 
