@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -108,12 +109,15 @@ class Train:
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Ports on which nothing listens now, all different."""
+    """Ports on which nothing listens now, all different; below 32768, where no connection takes one for itself meanwhile."""
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+        found: list[int] = []
+        while len(found) < count:
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # taken
+                probe.bind(("127.0.0.1", secrets.choice(range(10_000, 32_000))))
+                found.append(int(probe.getsockname()[1]))
+        return found
 
 
 def find_free_port() -> int:
