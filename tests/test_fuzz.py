@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_whatever_its_checksum(run_dir):
                 head[place : place + 3000] = damage(bytes(head[place : place + 3000]), chance)
                 damaged = bytes(head)
             with within_bounds(number):
-                state.restore(checkpoint.Saved(Path("step"), damaged))
+                state.restore(checkpoint.Saved(Path("step_00000010-0123456789abcdef.pt"), damaged))
             assert 0 <= state.step <= 10
             assert state.is_finite()
 
