@@ -20,13 +20,13 @@ from processes import TINY, Train, run_ranks, start_ranks
 from launch import cluster, jobs, submit
 from launch.runs import read_state
 from launch.training import write_note
-from mnist_dist import checkpoint, run_folder
+from mnist_dist import checkpoint, lock
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.files import expand_path, is_marked, mark_folder, read_file
+from mnist_dist.lock import Lock
 from mnist_dist.options import read_options_file
 from mnist_dist.record import Record, list_newest_first, read_config, read_holder, read_result, read_run
-from mnist_dist.run_folder import Lock
 
 LONG = [*TINY, "--steps", "5000"]
 
@@ -504,15 +504,15 @@ def test_a_removed_lock_does_not_let_a_second_run_in(tmp_path):
 
 def test_where_folders_have_no_lock_a_run_that_lost_its_file_to_another_stops(tmp_path, monkeypatch):
     """As on NFS, where only files that are open for writing can be locked."""
-    lock = fcntl.flock
+    flock = fcntl.flock
 
     def only_files(descriptor, operation):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.EBADF, "Bad file descriptor")
-        lock(descriptor, operation)
+        flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", only_files)
-    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.1)
     first = Lock(tmp_path)
     with pytest.raises(UserError, match="is in use by process"):
         Lock(tmp_path)
@@ -619,8 +619,8 @@ def test_a_copy_is_not_taken_for_the_original(tmp_path, capsys, monkeypatch):
     (original / "slurm").mkdir(parents=True)
     (original / "config.yaml").write_text(make_config({"run_dir": str(original)}).to_yaml())
     write_note(original, "job", {"job": "12", "log": "12.log"})
-    lock = Lock(original)
-    os.pwrite(lock._descriptors[-1], (original / "lock").read_bytes().replace(b"\n", b" (Slurm job 12)\n", 1), 0)
+    held = Lock(original)
+    os.pwrite(held._descriptors[-1], (original / "lock").read_bytes().replace(b"\n", b" (Slurm job 12)\n", 1), 0)
     copy = shutil.copytree(original, tmp_path / "copy")
     queue = [cluster.Job("12", "12", "RUNNING", "", "node1", 0)]
     assert read_state(original, queue).is_active
@@ -631,7 +631,7 @@ def test_a_copy_is_not_taken_for_the_original(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cluster, "run_slurm", lambda *command: pytest.fail(f"{command} must not be called"))
     assert jobs.main(["cancel", str(copy)]) == 2
     assert "does not run" in capsys.readouterr().err
-    lock.release()
+    held.release()
     moved = original.rename(tmp_path / "moved")
     assert read_state(moved, queue).job == "12"
 
