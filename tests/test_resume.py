@@ -413,4 +413,5 @@ def test_a_run_that_is_stopped_at_random_fifty_times_ends_right(tmp_path, seed, 
     assert {path.name for path in folder.iterdir()} <= {
         *("config.yaml", "metrics.jsonl", "starts.jsonl", "ends.jsonl", "result.json", "model.safetensors", "lock", "checkpoints", "wandb")
     }
-    assert not [path for path in (folder / "wandb").iterdir() if not path.name.startswith(("offline-run-", "run_id", "cache", "data", "pictures"))]
+    own = ("offline-run-", "run_id", "cache", "data", "pictures")
+    assert not [path for path in (folder / "wandb").iterdir() if not path.name.startswith(own)]
