@@ -261,7 +261,7 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
     defaults = {name: type(config).model_fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-        if (name in given) or (idle[name] not in given and getattr(config, name) != default):
+        if name in given or (idle[name] not in given and getattr(config, name) != default):
             decider, wanted = _ONLY_WITH[name]
             raise UserError(
                 f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"

@@ -278,16 +278,12 @@ class AccelerateTracker(NoTracker):
         """Begin or continue at `step`."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        kind = LOGGER_TYPE_TO_CLASS[name]
         self._name = name
         self._tracker: Any = None
-        arguments: dict[str, Any] = {"run_name": config["wandb_project"] or _DEFAULT_PROJECT}
-        if kind.requires_logging_directory:
-            arguments = {"run_name": run_dir.name, "logging_dir": str(run_dir.absolute() / name)}
-        if name == "tensorboard":
-            arguments["purge_step"] = step + 1  # what an earlier start logged beyond the checkpoint that this one resumes from
         with self._giving_up():
-            tracker = kind(**arguments)
+            # What an earlier start logged beyond the checkpoint that this one resumes from is purged.
+            folder = str(run_dir.absolute() / name)
+            tracker = LOGGER_TYPE_TO_CLASS[name](run_name=run_dir.name, logging_dir=folder, purge_step=step + 1)
             tracker.start()
             self._tracker = tracker
             if step == 0:
@@ -300,9 +296,7 @@ class AccelerateTracker(NoTracker):
         from accelerate.tracking import get_available_trackers
 
         if name not in map(str, get_available_trackers()):
-            raise UserError(
-                f"log_with is {name}, whose package is not installed: pip install it (comet_ml, others by the same name), or leave it out"
-            )
+            raise UserError(f"log_with is {name}, whose package is not installed: pip install {name}, or leave it out")
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -326,10 +320,7 @@ class AccelerateTracker(NoTracker):
         with self._giving_up():
             for name, path in images.items():
                 image = Image.open(path).convert("RGB")
-                if self._name == "tensorboard":
-                    self._tracker.log_images({name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
-                else:
-                    self._tracker.log_images({name: [image]}, step=step)
+                self._tracker.log_images({name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
 
     def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._tracker is not None:
