@@ -18,10 +18,11 @@ from pathlib import Path
 
 from launch import cluster
 from launch.runs import RunState, find_runs, find_saved_step, is_run, read_own_note, read_state
-from mnist_dist.console import format_duration
+from mnist_dist.console import format_duration, make_table
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
+from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")
 _POLL_S = 1.0
@@ -68,13 +69,15 @@ def _list(folder: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps([{**dataclasses.asdict(run), "path": str(run.path)} for run in runs], indent=2))
     elif runs:
-        print(make_table([describe_run(run, folder) for run in runs], _HEADER))
+        names = {run.measure.partition("/")[2] for run in runs if run.measure}
+        best = names.pop().replace("_", " ") if len(names) == 1 else "best"
+        print(make_table([best if name == "best" else name for name in _HEADER], [describe_run(run, folder) for run in runs]))
     else:
         print(f"no runs in {folder}")
     return 0
 
 
-_HEADER = ("run", "state", "step", "loss", "accuracy", "images/s", "left", "restarts", "job", "nodes")
+_HEADER = ("run", "state", "step", "loss", "best", "images/s", "left", "restarts", "job", "nodes")
 
 
 def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
@@ -85,21 +88,13 @@ def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
         run.state + silent,
         f"{run.step}/{run.total}" if run.total else "",
         f"{run.loss:.4f}" if run.loss is not None else "",
-        f"{run.accuracy:.2%}" if run.accuracy is not None else "",
+        "" if run.best is None else format_measure(run.measure, run.best),
         f"{run.images_per_s:,.0f}" if run.images_per_s else "",
         format_duration(run.left_s) if run.left_s is not None else "",
         str(run.restarts or ""),
         run.job,
         run.nodes,
     )
-
-
-def make_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Rows as text in columns, without those that are empty."""
-    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    lines = [[line[column] for column in kept] for line in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(kept))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def follow(path: Path) -> int:

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
 from mnist_dist.options import Options, option
+from mnist_dist.source import BUILT_IN
 
 _PLACE = "The job"
 _LIMITS = "Time and restarts"
@@ -84,9 +85,9 @@ class Request(Options):
 def place_config(config: Config, request: Request) -> Config:
     """`config` as the job runs it: in absolute folders, and refusing another number of processes. Raises `UserError`."""
     config.check_world(request.world_size)
-    run_dir = check_folder(Path(config.run_dir))
-    data_dir = config.data_dir and str(Path(config.data_dir).absolute())
-    return config.model_copy(update={"run_dir": str(run_dir), "data_dir": data_dir, "world_size": request.world_size})
+    data_dir = config.task.data_dir and str(Path(config.task.data_dir).absolute())
+    placed = {"data_dir": data_dir, "world_size": request.world_size, "run_dir": str(check_folder(Path(config.run_dir)))}
+    return config.replace(**placed)
 
 
 def check_folder(folder: Path) -> Path:
@@ -99,5 +100,10 @@ def check_folder(folder: Path) -> Path:
 
 def list_arguments(config: Config) -> tuple[str, ...]:
     """The command line that makes `config`, whatever the file of --config says when the job starts."""
-    values, idle = config.model_dump(), config.find_idle()
-    return tuple(f"--{name}={value}" for name, value in values.items() if value != Config.model_fields[name].default and name not in idle)
+    values, fields, idle = config.values(), config.fields(), config.find_idle()
+    task = () if config.task.name == BUILT_IN else (f"--task={config.task.name}",)
+    return task + tuple(f"--{name}={_write(values[name])}" for name in fields if values[name] != fields[name].default and name not in idle)
+
+
+def _write(value: object) -> str:
+    return "none" if value is None else str(value)

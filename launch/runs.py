@@ -1,9 +1,7 @@
 """What is known of runs: from their folders, and of their jobs from Slurm. Reads only; imports no torch."""
 
 import contextlib
-import fcntl
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,28 +9,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.cluster import Job
-from mnist_dist.config import Config
+from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import is_marked
+from mnist_dist.lock import LOCK_FILE, find_process, is_locked_elsewhere, read_holder
 from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
-    LOCK_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
-    Holder,
     find_step,
     is_count,
+    is_number,
     list_newest_first,
     read_config,
-    read_holder,
     read_note,
     read_result,
     read_rows,
     read_starts,
+    with_noted_sizes,
 )
+from mnist_dist.task import format_measure
 
 T = TypeVar("T")
 
@@ -63,7 +62,8 @@ class RunState:
     step: int = 0
     total: int | None = None
     loss: float | None = None
-    accuracy: float | None = None
+    best: float | None = None  # the last value of the measure by which runs of its task are compared
+    measure: str = ""  # the name of that measure, such as test/accuracy
     images_per_s: float | None = None
     left_s: float | None = None
     silent_s: float | None = None
@@ -71,6 +71,14 @@ class RunState:
     job: str = ""
     nodes: str = ""
     pid: int | None = None  # of rank zero, where it runs on this machine
+
+
+def describe_best(run: RunState) -> str:
+    """The best measure of a run in words, such as `test accuracy 99.60%`; empty where there is none yet."""
+    if run.best is None:
+        return ""
+    split, _, name = run.measure.partition("/")
+    return f"{'held-out' if split == 'holdout' else split} {name.replace('_', ' ')} {format_measure(name, run.best)}"
 
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
@@ -103,9 +111,10 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
             return None
 
     config = read(CONFIG_FILE, lambda: read_config(path))
-    result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
-    rows = read(METRICS_FILE, lambda: read_rows(path, config or Config(), _TAIL_BYTES)) or []
     starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    config = with_noted_sizes(config, starts) if config else None
+    result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
+    rows = read(METRICS_FILE, lambda: read_rows(path, config or make_config({}), _TAIL_BYTES)) or []
     noted, ended = (read_own_note(path, name) for name in ("job", "end"))
     holder = read_holder(path)
     number = holder.job if holder else ""
@@ -115,13 +124,17 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
-    accuracies = [{**measured, **result}.get(f"{split}/accuracy") for split in ("holdout", "test")]
+    best = str(starts[-1].get("best") or "accuracy") if starts else "accuracy"  # older versions knew no other
+    measures = [f"{split}/{best}" for split in ("holdout", "test")]
+    found = {name: value for name in measures if is_number(value := {**measured, **result}.get(name))}
+    measure = next(iter(found), "")
     values: dict[str, Any] = {
         "path": path,
         "step": result.get("step") or max(measured.get("step") or 0, find_saved_step(path) or 0),
-        "total": config.total_steps if config else None,
+        "total": config.total_steps if config and config.has_sizes else None,
         "loss": measured.get("train/loss"),
-        "accuracy": next((accuracy for accuracy in accuracies if accuracy is not None), None),
+        "best": found.get(measure),
+        "measure": measure,
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
         "job": job.name if job else str(noted.get("job") or number),
@@ -130,7 +143,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     damage = f"damaged {', '.join(damaged)}" if damaged else ""
     if result:
         return RunState(state=_join("finished", damage), is_finished=True, **values)
-    pid = _find_process(path / LOCK_FILE, holder)
+    pid = find_process(path, holder)
     if job is not None and job.is_active:
         waits = job.state not in ("RUNNING", "COMPLETING")
         state = job.state.lower().replace("_", " ")
@@ -139,7 +152,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
         return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, is_waiting=waits, pid=pid, **values)
-    if pid is not None or _is_locked_elsewhere(path / LOCK_FILE, holder):
+    if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
     return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), **values)
@@ -185,30 +198,3 @@ def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:
     """RUN_DIR/slurm/NAME.json; empty where there is none, where it is damaged, or where the folder is a copy of the one that it is of."""
     note = read_note(run_dir / f"slurm/{name}.json")
     return note if is_marked(run_dir, str(note.get("folder", ""))) else {}
-
-
-def _find_process(lock: Path, holder: Holder | None) -> int | None:
-    """The process of this machine that holds the lock. To try the lock could make a run that starts just now believe that it is taken."""
-    if holder is None or holder.host != platform.node():
-        return None
-    try:
-        for descriptor in os.scandir(f"/proc/{holder.pid}/fd"):
-            if os.path.samefile(descriptor.path, lock):
-                return holder.pid
-    except OSError:
-        return None
-    return None
-
-
-def _is_locked_elsewhere(lock: Path, holder: Holder | None) -> bool:
-    """Whether another machine holds the lock, as far as the file system tells."""
-    if holder is None or holder.host == platform.node():
-        return False
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

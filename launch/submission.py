@@ -24,6 +24,8 @@ from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
 from mnist_dist.preemption import Stop
+from mnist_dist.source import find_root
+from mnist_dist.task import Task
 from mnist_dist.world import TORCH_VARIABLES
 
 _LOST = 1  # status of a job that has not noted how it ended
@@ -43,7 +45,9 @@ class _ScriptWriter(SlurmExecutor):
         return 2
 
 
-def make_slurm_executor(request: Request, folder: Path, count: int = 1, parallel: int | None = None, group: str = "") -> SlurmExecutor:
+def make_slurm_executor(
+    request: Request, folder: Path, count: int = 1, parallel: int | None = None, group: str = "", task: type[Task] | None = None
+) -> SlurmExecutor:
     """An executor for `count` runs that keeps its files in `folder`; makes no folder. More than one run become an array."""
     # A rank that has not yet come as far as its own signal handlers would die of USR1, and the job with it: until then it is ignored, and
     # one rank that heard it is enough. -P: a folder mnist_dist where the job was submitted is not the package.
@@ -69,7 +73,7 @@ def make_slurm_executor(request: Request, folder: Path, count: int = 1, parallel
             "requeue": True,
             "output": f"{folder}/{'%A_%a' if count > 1 else '%j'}.log",
         },
-        "setup": _list_setup(group),
+        "setup": _list_setup(group, task),
         "srun_args": _list_srun_arguments(request),
         "teardown": _list_teardown(request),
         "array_parallelism": parallel or count,
@@ -85,15 +89,21 @@ def write_script(executor: SlurmExecutor, count: int = 1) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _list_setup(group: str) -> list[str]:
+def _find_paths(task: type[Task] | None) -> list[str]:
+    """The folders in which a job finds this package, where it is a checkout, and the module of its task."""
+    folders = [find_package_folder(), None if task is None else find_root(task)]
+    return list(dict.fromkeys(str(folder) for folder in folders if folder is not None))
+
+
+def _list_setup(group: str, task: type[Task] | None) -> list[str]:
     lines = [
         "# scancel, requeue and preemption send TERM to this shell, too; it stays to hear how the training ended.",
         "trap : TERM",
         "export SUBMITIT_LOG_LEVEL=WARNING",
     ]
-    package = find_package_folder()
-    if package is not None:
-        lines.append(f"export PYTHONPATH={shlex.quote(str(package))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    paths = _find_paths(task)
+    if paths:
+        lines.append(f"export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}${{PYTHONPATH:+:$PYTHONPATH}}")
     if group:
         lines.append(f"export WANDB_RUN_GROUP={shlex.quote(group)}")
     return lines
@@ -142,7 +152,7 @@ def submit_to_slurm(
 ) -> list[tuple[str, Path]]:
     """Queue a job for each of `configs`, more than one as an array. Its name and log for each. Raises `UserError`."""
     made = _prepare_folders(configs, folder)
-    executor = make_slurm_executor(request, folder, len(configs), parallel, group)
+    executor = make_slurm_executor(request, folder, len(configs), parallel, group, type(configs[0].task))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
             jobs = executor.submit_array([_make_training(config) for config in configs])
@@ -172,7 +182,7 @@ def run_locally(
     """
     for config in configs:
         _prepare_folders([config], Path(config.run_dir) / "slurm")
-    _prepare_environment(group)
+    _prepare_environment(group, type(configs[0].task))
     waiting = deque((config, 0) for config in configs)
     active: dict[str, tuple[Config, int, LocalJob[None]]] = {}
     statuses: dict[str, int] = {}
@@ -246,13 +256,11 @@ def _make_private(folder: Path, job_id: str) -> None:
             pickle.chmod(0o600)
 
 
-def _prepare_environment(group: str) -> None:
+def _prepare_environment(group: str, task: type[Task]) -> None:
     """The environment of jobs on this machine: what an outer job or launcher left in it would mislead them."""
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in TORCH_VARIABLES]:
         del os.environ[name]
     os.environ["SUBMITIT_LOG_LEVEL"] = "WARNING"
-    package = find_package_folder()
-    if package is not None:
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*_find_paths(task), os.environ.get("PYTHONPATH"))))
     if group:
         os.environ["WANDB_RUN_GROUP"] = group

@@ -17,9 +17,9 @@ from typing import Any
 
 from launch import cluster
 from launch.request import Request, place_config
-from launch.runs import RunState, read_state
+from launch.runs import RunState, describe_best, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
-from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config
+from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, make_options
 from mnist_dist.program import make_printable, print_answer
@@ -35,28 +35,28 @@ def _submit(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.submit", "Submit a training as a job, by submitit.", usage="[--config FILE] [--option of the job or the training value ...]"
     )
+    task, recipe = find_given_task(arguments)
     parser.add_options(Request)
-    add_config_options(parser)
+    add_config_options(parser, task)
     given = parser.parse(arguments)
-    file = given.pop("config")
     request, config = collect_mistakes(
         lambda: read_request(given),
-        lambda: resolve_config({name: value for name, value in given.items() if name in Config.model_fields}, read_recipe(file)),
+        lambda: resolve_config({name: value for name, value in take_options(given).items() if name not in Request.model_fields}, recipe),
     )
     config, _ = collect_mistakes(lambda: place_config(config, request), lambda: compare_with_cluster(request))
     folder = Path(config.run_dir) / "slurm"
     if request.dry_run:
-        print(write_script(make_slurm_executor(request, folder)))
+        print(write_script(make_slurm_executor(request, folder, task=type(config.task))))
         return 0
     run = read_state(Path(config.run_dir), cluster.read_jobs())
     if not check_free(run, config):
-        print(f"{run.path} is finished, {config.evaluated_on} accuracy {run.accuracy:.2%}; nothing to do")
+        print(f"{run.path} is finished, {describe_best(run)}; nothing to do")
         return 0
     if request.cluster == "local":
         status = run_locally(request, [config])[config.run_dir]
         run = read_state(Path(config.run_dir), [])
-        accuracy = f", {config.evaluated_on} accuracy {run.accuracy:.2%}" if run.is_finished else ""
-        print(f"{run.path}: {run.state} after step {run.step}{accuracy}")
+        best = f", {describe_best(run)}" if run.is_finished else ""
+        print(f"{run.path}: {run.state} after step {run.step}{best}")
         return status
     [(job, log)] = submit_to_slurm(request, [config], folder)
     print(f"submitted job {job}: {request.world_size} processes on {request.nodes} nodes; log: {log}")

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,19 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from launch import cluster
-from launch.jobs import make_table
 from launch.request import Request, place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from launch.submit import collect_mistakes, compare_with_cluster, read_request, say
-from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config
+from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
+from mnist_dist.console import make_table
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Options, Parser, find_by_initials, make_options, option, path_argument, read_options_file
+from mnist_dist.options import Options, Parser, explain_unknown, find_by_initials, make_options, option, path_argument, read_options_file
 from mnist_dist.program import print_answer
 from mnist_dist.record import check_folder
+from mnist_dist.source import BUILT_IN, find_task
+from mnist_dist.task import Task, format_measure
 
 _RUNS_MAX = 1000  # Slurm's own limit for an array is 1001, unless its site raised it
-_FIXED_OPTIONS = ("run_dir", "data_dir", "world_size")  # each run has its own, or all have one
+_FIXED_OPTIONS = ("task", "run_dir", "data_dir", "world_size")  # each run has its own, or all have one
 
 
 class Sweep(Options):
@@ -58,15 +61,17 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         usage="FILE.yaml | option=value,value ... [--config FILE] [--option of the sweep, the job or the training value ...]",
     )
     parser.add_argument("words", nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")
+    task, recipe = _find_task(arguments)
     parser.add_options(Sweep)
     parser.add_options(Request)
-    add_config_options(parser)
+    add_config_options(parser, task)
     given = parser.parse(arguments)
-    file, fixed, axes, name = read_axes(given)
+    options = [*Config.model_fields, *task.model_fields]
+    fixed, axes, name = read_axes(given, options)
     sweep, request, configs = collect_mistakes(
         lambda: make_options(Sweep, {name: value for name, value in given.items() if name in Sweep.model_fields}),
         lambda: read_request(given),
-        lambda: combine(axes, fixed | {key: value for key, value in given.items() if key in Config.model_fields}, file, name),
+        lambda: combine(axes, fixed | {key: value for key, value in take_options(given).items() if key in options}, recipe, name),
     )
     placed, _ = collect_mistakes(
         lambda: collect_mistakes(*(partial(place_config, config, request) for config in configs)),
@@ -74,9 +79,9 @@ def _sweep(arguments: Sequence[str] | None) -> int:
     )
     folder = Path(placed[0].run_dir).parent
     if set(axes) != {"seed"} and not placed[0].holdout and not sweep.table:
-        say("note: the runs are compared on the test images; --holdout N sets training images apart to choose by")
+        say(f"note: the runs are compared on the test {task.samples}; --holdout N sets training {task.samples} apart to choose by")
     if request.dry_run:
-        executor = make_slurm_executor(request, folder / "slurm", len(placed), sweep.parallel, folder.name)
+        executor = make_slurm_executor(request, folder / "slurm", len(placed), sweep.parallel, folder.name, task)
         print(write_script(executor, len(placed)))
         return 0
     collect_mistakes(*(partial(check_folder, Path(config.run_dir), config) for config in placed))
@@ -102,12 +107,26 @@ def _read_runs(configs: Sequence[Config]) -> list[RunState]:
     return [read_state(Path(config.run_dir), jobs) for config in configs]
 
 
-def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, list[Any]], str]:
-    """The file of --config, the options that all runs share, the swept options with their values, and the sweep's name.
+def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
+    """The task of a sweep, and the options in its recipe. Looked for first, since the task's own options are part of the command line."""
+    parser = Parser("launch.sweep", "")
+    parser.add_argument("words", nargs="*")
+    parser.add_options(Sweep)
+    parser.add_options(Request)
+    add_config_options(parser, Task)
+    known, _ = parser.parse_known_args(arguments)
+    values: dict[str, Any] = {}
+    if known.words and "=" not in known.words[0] and os.path.isfile(expand_word(known.words[0])):
+        values = read_options_file(Path(expand_word(known.words[0])))
+    fixed, file = values.get("fixed"), known.config or values.get("config")
+    recipe = read_recipe(file if isinstance(file, str) else None)
+    named = fixed.get("task") if isinstance(fixed, dict) else None
+    return find_task(known.task or named or recipe.get("task", BUILT_IN)), recipe
 
-    Raises `UserError`.
-    """
-    words, file, name = given.pop("words"), given.pop("config"), "sweep"
+
+def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]], str]:
+    """The options that all runs share, the swept options with their values, and the sweep's name. Raises `UserError`."""
+    words, name = given.pop("words"), "sweep"
     fixed: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
     if words and "=" not in words[0]:
@@ -117,35 +136,35 @@ def read_axes(given: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[s
         unknown = [repr(key) for key in values if key not in ("config", "sweep", "fixed")]
         if unknown:
             raise UserError(f"{path} has {', '.join(unknown)}; allowed: config, sweep, fixed")
-        file = file or values.get("config")
-        fixed = _read_mapping(values, "fixed", path)
-        axes = _spell_out(_read_mapping(values, "sweep", path))
-        fixed = _spell_out(fixed)
+        axes = _spell_out(_read_mapping(values, "sweep", path), options)
+        fixed = _spell_out(_read_mapping(values, "fixed", path), options)
         wrong = [key for key, value in axes.items() if not isinstance(value, list)]
-        if wrong or not isinstance(file, str | None):
+        if wrong or not isinstance(values.get("config"), str | None):
             raise UserError(f"{path}: {wrong[0] if wrong else 'config'} needs {'a list of values, such as [0, 1]' if wrong else 'a name'}")
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
             raise UserError(f"{word!r} is not of the form option=value,value")
-        if _find_option(key) in axes:
-            raise UserError(f"{_find_option(key)} is swept twice: give all of its values at once")
-        axes[_find_option(key)] = [None if value == "none" else value for value in text.split(",")]
+        option_name = _find_option(key, options)
+        if option_name in axes:
+            raise UserError(f"{option_name} is swept twice: give all of its values at once")
+        axes[option_name] = [None if value == "none" else value for value in text.split(",")]
     if not axes or not all(axes.values()):
         raise UserError("nothing to sweep: expected option=value,value or a YAML file with `sweep:`")
-    both = [key for key in axes if key in given or key in fixed]
+    both = [key for key in axes if given.get(key) is not None or key in fixed]
     if both:
         raise UserError(f"{both[0]} is swept and also given one value: leave one of them out")
-    return file, fixed, axes, name
+    return fixed, axes, name
 
 
-def _spell_out(mapping: dict[str, Any]) -> dict[str, Any]:
+def _spell_out(mapping: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
     """`mapping` by the whole names of its options. Raises `UserError` where two keys mean one option."""
     spelt: dict[str, Any] = {}
     for key, value in mapping.items():
-        if _find_option(key) in spelt:
-            raise UserError(f"{_find_option(key)} stands there twice, once as {key!r}: leave one of them out")
-        spelt[_find_option(key)] = value
+        name = "task" if key == "task" else _find_option(key, options)
+        if name in spelt:
+            raise UserError(f"{name} stands there twice, once as {key!r}: leave one of them out")
+        spelt[name] = value
     return spelt
 
 
@@ -164,38 +183,34 @@ def _read_mapping(values: dict[str, Any], key: str, path: Path) -> dict[str, Any
     return mapping
 
 
-def _find_option(name: str) -> str:
+def _find_option(name: str, options: Sequence[str]) -> str:
     """The training option that `name` means: itself, or its initials where no other option has them. Raises `UserError`."""
-    if name in Config.model_fields:
-        if name in _FIXED_OPTIONS:
-            raise UserError(f"{name} cannot stand among a sweep's options: every run has its own folder, and all have one world and data")
-        return name
-    meant = find_by_initials(name, Config.model_fields)
+    if name in _FIXED_OPTIONS:
+        raise UserError(f"{name} cannot stand among a sweep's options: every run has its own folder, and all have one task, world and data")
+    meant = name if name in options else find_by_initials(name, options)
     if meant is None:
-        make_options(Config, {name: None})  # raises, with what was perhaps meant
-    assert meant is not None
+        raise UserError(explain_unknown(name, name, options))
     return meant
 
 
-def combine(axes: dict[str, list[Any]], given: dict[str, Any], file: str | None, name: str) -> list[Config]:
+def combine(axes: dict[str, list[Any]], given: dict[str, Any], recipe: dict[str, Any], name: str) -> list[Config]:
     """A config for each combination, in a folder of its own. Raises `UserError` with the mistakes of all of them."""
     count = math.prod(map(len, axes.values()))
     if count > _RUNS_MAX:
         raise UserError(f"the sweep has {count} combinations; at most {_RUNS_MAX} are allowed")
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     given = {"run_dir": f"runs/{name}"} | given
-    recipe = read_recipe(file)
     configs = collect_mistakes(*(partial(resolve_config, given | values, recipe) for values in combinations))
     folder = Path(configs[0].run_dir)
     placed = {}
     for config in configs:
-        name = ",".join(f"{axis}={_show(getattr(config, axis))}" for axis in axes)
+        name = ",".join(f"{axis}={_show(config.values()[axis])}" for axis in axes)
         if "/" in name:
             raise UserError(f"{name[:80]} is to be the name of a run's folder, which cannot hold a /: sweep another option")
         run_dir = folder / name
         if len(run_dir.name) > 200:
             raise UserError(f"{run_dir.name[:60]}... is too long for a folder's name: sweep fewer options")
-        placed[run_dir] = config.model_copy(update={"run_dir": str(run_dir)})  # 0.1 and 0.10 are one run
+        placed[run_dir] = config.replace_run_dir(run_dir)  # 0.1 and 0.10 are one run
     return list(placed.values())
 
 
@@ -208,23 +223,23 @@ def make_results(axes: list[str], configs: Sequence[Config], runs: Sequence[RunS
     groups: dict[tuple[str, ...], list[tuple[Config, RunState]]] = {}
     shown = [axis for axis in axes if axis != "seed"]
     for config, run in zip(configs, runs, strict=True):
-        groups.setdefault(tuple(_show(getattr(config, axis)) for axis in shown), []).append((config, run))
-    rows = []
+        groups.setdefault(tuple(_show(config.values()[axis]) for axis in shown), []).append((config, run))
+    task, rows = configs[0].task, []
     for values, members in groups.items():
-        accuracies = [run.accuracy for _, run in members if run.is_finished and run.accuracy is not None]
-        mean = statistics.mean(accuracies) if accuracies else None
-        spread = f"{statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else ""
+        found = [run.best for _, run in members if run.is_finished and run.best is not None]
+        mean = statistics.mean(found) if found else None
+        spread = format_measure(task.best, statistics.stdev(found)) if len(found) > 1 else ""
         by_state: dict[str, list[str]] = {}
         for config, run in members:
             by_state.setdefault(run.state, []).append(f"{config.seed}")
         states = "; ".join(
             state + (f" (seed {', '.join(seeds)})" if len(by_state) > 1 and "seed" in axes else "") for state, seeds in by_state.items()
         )
-        cells = (*values, "" if mean is None else f"{mean:.2%}", spread, f"{len(accuracies)}/{len(members)}", states)
-        rows.append((-1.0 if mean is None else mean, cells))
-    rows.sort(key=lambda row: row[0], reverse=True)
-    header = (*shown, f"{configs[0].evaluated_on} accuracy", "spread", "finished", "state")
-    return make_table([cells for _, cells in rows], header)
+        cells = (*values, "" if mean is None else format_measure(task.best, mean), spread, f"{len(found)}/{len(members)}", states)
+        rows.append((mean, cells))
+    rows.sort(key=lambda row: math.inf if row[0] is None else -row[0] if task.higher_is_better else row[0])
+    header = (*shown, f"{configs[0].evaluated_on} {task.best.replace('_', ' ')}", "spread", "finished", "state")
+    return make_table(header, [cells for _, cells in rows])
 
 
 if __name__ == "__main__":

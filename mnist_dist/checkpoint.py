@@ -24,7 +24,8 @@ from mnist_dist.record import find_step, list_newest_first
 
 FORMAT = 2
 
-_BYTES_MAX = 512 << 20
+# What a checkpoint has beside its tensors: a recipe, the steps of a million rows, and the zip file's own lists.
+_ROOM_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -35,11 +36,11 @@ class Saved(NamedTuple):
     content: bytes
 
 
-def encode(state: dict[str, Any]) -> bytes:
+def encode(state: dict[str, Any]) -> memoryview:
     """`state` as the bytes of a checkpoint."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
 def decode(content: bytes) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def decode(content: bytes) -> dict[str, Any]:
     return state
 
 
-def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
+def write(folder: Path, step: int, content: bytes | memoryview, keep: int) -> Path:
     """Write a checkpoint atomically, then delete all but the newest `keep`. Raises OSError; the older ones are then still there."""
     folder.mkdir(exist_ok=True)  # somebody may have removed it
     path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
@@ -75,8 +76,8 @@ def write(folder: Path, step: int, content: bytes, keep: int) -> Path:
     return path
 
 
-def read_newest(folder: Path) -> Saved | None:
-    """The newest valid checkpoint in `folder`; None where there is no checkpoint at all.
+def read_newest(folder: Path, model_bytes: int) -> Saved | None:
+    """The newest valid checkpoint in `folder` of a model of so many bytes; None where there is no checkpoint at all.
 
     Names on the log what it skips. Raises `RunError` if there are checkpoints but none is valid: that must not become a fresh start; and
     if one cannot be read: it may be valid, and the rows of the record up to its step would be lost.
@@ -84,7 +85,7 @@ def read_newest(folder: Path) -> Saved | None:
     paths = list_newest_first(folder)
     for path in paths:
         try:
-            content = read_file(path, _BYTES_MAX)
+            content = read_file(path, _ROOM_BYTES + 4 * model_bytes)  # an optimizer keeps at most three numbers for each of the model's
         except OSError as error:
             raise RunError(
                 f"checkpoint {path} cannot be read ({error.strerror or error}): the same command tries again; "
@@ -100,7 +101,7 @@ def read_newest(folder: Path) -> Saved | None:
     return None
 
 
-def _checksum(content: bytes) -> str:
+def _checksum(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -112,7 +113,7 @@ class Writer:
         self.keep = keep
         self._sync_record = sync_record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[Path] | None = None
+        self._running: Future[None] | None = None
         self._took_s: float | None = None
 
     def is_free(self, step: int) -> bool:
@@ -122,16 +123,21 @@ class Writer:
         _log.warning("no checkpoint at step %d: the disk of %s is still busy with the last one", step, self.folder)
         return False
 
-    def submit(self, step: int, content: bytes) -> None:
-        """Begin to write, once the last one is written (`is_free`). A failure is a warning: training goes on."""
-        self._report()
-        self._running = self._thread.submit(self._write, step, content)
+    def submit(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to write a copy of the state, once the last one is written (`is_free`). A failure is a warning: training goes on.
 
-    def finish(self, step: int, content: bytes) -> Path:
+        One whose weights are not finite is not written; the next row of the record will tell.
+        """
+        self._report()
+        self._running = self._thread.submit(self._write_if_finite, step, state)
+
+    def finish(self, step: int, state: dict[str, Any]) -> Path:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
         self.close()
+        if not _is_finite(state):
+            raise RunError(f"the weights are not finite after step {step}; the run stops here and keeps its last checkpoint")
         try:
-            return self._write(step, content)
+            return self._write(step, state)
         except OSError as error:
             raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}") from error
 
@@ -144,8 +150,13 @@ class Writer:
         """How long the last checkpoint took to write, under the name that a row has for it; nothing before the first."""
         return {} if self._took_s is None else {"health/checkpoint_s": round(self._took_s, 3)}
 
-    def _write(self, step: int, content: bytes) -> Path:
+    def _write_if_finite(self, step: int, state: dict[str, Any]) -> None:
+        if _is_finite(state):
+            self._write(step, state)
+
+    def _write(self, step: int, state: dict[str, Any]) -> Path:
         begun_s = time.monotonic()
+        content = encode(state)
         self._sync_record()  # the rows up to this step must be on the disk before a checkpoint says that they are done
         path = write(self.folder, step, content, self.keep)
         self._took_s = time.monotonic() - begun_s
@@ -159,3 +170,7 @@ class Writer:
             elif error is not None:
                 raise error
             self._running = None
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in state["model"].values() if tensor.is_floating_point())

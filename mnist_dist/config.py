@@ -7,32 +7,20 @@ import functools
 import os
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
 
 from mnist_dist.errors import UserError
-from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
+from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file, trait
+from mnist_dist.source import BUILT_IN, Unknown, find_task
+from mnist_dist.task import Task
 
-# (training, test) images of each data set. All have 28 x 28 grey pixels.
-DATASET_SIZES = {
-    "mnist": (60_000, 10_000),
-    "fashion_mnist": (60_000, 10_000),
-    "kmnist": (60_000, 10_000),
-    "qmnist": (60_000, 60_000),
-    "synthetic": (4_096, 1_024),
-}
-EMBEDDED_DATASETS = ("mnist", "synthetic")
-CLASSES = 10
-DIGITS = tuple(str(digit) for digit in range(CLASSES))
-_CLASS_NAMES = {
-    "fashion_mnist": ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"),
-    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-}
-
+SIZE_NAMES = ("training_samples", "test_samples")
 _STEPS_MAX = 10**9
 # Options that matter only while another one has one of some values.
 _MIRRORED = ("wandb", ("auto", "online", "offline"))
@@ -49,8 +37,9 @@ _setting = option  # says where or how to run, not what is trained: it may diffe
 
 
 class Config(Options):
-    """All options of a training run. Immutable; raises `pydantic.ValidationError` on a value that is not allowed."""
+    """All options of a training run: its own, and those of its task. Immutable; `make_config` makes one of values by their names."""
 
+    task: Task
     run_dir: str = _setting(
         "The run folder", "runs/mnist", "folder of this run; the same command in the same folder continues it", folder=True, min_length=1
     )
@@ -70,20 +59,18 @@ class Config(Options):
         "The run folder", None, "another of Accelerate's trackers, beside W&B; its package must be installed"
     )
 
-    dataset: Literal["mnist", "fashion_mnist", "kmnist", "qmnist", "synthetic"] = _option(
-        "The data", "mnist", "mnist and synthetic come with the package, the others from --data_dir"
-    )
-    data_dir: str | None = _setting("The data", None, "folder with the files of a data set that is not embedded", folder=True)
-    download: bool = _setting("The data", False, "fetch missing files into --data_dir")
-    train_size: int | None = _option("The data", None, "use only the first N training images; none: all", ge=1)
-    test_size: int | None = _option("The data", None, "use only the first N test images; none: all", ge=1)
+    train_size: int | None = _option("The data", None, "use only the first N training samples; none: all", ge=1)
+    test_size: int | None = _option("The data", None, "use only the first N test samples; none: all", ge=1)
     holdout: int = _option(
-        "The data", 0, "training images set apart, on which the run is evaluated instead of the test images: to choose a recipe", ge=0
+        "The data", 0, "training samples set apart, on which the run is evaluated instead of the test samples: to choose a recipe", ge=0
+    )
+    workers: int = _setting(
+        "The data", 0, "processes that read the samples of a data set that is not kept in memory, beside each process", ge=0, le=1024
     )
 
-    epochs: int = _option("The training", 3, "passes over the training images", ge=1, le=_STEPS_MAX)
+    epochs: int = _option("The training", 3, "passes over the training samples", ge=1, le=_STEPS_MAX)
     steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
-    batch_size: int = _option("The training", 64, "images of one step, over all processes together", ge=1)
+    batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
     optimizer: Literal["muon", "sgd", "adamw"] = _option(
         "The training", "muon", "optimizer; muon: orthogonal updates, AdamW for the biases"
     )
@@ -97,17 +84,18 @@ class Config(Options):
     momentum: float = _option("The training", 0.95, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
     nesterov: bool = _option("The training", True, "sgd: Nesterov's momentum, else the classical one")
     weight_decay: float = _option("The training", 0.01, "weight decay of the optimizer", ge=0, le=10)
-    label_smoothing: float = _option("The training", 0.1, "label smoothing of the training loss (fraction)", ge=0, lt=1)
-    seed: int = _option("The training", 0, "seed of weights, order and augmentation", ge=0, lt=2**63)
-
-    rotation: float = _option("The augmentation", 8.0, "largest random rotation (degrees)", ge=0, le=180)
-    shear: float = _option("The augmentation", 8.0, "largest random shear (degrees)", ge=0, le=60)
-    scale: float = _option("The augmentation", 0.08, "largest random change of size (fraction)", ge=0, le=0.9)
-    shift: float = _option("The augmentation", 2.0, "largest random shift along each axis (pixels)", ge=0, le=28)
+    clip_norm: float | None = _option("The training", None, "longest gradient: a longer one is shortened to this 2-norm; none: any", gt=0)
+    seed: int = _option("The training", 0, "seed of weights, order and random numbers", ge=0, lt=2**63)
 
     device: Literal["auto", "cpu", "cuda"] = _setting("The machine", "auto", "auto: CUDA where there is a GPU, else the CPU")
     precision: Literal["auto", "fp32", "bf16"] = _setting(
         "The machine", "auto", "auto: bfloat16 where the machine computes it natively, else float32"
+    )
+    micro_batch: int | None = _setting(
+        "The machine",
+        None,
+        "samples that a process computes at once, where its part of a batch is too much for its memory; none: all",
+        ge=1,
     )
     cuda_graph: bool = _setting("The machine", False, "one process on a GPU: record a step as a CUDA graph and replay it")
     threads: int = _setting(
@@ -122,50 +110,83 @@ class Config(Options):
     )
     timeout_s: float = _setting("The machine", 300.0, "how long a process waits for a silent one (seconds)", ge=1, le=86_400)
 
+    _sizes: tuple[int, int] | None = PrivateAttr(None)
+
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
-        embedded = self.dataset in EMBEDDED_DATASETS
-        if embedded and (self.data_dir is not None or self.download):
-            raise ValueError(f"data_dir and download have no use with dataset {self.dataset}, which comes with the package: leave them out")
-        if not embedded and self.data_dir is None:
-            raise ValueError(f"dataset {self.dataset} needs data_dir: the folder with its files (add --download to fetch them)")
-        for name, most in zip(("train_size", "test_size"), DATASET_SIZES[self.dataset], strict=True):
-            if (getattr(self, name) or 0) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}; dataset {self.dataset} has {most} images: at most {most} is allowed")
+        self._sizes = self.task.sizes
         if self.holdout and self.test_size is not None:
-            raise ValueError("test_size has no use with holdout, which evaluates on training images: leave one of them out")
-        if self.training_images < 1:
-            raise ValueError(f"holdout is {self.holdout}; allowed: less than the {self.training_images + self.holdout} training images")
-        if self.batch_size > self.training_images:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, more than the {self.training_images} training images; at most that many are allowed"
-            )
+            raise ValueError("test_size has no use with holdout, which evaluates on training samples: leave one of them out")
+        if self._sizes is not None:
+            self._check_sizes()
         return self
 
+    def _check_sizes(self) -> None:
+        assert self._sizes is not None
+        samples = self.task.samples
+        for name, most in zip(("train_size", "test_size"), self._sizes, strict=True):
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; there are {most} {samples}: at most {most} is allowed")
+        count = self.training_samples
+        if count < 1:
+            raise ValueError(f"holdout is {self.holdout}; allowed: less than the {count + self.holdout} training {samples}")
+        if self.batch_size > count:
+            raise ValueError(f"batch_size is {self.batch_size}, more than the {count} training {samples}; at most that many are allowed")
+
+    def with_sizes(self, sizes: tuple[int, int]) -> "Config":
+        """The same config, where the data are known to hold so many samples to train on and to test on. Raises `UserError`."""
+        if self.task.sizes not in (None, sizes):
+            raise UserError(f"task {self.task.name} says that its sizes are {self.task.sizes}, but it has loaded {sizes} samples")
+        config = self.model_copy()
+        config._sizes = sizes
+        try:
+            config._check_sizes()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return config
+
+    def with_facts(self, facts: Mapping[str, Any]) -> "Config":
+        """The same config, its task with the facts of its data."""
+        return self.model_copy(update={"task": self.task.with_facts(facts)})
+
+    def replace_run_dir(self, run_dir: Path | str) -> "Config":
+        """The same config in another folder."""
+        return self.model_copy(update={"run_dir": str(run_dir)})
+
+    def name_sizes(self) -> dict[str, int]:
+        """How many samples the data hold to train on and to test on, as starts.jsonl notes them."""
+        return dict(zip(SIZE_NAMES, self._sizes or (), strict=False))
+
     @property
-    def training_images(self) -> int:
-        """Number of images that are trained on."""
-        return (self.train_size or DATASET_SIZES[self.dataset][0]) - self.holdout
+    def has_sizes(self) -> bool:
+        """Whether the number of samples is known; until then the steps of the run are not, but for a run of --steps."""
+        return self._sizes is not None
+
+    @property
+    def training_samples(self) -> int:
+        """Number of samples that are trained on."""
+        assert self._sizes is not None, "the data are loaded first"
+        return (self.train_size or self._sizes[0]) - self.holdout
 
     @property
     def evaluated_on(self) -> str:
-        """What the images that the run is evaluated on are called: `test` or `held-out`."""
+        """What the samples that the run is evaluated on are called: `test` or `held-out`."""
         return "held-out" if self.holdout else "test"
 
     @property
     def evaluated_split(self) -> str:
-        """The name of these images in the record and in result.json: `test`, or `holdout`."""
+        """The name of these samples in the record and in result.json: `test`, or `holdout`."""
         return "holdout" if self.holdout else "test"
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the ten classes of the data set."""
-        return _CLASS_NAMES.get(self.dataset, DIGITS)
+    def best(self) -> str:
+        """The name, in the record and in result.json, of the measure by which runs of this task are compared."""
+        return f"{self.evaluated_split}/{self.task.best}"
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in one pass; the incomplete last batch of a pass is left out, the same in every world."""
-        return self.training_images // self.batch_size
+        return self.training_samples // self.batch_size
 
     @property
     def total_steps(self) -> int:
@@ -193,12 +214,24 @@ class Config(Options):
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide what is trained: two starts of one run must agree on them. One without effect has its default."""
-        idle = self.find_idle()
-        return {
-            name: field.default if name in idle else getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if field.json_schema_extra["recipe"]  # type: ignore[index]
-        }
+        idle, values, fields = self.find_idle(), self.values(), self.fields()
+        own = {name: fields[name].default if name in idle else values[name] for name, field in fields.items() if trait(field, "recipe")}
+        extra = self.task.values if isinstance(self.task, Unknown) else {}
+        return {"task": self.task.short_name} | own | extra
+
+    def fields(self) -> dict[str, FieldInfo]:
+        """The options by their names, those of the task among them, but for the task itself."""
+        return {name: field for name, field in (type(self).model_fields | type(self.task).model_fields).items() if name != "task"}
+
+    def values(self) -> dict[str, Any]:
+        """The value of each option by its name, the name of the task among them; `make_config` makes an equal config of them."""
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "task"}
+        return {"task": self.task.name} | own | self.task.model_dump()
+
+    def replace(self, **values: Any) -> "Config":
+        """The config with some options changed. Raises `UserError`."""
+        config = make_config(self.values() | values, task=type(self.task))
+        return config.with_sizes(self._sizes) if self._sizes is not None and not config.has_sizes else config
 
     @classmethod
     def allowed(cls, name: str) -> tuple[Any, ...]:
@@ -212,12 +245,36 @@ class Config(Options):
 
     def to_yaml(self) -> str:
         """The config as YAML text that `read_options_file` reads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
 
 
-def make_config(values: dict[str, Any], source: str = "") -> Config:
-    """Validate `values`. Raises `UserError` that names every wrong option, its value and what is allowed."""
-    return make_options(Config, values, source)
+def make_config(values: dict[str, Any], source: str = "", task: type[Task] | None = None) -> Config:
+    """The config in which options have these values; of `task`, or else of the task that they name, whose code is run.
+
+    Raises `UserError` that names every wrong option, its value and what is allowed.
+    """
+    task = task or find_task(values.get("task", BUILT_IN))
+    own = {name: value for name, value in values.items() if name in Config.model_fields and name != "task"}
+    rest = {name: value for name, value in values.items() if name not in Config.model_fields}
+    if task.name != BUILT_IN:
+        own = {"run_dir": f"runs/{Path(task.name).stem}"} | own
+    mistakes: list[str] = []
+    try:
+        chosen = make_options(task, rest, source, Config.model_fields)
+    except UserError as error:
+        mistakes, chosen = str(error).splitlines(), task()
+    try:
+        config = make_options(Config, {"task": chosen, **own}, source, task.model_fields)
+    except UserError as error:
+        mistakes += str(error).splitlines()
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return config
+
+
+def configure(**values: Any) -> Config:
+    """`make_config` of options by their names, as a notebook has them."""
+    return make_config(values)
 
 
 def find_config_file(name: str) -> Path:
@@ -229,7 +286,7 @@ def find_config_file(name: str) -> Path:
     recipe = recipes / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent in (Path(), Path("configs")) and os.path.isfile(recipe):
         return recipe
-    names = ", ".join(sorted(file.stem for file in recipes.glob("*.yaml") if file.stem != "sweep"))  # that one is for launch.sweep
+    names = ", ".join(sorted(file.stem for file in recipes.glob("*.yaml") if "sweep" not in read_options_file(file)))
     raise UserError(f"config is {reprlib.repr(name)}, which is not a file; recipes that come with the package: {names}")
 
 
@@ -246,19 +303,21 @@ def read_recipe(file: str | None) -> dict[str, Any]:
     path = find_config_file(file)
     values = read_options_file(path)
     # The file alone need not be complete (data_dir may come from the command line), but its own keys and values must be right.
-    unknown_keys = [key for key in values if key not in Config.model_fields]
-    if unknown_keys:
-        make_config({key: values[key] for key in unknown_keys}, str(path))
+    task = find_task(values.get("task", BUILT_IN))
+    unknown = {key: value for key, value in values.items() if key not in Config.model_fields and key not in task.model_fields}
+    if unknown and "task" in values:
+        make_config(unknown, str(path), task)
     return values
 
 
 def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
     """The config that the options `given` make of those in a `recipe`. Raises `UserError`."""
     config = make_config((recipe or {}) | given)
-    if len(recipe or {}) > len(Config.model_fields) // 2:  # the config.yaml of a run, which holds every option
+    fields = config.fields()
+    if len(recipe or {}) > len(fields) // 2:  # the config.yaml of a run, which holds every option
         given = dict(given) | {decider: None for decider, _ in _ONLY_WITH.values()}
     idle = config.find_idle()
-    defaults = {name: type(config).model_fields[name].default for name in idle}
+    defaults = {name: fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
         if name in given or (idle[name] not in given and getattr(config, name) != default):
@@ -266,27 +325,48 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
             raise UserError(
                 f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
             )
-    return config.model_copy(update=defaults)
+    return config.replace(**defaults) if defaults else config
 
 
-def add_config_options(parser: Parser) -> None:
-    """Add --config and every option of a `Config`."""
-    parser.add_argument("--config", metavar="FILE", type=path_argument, help="YAML file of options, or the name of a recipe, such as smoke")
+def find_given_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
+    """The task that a command line names, itself or in the file of --config, and the options in that file. Raises `UserError`.
+
+    Looked for first, since the task's own options are part of the command line.
+    """
+    parser = Parser("mnist_dist", "")
+    _add_sources(parser)
+    known, _ = parser.parse_known_args(arguments)
+    recipe = read_recipe(known.config)
+    return find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task), recipe
+
+
+def add_config_options(parser: Parser, task: type[Task]) -> None:
+    """Add --config, --task and every option of a `Config` of `task`."""
+    _add_sources(parser)
     parser.add_options(Config)
+    parser.add_options(task)
+
+
+def _add_sources(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", type=path_argument, help="YAML file of options, or the name of a recipe, such as smoke")
+    parser.add_argument(
+        "--task", metavar="NAME", help="what is trained: mnist, a module, or a file such as path/my_task.py (default: mnist)"
+    )
 
 
 def parse_command_line(arguments: Sequence[str] | None = None) -> Config:
     """The config that the command line asks for. Exits 0 after --help or --print_config; raises `UserError` on a mistake."""
+    task, recipe = find_given_task(arguments)
     parser = Parser(
         "mnist_dist.train",
-        "Train the CNN. Defaults < the file of --config < options given here.",
-        usage="[--config FILE] [--option value ...]",
+        "Train the CNN, or a task of your own. Defaults < the file of --config < options given here.",
+        usage="[--config FILE] [--task NAME] [--option value ...]",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved options as YAML and exit")
-    add_config_options(parser)
+    add_config_options(parser, task)
     given = parser.parse(arguments)
-    file, print_config = given.pop("config"), given.pop("print_config")
-    config = resolve_config(given, read_recipe(file))
+    print_config = given.pop("print_config")
+    config = resolve_config(take_options(given), recipe)
     if print_config:
         try:
             sys.stdout.buffer.write(config.to_yaml().encode(errors="backslashreplace"))
@@ -295,3 +375,8 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> Config:
             raise UserError(f"the options cannot be printed: {error.strerror}") from error
         raise SystemExit(os.EX_OK)
     return config
+
+
+def take_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config among those that a parser found."""
+    return {name: value for name, value in given.items() if name != "config" and (name != "task" or value is not None)}

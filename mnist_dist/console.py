@@ -3,15 +3,17 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from mnist_dist.config import Config
 from mnist_dist.program import make_printable
+from mnist_dist.task import format_measure
 
 _log = logging.getLogger("mnist_dist")
 
@@ -71,7 +73,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{row['train/loss']:.4f}", refresh=False)
-        if self._bar is None or f"{self._config.evaluated_split}/accuracy" in row:
+        if self._bar is None or self._config.best in row:
             _log.info("%s", self._describe(row))
 
     def _describe(self, row: dict[str, Any]) -> str:
@@ -83,11 +85,12 @@ class Progress:
             f"epoch {row['epoch']:.2f}",
             f"loss {row['train/loss']:.4f}",
             f"learning rate {row['train/learning_rate']:.2g}",
-            f"{row['train/images_per_s']:,.0f} images/s",
+            f"{row['train/images_per_s']:,.0f} {self._config.task.samples}/s",
         ]
-        split = self._config.evaluated_split
-        if f"{split}/accuracy" in row:
-            words.append(f"{self._config.evaluated_on} loss {row[f'{split}/loss']:.4f}, accuracy {row[f'{split}/accuracy']:.2%}")
+        if self._config.best in row:
+            names = dict.fromkeys(("loss", self._config.task.best))
+            measures = (f"{name} {format_measure(name, row[f'{self._config.evaluated_split}/{name}'])}" for name in names)
+            words.append(f"{self._config.evaluated_on} {', '.join(measures)}")
         words.append(f"{format_duration(pace * (self._total - step))} left")
         return ", ".join(words)
 
@@ -107,3 +110,18 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
+    texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell) for cell in row] for row in rows]
+    columns = [index for index in range(len(header)) if any(row[index] for row in texts)]
+    lines = []
+    for line in (header, *texts):
+        cells = []
+        for index in columns:
+            width = max(len(text) for text in (header[index], *(row[index] for row in texts)))
+            is_number = all(re.fullmatch(r"[-+]?[\d.,]+%?|-|\.|", row[index]) for row in texts)
+            cells.append(line[index].rjust(width) if is_number else line[index].ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,253 +1,242 @@
-"""The data: embedded MNIST, torchvision's relatives, a synthetic set; the sampler and the loader.
+"""The samples of a task, in the order of the steps: which of them a step takes, and how they reach the device.
 
-A data set is one uint8 tensor on the device, so a batch is one gather: there are no worker processes to seed, feed or restore.
+A data set that is kept in memory lies on the device, so a batch is one gather: there are no worker processes to seed, feed or restore. Any
+other is read sample by sample, in this process or by workers, each sample under its own seed.
 """
 
-import gzip
+import contextlib
+import ctypes
 import hashlib
 import io
-import json
-import lzma
 import os
-import zlib
+import random
+import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from mnist_dist.config import CLASSES, DATASET_SIZES, Config
-from mnist_dist.errors import UserError
-from mnist_dist.files import read_file
-from mnist_dist.randomness import derive_seed, make_generator
+from mnist_dist.config import Config
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.preemption import STOP_SIGNALS
+from mnist_dist.randomness import derive_seed
+from mnist_dist.source import describe_exception, explaining
+from mnist_dist.task import Data, Task
 
-_FILE_BYTES_MAX = 64 << 20  # the largest has 47 MB
-_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_QMNIST = ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int", "qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int")
-# The name that torchvision gives the class and the folder of a data set, and its files: images and labels to train on, then to test on.
-_FILES = {"fashion_mnist": ("FashionMNIST", _IDX), "kmnist": ("KMNIST", _IDX), "qmnist": ("QMNIST", _QMNIST)}
+_EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_PROBED = 4  # samples by which a data set is known, and a model is tried
 
 
 class Share(NamedTuple):
-    """What one rank trains on in one step: int64 `indices` [batch_size / world_size] into the training split."""
+    """What one rank takes of one step: int64 `indices` into a split, and for each sample its place in the global batch."""
 
     step: int
     indices: Tensor
+    places: range
 
 
 class Batch(NamedTuple):
-    """A share with its images uint8 [n, 28, 28] and labels int64 [n] on the device."""
+    """A share with its samples: the tensors of a data set in memory, or what the task's `collate` made; on the device."""
 
     step: int
     indices: Tensor
-    images: Tensor
-    labels: Tensor
+    samples: Any
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 [n, 28, 28] and their labels int64 [n]."""
+class _Failure(NamedTuple):
+    """What a worker sends instead of a batch."""
 
-    images: Tensor
-    labels: Tensor
+    reason: str
+
+
+class InMemory:
+    """A `TensorDataset` on the device."""
+
+    def __init__(self, split: TensorDataset, device: torch.device) -> None:
+        self.tensors = tuple(tensor.to(device) for tensor in split.tensors)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.tensors[0])
 
-    def __getitems__(self, share: "Share") -> "Batch":
+    def __getitems__(self, share: Share) -> Batch:
         """A DataLoader calls this once for each batch."""
-        where = share.indices.to(self.images.device, non_blocking=True)
-        # Whole images are copied; by images[where] it would be a pixel at a time, which on a CPU takes six times as long.
-        return Batch(share.step, share.indices, self.images.index_select(0, where), self.labels.index_select(0, where))
-
-    def first(self, size: int | None) -> "Split":
-        """The first `size` images; all where it is None."""
-        return Split(self.images[:size], self.labels[:size])
-
-    def to(self, device: torch.device) -> "Split":
-        """The same split on `device`."""
-        return Split(self.images.to(device), self.labels.to(device))
+        where = share.indices.to(self.tensors[0].device, non_blocking=True)
+        # Whole samples are copied; by tensor[where] it would be a number at a time, which on a CPU takes six times as long.
+        return Batch(share.step, share.indices, tuple(tensor.index_select(0, where) for tensor in self.tensors))
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """The splits of a data set, and the mean and standard deviation of the pixels of `train` on the scale 0 to 1.
+class Seeded:
+    """Any other map-style data set. Sample i of a batch is read under a seed of its own, so that it is the same wherever it is read."""
 
-    `holdout` is the part of the training images that `Config.holdout` sets apart, or None.
-    """
+    def __init__(self, split: Dataset[Any], task: Task, seed: int, what: str) -> None:
+        self.split = split
+        self.task = task
+        self.seed = seed
+        self.what = what
+        # Which sample a worker is at, for the message about one that dies or hangs. Memory that the processes share.
+        self.at: Tensor | None = None
 
-    train: Split
-    test: Split
-    holdout: Split | None
-    mean: float
-    std: float
+    def __len__(self) -> int:
+        return len(self.split)  # type: ignore[arg-type]
 
-    @property
-    def evaluated(self) -> Split:
-        """The images on which a run is evaluated."""
-        return self.test if self.holdout is None else self.holdout
-
-    def fingerprint(self) -> str:
-        """A short hash of the training split, by which a checkpoint knows the data it was trained on."""
-        digest = hashlib.sha256(self.train.images.cpu().numpy().tobytes())
-        digest.update(self.train.labels.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def to(self, device: torch.device) -> "Dataset":
-        """The same data on `device`."""
-        holdout = None if self.holdout is None else self.holdout.to(device)
-        return replace(self, train=self.train.to(device), test=self.test.to(device), holdout=holdout)
-
-
-def load_dataset(config: Config) -> Dataset:
-    """The data set of `config`, on the CPU. Raises `UserError` for a missing or damaged file."""
-    if config.dataset == "mnist":
-        train, test = _load_embedded_mnist()
-    elif config.dataset == "synthetic":
-        train, test = (_make_synthetic(size, part) for size, part in zip(DATASET_SIZES["synthetic"], ("train", "test"), strict=True))
-    else:
-        assert config.data_dir is not None, "Config checks this"
-        train, test = _load_files(config.dataset, Path(config.data_dir), config.download)
-    for split, part, size in zip((train, test), ("training", "test"), DATASET_SIZES[config.dataset], strict=True):
-        if (
-            split.images.shape != (size, 28, 28)
-            or split.images.dtype != torch.uint8
-            or split.labels.shape != (size,)
-            or not _are_labels(split.labels)
-        ):
-            raise UserError(
-                f"the {part} files of {config.dataset} hold images {list(split.images.shape)} and labels {list(split.labels.shape)}; "
-                f"expected [{size}, 28, 28], and as many labels from 0 to {CLASSES - 1}"
-            )
-    train, holdout = _hold_out(train.first(config.train_size), config.holdout)
-    return Dataset(train, test.first(config.test_size), holdout, *_measure(train.images))
-
-
-def _hold_out(split: Split, count: int) -> tuple[Split, Split | None]:
-    """`split` without `count` of its images, evenly spread and the same for every seed, and those images."""
-    if not count:
-        return split, None
-    held = torch.zeros(len(split), dtype=torch.bool)
-    held[torch.arange(count) * len(split) // count] = True
-    return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
-
-
-def _are_labels(labels: Tensor) -> bool:
-    return bool(labels.min() >= 0) and bool(labels.max() < CLASSES)
-
-
-def _measure(images: Tensor) -> tuple[float, float]:
-    # From the counts of the 256 pixel values: exact in integers, so the same on every machine.
-    counts = torch.bincount(images.reshape(-1), minlength=256).double()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = (counts * values).sum() / counts.sum()
-    variance = (counts * (values - mean) ** 2).sum() / counts.sum()
-    return round(mean.item(), 6), round(max(variance.item(), 1e-6) ** 0.5, 6)
-
-
-def _load_embedded_mnist(folder: Any = None) -> tuple[Split, Split]:
-    folder = folder or resources.files("mnist_dist") / "mnist"
-    checksums = json.loads((folder / "checksums.json").read_text())
-
-    def read(name: str) -> Tensor:
-        file = folder / f"{name}.xz"
+    def __getitems__(self, share: Share) -> Batch | _Failure:
+        """A DataLoader calls this once for each batch."""
+        worker = torch.utils.data.get_worker_info()
+        threads = torch.get_num_threads()
+        if worker is None and threads > 1:
+            torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
         try:
-            raw = lzma.decompress(file.read_bytes())
-        except (OSError, lzma.LZMAError, EOFError) as error:
-            raise UserError(f"the data file {file} is missing or damaged ({error}): install the package again") from error
-        if hashlib.sha256(raw).hexdigest() != checksums[name]:
-            raise UserError(f"the data file {file} is damaged (its checksum differs): install the package again")
-        header = 16 if "images" in name else 8  # idx: a magic number and the sizes, four bytes each
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header)
+            # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
+            first = derive_seed(self.seed, self.what, share.step)
+            samples = []
+            for index, place in zip(share.indices.tolist(), share.places, strict=True):
+                if worker is not None and self.at is not None:
+                    self.at[worker.id, 1] = index
+                seed_generators((first + place * 0x9E3779B97F4A7C15) % 2**63)
+                try:
+                    samples.append(self.split[index])
+                except Exception as error:
+                    return self._fail(f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}")
+            try:
+                return Batch(share.step, share.indices, self.task.collate(samples))
+            except Exception as error:
+                return self._fail(
+                    f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
+                )
+        finally:
+            if worker is not None and self.at is not None:
+                self.at[worker.id, 1] = -1
+            if worker is None and threads > 1:
+                torch.set_num_threads(threads)
 
-    with ThreadPoolExecutor(2) as threads:  # lzma releases the interpreter lock
-        tensors = dict(zip(checksums, threads.map(read, checksums), strict=True))
-    train, test = (
-        Split(tensors[f"{part}-images-idx3-ubyte"].reshape(-1, 28, 28), tensors[f"{part}-labels-idx1-ubyte"].long())
-        for part in ("train", "t10k")
-    )
-    return train, test
+    def _fail(self, reason: str) -> _Failure:
+        return _Failure(f"task {self.task.name}: {reason}")
 
 
-def _load_files(name: str, folder: Path, download: bool) -> tuple[Split, Split]:
-    """The splits in the idx files of one of torchvision's data sets, compressed or not, in `folder` or where torchvision keeps them."""
-    kind, names = _FILES[name]
-    places = (folder, folder / kind / "raw", folder / kind)
-    if download and any(_find_file(places, file) is None for file in names):
-        _download(name, kind, folder)
-    found = [_find_file(places, file) for file in names]
-    missing = [file for file, path in zip(names, found, strict=True) if path is None]
-    if missing:
+def seed_generators(seed: int) -> None:
+    """Seed the generators of torch (on the CPU), numpy and random."""
+    # `torch.manual_seed` would visit every kind of device, which takes a hundred times as long.
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+def load_data(config: Config) -> tuple[Config, Data]:
+    """The data of the config's task, its --train_size, --test_size and --holdout heeded; and the config, with sizes and facts.
+
+    Raises `UserError` for data that are missing or damaged, and for a task whose code fails.
+    """
+    task = config.task
+    with explaining(task.name, "in load"):
+        data = task.load()
+    if not isinstance(data, Data):
+        raise UserError(f"task {task.name}: load returned {type(data).__name__}; expected mnist_dist.task.Data(train, test)")
+    sizes = (_count(task, data.train, "training"), _count(task, data.test, "test"))
+    config = config.with_sizes(sizes)
+    train, holdout = _hold_out(data.train, config.train_size or sizes[0], config.holdout)
+    data = Data(train, _take(data.test, range(config.test_size or sizes[1])), holdout)
+    if config.workers and all(isinstance(split, TensorDataset) for split in (data.train, data.evaluated)):
         raise UserError(
-            f"{name} lacks {', '.join(missing)} (or the same with .gz) in {places[0]} and in {places[1]}: "
-            "copy the files there, or add --download to fetch them"
+            f"workers is {config.workers}, but task {task.name} keeps its data in memory, where no worker has any work: leave it out"
         )
-    try:
-        tensors = [_read_idx(path) for path in found if path is not None]
-    except UserError as error:
-        raise UserError(f"{error}; copy {name} again, or remove the file and add --download to fetch it") from error
-    # QMNIST's labels are rows of eight numbers, of which the first is the class.
-    train, test = (Split(images, labels.reshape(len(labels), -1)[:, 0].contiguous()) for images, labels in (tensors[:2], tensors[2:]))
-    return train, test
+    with explaining(task.name, "in find_facts"):
+        facts = task.find_facts(data.train)
+    return config.with_facts(facts), data
 
 
-def _find_file(places: Sequence[Path], name: str) -> Path | None:
-    candidates = [place / file for place in places for file in (name, f"{name}.gz")]
-    return next((path for path in candidates if os.path.lexists(path)), None)
+def _count(task: Task, split: Any, what: str) -> int:
+    if isinstance(split, IterableDataset):
+        raise UserError(
+            f"task {task.name}: its {what} data are an IterableDataset, which cannot be read from the middle: a run could neither share it "
+            "nor resume. Expected a map-style Dataset, with __len__ and __getitem__"
+        )
+    with explaining(task.name, f"as the samples of its {what} data were counted"):
+        count = len(split)
+        getattr(split, "__getitem__")  # noqa: B009  one that lacks it is named
+    if count < 1:
+        raise UserError(f"task {task.name}: its {what} data hold no samples")
+    return count
 
 
-def _download(name: str, kind: str, folder: Path) -> None:
-    # Imported here: torchvision costs seconds, and only a download needs it.
-    from filelock import FileLock
-    from torchvision import datasets
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # All processes that share the folder come here; the first one fetches, the others then find the files.
-        with FileLock(folder / f".{name}.lock"):
-            for train in (True, False):
-                getattr(datasets, kind)(str(folder), train=train, download=True)
-    except Exception as error:  # torchvision raises many kinds
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        raise UserError(f"the files of {name} cannot be fetched into {folder}: check the network and the folder ({reason})") from error
+def _hold_out(split: Dataset[Any], size: int, count: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """The first `size` samples without `count` of them, evenly spread and the same for every seed, and those samples."""
+    if not count:
+        return _take(split, range(size)), None
+    held = torch.zeros(size, dtype=torch.bool)
+    held[torch.arange(count) * size // count] = True
+    return tuple(_take(split, which.nonzero().flatten().tolist()) for which in (~held, held))  # type: ignore[return-value]
 
 
-def _read_idx(path: Path) -> Tensor:
-    """The numbers in a file of MNIST's own format: uint8 images [n, height, width] or int64 labels [n] or [n, columns]."""
-    try:
-        content = read_file(path, _FILE_BYTES_MAX)
-        if path.suffix == ".gz":
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read(_FILE_BYTES_MAX + 1)
-        # Two zeros, the type, the number of dimensions; then each dimension, then the numbers, of four bytes or one, the highest first.
-        dtype: Any = {8: "u1", 12: ">i4"}[content[2]]
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">i4", dimensions, offset=4).tolist()
-        values = np.frombuffer(content, dtype, offset=4 + 4 * dimensions).reshape(shape)
-        if dimensions not in (1, 2, 3) or not values.size or (dimensions == 3 and dtype != "u1"):
-            raise ValueError(f"it holds numbers of type {dtype} in {dimensions} dimensions of sizes {shape}")
-    except (OSError, EOFError, ValueError, LookupError, zlib.error) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
-        raise UserError(f"the data file {path} cannot be read or is damaged: {reason}") from error
-    return torch.from_numpy(values.copy()) if dimensions == 3 else torch.from_numpy(values.astype(np.int64))
+def _take(split: Dataset[Any], places: Sequence[int]) -> Dataset[Any]:
+    if len(places) == len(split):  # type: ignore[arg-type]
+        return split
+    if isinstance(split, TensorDataset):
+        which = slice(len(places)) if isinstance(places, range) else torch.tensor(places)
+        return TensorDataset(*(tensor[which] for tensor in split.tensors))
+    return Subset(split, places)
 
 
-def _make_synthetic(size: int, part: str) -> Split:
-    # Each class is a blocky pattern of its own under noise: learnt in a few dozen steps, but not at once.
-    patterns = torch.rand(CLASSES, 1, 7, 7, generator=make_generator(0, "synthetic patterns"))
-    patterns = torch.nn.functional.interpolate(patterns, size=(28, 28), mode="nearest")[:, 0]
-    generator = make_generator(0, f"synthetic {part}")
-    labels = torch.randint(CLASSES, (size,), generator=generator)
-    noise = torch.rand(size, 28, 28, generator=generator)
-    return Split(((0.4 * patterns[labels] + 0.6 * noise) * 255).to(torch.uint8), labels)
+def fingerprint(data: Data, task: Task) -> str:
+    """A short hash of the training split, by which a checkpoint knows the data it was trained on.
+
+    Of all that is kept in memory; else of the number of samples and of the first, the last and some in between.
+    """
+    digest = hashlib.sha256()
+    if isinstance(data.train, TensorDataset):
+        for tensor in data.train.tensors:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        return digest.hexdigest()[:16]
+    count = len(data.train)  # type: ignore[arg-type]
+    places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
+    batch = Seeded(data.train, task, 0, "training").__getitems__(Share(0, torch.tensor(places), range(len(places))))
+    if isinstance(batch, _Failure):
+        raise UserError(batch.reason)
+    buffer = io.BytesIO()
+    for tensor in list_tensors(batch.samples):
+        buffer.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(f"{count} {places}".encode() + buffer.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
+    """A few samples, and what is drawn for them, by which a model is tried. On the CPU."""
+    places = [place % len(split) for place in range(_PROBED)]  # type: ignore[arg-type]
+    share = Share(0, torch.tensor(places), range(_PROBED))
+    if isinstance(split, TensorDataset):
+        samples: Any = InMemory(split, torch.device("cpu")).__getitems__(share).samples
+    else:
+        batch = Seeded(split, config.task, config.seed, "training").__getitems__(share)
+        if isinstance(batch, _Failure):
+            raise UserError(batch.reason)
+        samples = batch.samples
+    return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
+
+
+def draw(config: Config, step: int, size: int, rows: slice) -> Any:
+    """Some rows of what the task draws for a batch of `size` samples; None where it draws nothing. Raises `UserError`."""
+    drawn = config.task.draw(config.seed, step, size)
+    if drawn is None:
+        return None
+    if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:
+        shown = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+        raise UserError(f"task {config.task.name}: draw returned {shown}; expected a tensor of {size} rows, one for each sample, or None")
+    return drawn[rows]
+
+
+def list_tensors(samples: Any) -> list[Tensor]:
+    """The tensors in a batch, in their order."""
+    if isinstance(samples, Tensor):
+        return [samples]
+    parts = samples.values() if isinstance(samples, dict) else samples if isinstance(samples, list | tuple) else ()
+    return [tensor for part in parts for tensor in list_tensors(part)]
 
 
 class StepSampler(DistributedSampler[Any]):
@@ -258,9 +247,9 @@ class StepSampler(DistributedSampler[Any]):
     left out, the same in every world.
     """
 
-    def __init__(self, split: Split, config: Config, rank: int, world_size: int, start_step: int) -> None:
+    def __init__(self, split: Any, config: Config, rank: int, world_size: int, start_step: int) -> None:
         assert config.batch_size % world_size == 0, "Config.check_world checks this"
-        super().__init__(split, num_replicas=world_size, rank=rank, shuffle=True, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(split, num_replicas=world_size, rank=rank, shuffle=True, drop_last=True)
         self.config = config
         self.start_step = start_step
         self.local_batch_size = config.batch_size // world_size
@@ -270,28 +259,119 @@ class StepSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Share]:
         indices, shuffled_epoch = torch.empty(0), -1
+        places = range(self.rank, self.config.batch_size, self.num_replicas)
         for step in range(self.start_step, self.config.total_steps):
             epoch, batch = divmod(step, self.config.steps_per_epoch)
             if epoch != shuffled_epoch:
                 # DistributedSampler shuffles by seed + epoch. The hash replaces that sum; the rest (this rank's share) is its own work.
                 self.seed, self.epoch = derive_seed(self.config.seed, "order", epoch) >> 1, 0
                 indices, shuffled_epoch = torch.tensor(list(super().__iter__())), epoch
-            yield Share(step, indices[batch * self.local_batch_size : (batch + 1) * self.local_batch_size])
+            yield Share(step, indices[batch * self.local_batch_size : (batch + 1) * self.local_batch_size], places)
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: Accelerate calls this with its own count of epochs, but here the epoch follows from the step."""
 
 
-def make_loader(split: Split, config: Config, accelerator: Accelerator, start_step: int) -> DataLoader[Any]:
-    """A loader of `Batch`es for the steps from `start_step` to the end of the run.
+def list_shares(count: int, group: Group) -> list[Share]:
+    """This rank's part of a split of `count` samples, in batches: over all ranks, each sample once."""
+    mine = torch.arange(count)[group.rank :: group.size]
+    parts = torch.split(mine, _EVALUATED_AT_ONCE) if len(mine) else ()
+    # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
+    return [Share(0, part, range(int(part[0]), int(part[-1]) + 1, group.size)) for part in parts]
 
-    Accelerate wraps it as for one process, because the sampler has already taken this rank's share: `accelerator.prepare` would
-    shard it a second time, and half of the images would never be seen.
-    """
-    sampler = StepSampler(split, config, accelerator.process_index, accelerator.num_processes, start_step)
-    loader: DataLoader[Any] = DataLoader(split, batch_sampler=sampler, collate_fn=_keep)  # type: ignore[arg-type]
-    # A batch is gathered where the split is, on the device.
-    return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+
+def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
+    """The samples of a split in their order, in batches, read by this process alone onto `device`."""
+    kept = InMemory(split, device) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "test")
+    for part in torch.split(torch.arange(len(kept)), _EVALUATED_AT_ONCE):
+        batch = kept.__getitems__(Share(0, part, range(int(part[0]), int(part[-1]) + 1)))
+        if isinstance(batch, _Failure):
+            raise RunError(batch.reason)
+        yield send_to_device(batch.samples, device)
+
+
+class Reader:
+    """Reads shares of a split, in their order, onto the device; again and again, by the same workers. Used in a `with` statement."""
+
+    def __init__(self, split: Dataset[Any], config: Config, group: Group, what: str, shares: Any) -> None:
+        self.device = group.device
+        self.task, self.what = config.task, what
+        self.timeout_s = config.timeout_s
+        # Of each worker its process, and the sample that it is at, or -1. Memory that the processes share.
+        self.workers = torch.full((0 if isinstance(split, TensorDataset) else config.workers, 2), -1, dtype=torch.int64)
+        several: dict[str, Any] = {}
+        if isinstance(split, TensorDataset):
+            kept: InMemory | Seeded = InMemory(split, group.device)
+        else:
+            kept = Seeded(split, config.task, config.seed, what)
+        if len(self.workers):
+            kept.at = self.workers.share_memory_()  # type: ignore[union-attr, no-untyped-call]
+            # Forked: a data set of the user's file need not be pickled, nor be found by a fresh interpreter.
+            several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": config.timeout_s}
+            several |= {"worker_init_fn": partial(_begin_work, self.workers)}
+        loader: DataLoader[Any] = DataLoader(
+            kept,  # type: ignore[arg-type]
+            batch_sampler=shares,
+            collate_fn=_keep,
+            num_workers=len(self.workers),
+            pin_memory=self.device.type == "cuda" and isinstance(kept, Seeded),
+            **several,
+        )
+        self._kept = kept
+        # Accelerate wraps it as for one process, because the shares are this rank's already: `accelerator.prepare` would shard it a second
+        # time, and half of the samples would never be seen.
+        self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, _Failure):
+                raise RunError(batch.reason)
+            if isinstance(self._kept, Seeded):
+                batch = batch._replace(samples=send_to_device(batch.samples, self.device, non_blocking=True))
+            yield batch
+
+    def __len__(self) -> int:
+        """Number of samples of the split."""
+        return len(self._kept)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        busy = self._describe_workers()
+        iterator = getattr(self.loader.base_dataloader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+        for pid, _sample in self.workers.tolist():
+            with contextlib.suppress(OSError):  # it has gone, as it should
+                if pid > 0:
+                    os.kill(pid, signal.SIGKILL)
+        # torch raises these wherever this process happens to be when a worker is lost.
+        if type(error) is RuntimeError and str(error).startswith("DataLoader"):
+            lost = "gave no samples for {self.timeout_s:g} s; see --timeout_s" if "timed out" in str(error) else "died"
+            lost = lost.format(self=self)
+            reason = "" if "timed out" in str(error) else f" ({str(error).splitlines()[0]}; out of memory?)"
+            raise RunError(f"task {self.task.name}: a worker that reads the {self.what} data {lost}: {busy}{reason}") from error
+
+    def _describe_workers(self) -> str:
+        gone = [
+            f"worker {number} of {len(self.workers)} (process {pid}) was at sample {sample}"
+            for number, (pid, sample) in enumerate(self.workers.tolist())
+            if sample >= 0
+        ]
+        return ", ".join(gone[:8]) or "none was at a sample"
+
+
+def _begin_work(workers: Tensor, number: int) -> None:
+    """Make this process a worker that ends with the process it reads for, and never before."""
+    # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
+    signal.set_wakeup_fd(-1)
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    workers[number, 0] = os.getpid()
 
 
 def _keep(batch: Any) -> Any:

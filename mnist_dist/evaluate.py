@@ -15,21 +15,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mnist_dist.config import Config, make_config
+from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
-from mnist_dist.options import Parser, path_argument, read_options_file
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 from mnist_dist.record import CONFIG_FILE
+from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world
 
-if TYPE_CHECKING:
-    from mnist_dist.evaluation import Evaluation
-
-# What an evaluation takes over from the run: which images there are, where they lie, and how precisely the run computed.
-_TAKEN_OVER = ("train_size", "test_size", "holdout", "data_dir", "precision")
-_GIVEN = ("data_dir", "device", "precision", "threads")
+_GIVEN = ("data_dir", "device", "precision", "threads", "workers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("mnist_dist.evaluate", "Count what the weights of a run get right. Any number of processes gives the same counts.")
     parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
-    parser.add_argument("--split", choices=("test", "train", "holdout"), default="test", help="the images to count (default: test)")
+    parser.add_argument("--split", choices=("test", "train", "holdout"), default="test", help="the samples to count (default: test)")
     parser.add_argument(
         "--data_dir",
         metavar="DIR",
@@ -50,68 +47,64 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a GPU, else the CPU (default: auto)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="(default: as in the run's config, else auto)")
     parser.add_argument("--threads", metavar="N", help="CPU threads of each process; 0: usable cores / processes on the node (default: 0)")
+    parser.add_argument("--workers", metavar="N", help="processes that read samples, beside each process (default: 0)")
+    parser.add_argument("--task", metavar="NAME", help="the code of the run's task (default: its own, where you have trained it before)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with the names that result.json has")
     return parser.parse_args(arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     world = find_world(os.environ)
-    import torch
-
-    from mnist_dist.data import load_dataset
+    from mnist_dist.data import load_data
     from mnist_dist.distributed import join_group
-    from mnist_dist.evaluation import evaluate
+    from mnist_dist.evaluation import evaluate, open_evaluation
     from mnist_dist.weights import load_model
 
-    trained = load_model(options.run)
-    config = _make_config(options, trained.dataset)
-    dataset = load_dataset(config)
+    trained = load_model(options.run, options.task)
+    config, data = load_data(_make_config(options, trained.config))
+    config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:
-        # In the memory format of the training, so that the sums are rounded alike; evaluation_mode: without DDP, which has no part in this.
-        model = group.accelerator.prepare_model(trained.model.to(memory_format=torch.channels_last), evaluation_mode=True)
-        split = {"test": dataset.test, "train": dataset.train, "holdout": dataset.holdout}[options.split]
+        # evaluation_mode: without DDP, which has no part in this.
+        model = group.accelerator.prepare_model(trained.model, evaluation_mode=True)
+        split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]
         if split is None:
-            raise UserError(f"split is holdout, but {options.run} has set no images apart; allowed: test, train")
-        evaluation = evaluate(model, split.to(group.device), trained.mean, trained.std, group)
-        facts = {"dataset": config.dataset, "precision": group.precision, "device": group.device.type, "world_size": group.size}
+            raise UserError(f"split is holdout, but {options.run} has set no {config.task.samples} apart; allowed: test, train")
+        with open_evaluation(split, config, group) as reader:
+            evaluation = evaluate(config.task, model, reader, group)
+        facts = {"task": config.task.name, "precision": group.precision, "device": group.device.type, "world_size": group.size}
+        if "dataset" in config.task.facts:
+            facts = {"dataset": config.task.facts["dataset"]} | facts
         if group.is_main:
-            print(_to_json(options.split, evaluation, facts) if options.json else _to_text(options, evaluation, facts))
+            print(
+                json.dumps(evaluation.name_values(options.split) | facts) if options.json else _to_text(options, evaluation, config, facts)
+            )
     return 0
 
 
-def _make_config(options: argparse.Namespace, dataset: str) -> Config:
-    """The config under which the weights are evaluated; a bare file of weights brings no more than its data set's name."""
-    values: dict[str, Any] = {}
-    source = ""
-    if os.path.isdir(options.run):
-        source = str(Path(options.run) / CONFIG_FILE)
-        run = read_options_file(Path(source))
-        values = {name: run[name] for name in _TAKEN_OVER if name in run}
+def _make_config(options: argparse.Namespace, config: Config) -> Config:
+    """The config under which the weights are evaluated: the run's, with the machine and the folder that are given here.
+
+    A bare file of weights brings no more than its task. Raises `UserError`.
+    """
+    values = config.values()
+    if not os.path.isdir(options.run) and "dataset" in config.task.facts:
+        values["dataset"] = config.task.facts["dataset"]
     given = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     # The batch of a training may be larger than the split that is left: an evaluation has none.
-    return make_config(values | given | {"dataset": dataset, "batch_size": 1}, "" if given else source)
+    taken = {name: values[name] for name in ("train_size", "test_size", "holdout", "precision", *config.task.model_dump())}
+    source = str(Path(options.run) / CONFIG_FILE) if os.path.isdir(options.run) and not given else ""
+    return make_config(taken | {"task": config.task.name, "batch_size": 1} | given, source, type(config.task))
 
 
-def _to_json(split: str, evaluation: "Evaluation", facts: dict[str, Any]) -> str:
-    names = ("accuracy", "errors", "images", "loss", "class_accuracy", "confusion_matrix")
-    return json.dumps(evaluation.name_values(split, *names) | facts)
-
-
-def _to_text(options: argparse.Namespace, evaluation: "Evaluation", facts: dict[str, Any]) -> str:
-    confusion = evaluation.confusion_matrix
-    labels = range(len(confusion))
+def _to_text(options: argparse.Namespace, evaluation: Evaluation, config: Config, facts: dict[str, Any]) -> str:
+    task = config.task
     lines = [
-        f"{options.run}: {evaluation.images:,} {options.split} images of {facts['dataset']}, "
+        f"{options.run}: {evaluation.samples:,} {options.split} {task.samples} of {facts.get('dataset', task.short_name)}, "
         f"{facts['precision']} on {facts['world_size']} x {facts['device']}",
-        f"accuracy {evaluation.accuracy:.2%}, {evaluation.errors:,} wrong, loss {evaluation.loss:.4f}",
-        "",
-        "class   " + "".join(f"{f'as {label}':>7}" for label in labels) + f"{'images':>10}{'wrong':>8}{'accuracy':>11}",
+        f"{task.describe(evaluation.measures)}, loss {evaluation.measures['loss']:.4f}",
     ]
-    for label, (row, accuracy) in enumerate(zip(confusion, evaluation.class_accuracy, strict=True)):
-        cells = "".join(f"{count or '.':>7}" for count in row)
-        shown = "-" if accuracy is None else f"{accuracy:.2%}"
-        lines.append(f"{label:<8}{cells}{sum(row):>10,}{sum(row) - row[label]:>8,}{shown:>11}")
-    return "\n".join(lines)
+    table = task.tabulate(evaluation.measures)
+    return "\n".join([*lines, "", make_table(*table)] if table is not None else lines)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,99 @@
 """Exact evaluation over any number of processes."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mnist_dist.augment import make_inputs
-from mnist_dist.config import CLASSES
-from mnist_dist.data import Split
+from mnist_dist.data import Reader, list_shares
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.record import is_measure
+from mnist_dist.source import explaining
+from mnist_dist.task import Evaluation, Example, Row, Tally, Task
 
-_BATCH = 500
-_MISTAKES = 100
-
-
-class Mistake(NamedTuple):
-    """A wrong prediction: the image's place in its split, and the probability of each class."""
-
-    place: int
-    probabilities: list[float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model makes of a split.
-
-    `confusion_matrix[i][j]`: images of class i that were taken for class j. `mistakes`: wrong predictions, at most 100, the most confident
-    first.
-    """
-
-    loss: float
-    confusion_matrix: list[list[int]]
-    mistakes: list[Mistake] = field(default_factory=list)
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return sum(map(sum, self.confusion_matrix))
-
-    @property
-    def errors(self) -> int:
-        """Number of wrong predictions."""
-        return self.images - sum(self.confusion_matrix[i][i] for i in range(len(self.confusion_matrix)))
-
-    @property
-    def accuracy(self) -> float:
-        """Part of the images that are right (fraction)."""
-        return 1 - self.errors / self.images
-
-    @property
-    def class_accuracy(self) -> list[float | None]:
-        """Part of the images of each class that are right (fraction); None for a class without images."""
-        return [row[label] / sum(row) if any(row) else None for label, row in enumerate(self.confusion_matrix)]
-
-    def name_values(self, split: str, *names: str) -> dict[str, Any]:
-        """The attributes called `names`, under the names that files give them: `test/loss` where `split` is `test`."""
-        return {f"{split}/{name}": getattr(self, name) for name in names}
+_EXAMPLES = 100
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, mean: float, std: float, group: Group) -> Evaluation:
-    """Mean cross-entropy and confusion matrix of `model` on `split`.
+def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Evaluation:
+    """What `model` makes of the split whose shares `reader` reads, and at most 100 examples, those with the highest scores.
 
-    Each rank takes a disjoint slice; sums are reduced once and divided once. Raises `RunError` unless exactly the split was counted.
+    Each rank takes a disjoint part; sums are reduced once, and the task divides them once. Raises `RunError` unless exactly the split was
+    counted, `UserError` where the task's code does not keep to the contract.
     """
     model = group.accelerator.unwrap_model(model)  # DDP's own forward would expect all ranks to have as many batches
     training = model.training
     model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
-    confusion = torch.zeros(CLASSES * CLASSES, dtype=torch.float64, device=group.device)
-    probabilities, wrong = [torch.empty(0, CLASSES, device=group.device)], [torch.empty(0, dtype=torch.bool, device=group.device)]
-    mine = torch.arange(len(split), device=split.labels.device)[group.rank :: group.size]
-    for indices in torch.split(mine, _BATCH):
-        images, labels = split.images[indices], split.labels[indices]
-        logits = model(make_inputs(images, mean, std)).float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        predicted = logits.argmax(dim=1)
-        confusion += _count(labels * CLASSES + predicted)
-        probabilities.append(logits.softmax(dim=1))
-        wrong.append(predicted != labels)
+    total: Tensor | None = None
+    indices, scores, outputs = [], [], []
+    for batch in reader:
+        with explaining(task.name, "in tally", RunError):
+            tally = task.tally(model, batch.samples)
+        _check_tally(task, tally, len(batch.indices))
+        total = tally.sums if total is None else total + tally.sums
+        if tally.scores is not None and tally.outputs is not None:
+            best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
+            indices.append(batch.indices.to(best.device)[best])
+            scores.append(tally.scores[best])
+            outputs.append(tally.outputs[best])
     model.train(training)
-    sums = group.sum(torch.cat([loss_sum.reshape(1), confusion])).tolist()  # float64 is exact for counts
-    counts = [round(count) for count in sums[1:]]
-    if sum(counts) != len(split):
-        raise RunError(f"the evaluation counted {sum(counts)} images, but the split has {len(split)}: its ranks do not share it rightly")
-    if not math.isfinite(sums[0]):
-        raise RunError(f"the loss of the evaluation is {sums[0]}: the weights or their outputs are not finite numbers")
+    sums = _add_up(task, total, group)
+    count = len(reader)
+    if round(float(sums[0])) != count:
+        raise RunError(f"the evaluation counted {sums[0]:.0f} {task.samples}, but the split has {count}: its ranks do not share it rightly")
+    if not sums.isfinite().all():
+        raise RunError(
+            f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
+        )
+    with explaining(task.name, "in measure"):
+        measures = task.measure(sums)
+    _check_measures(task, measures)
     # Only now, so that no batch waits for the device.
-    mistaken = torch.cat(wrong).nonzero().flatten()
-    mistakes = list(map(Mistake, mine[mistaken.to(mine.device)].tolist(), torch.cat(probabilities)[mistaken].tolist()))
-    mistakes = [mistake for part in group.gather(_most_confident(mistakes)) for mistake in part]
-    confusion_matrix = [counts[i : i + CLASSES] for i in range(0, CLASSES**2, CLASSES)]
-    return Evaluation(sums[0] / len(split), confusion_matrix, _most_confident(mistakes))
+    mine: list[tuple[float, Example]] = []
+    if indices:
+        rows = zip(torch.cat(scores).tolist(), torch.cat(indices).tolist(), torch.cat(outputs).tolist(), strict=True)
+        mine = _choose([(score, Example(place, output)) for score, place, output in rows if score >= 0])
+    found = _choose([example for part in group.gather(mine) for example in part])
+    return Evaluation(count, measures, [example for _, example in found])
 
 
-def _most_confident(mistakes: list[Mistake]) -> list[Mistake]:
-    return sorted(mistakes, key=lambda mistake: (-max(mistake.probabilities), mistake.place))[:_MISTAKES]
+def _choose(examples: Sequence[tuple[float, Example]]) -> list[tuple[float, Example]]:
+    return sorted(examples, key=lambda example: (-example[0], example[1].place))[:_EXAMPLES]
 
 
-def _count(cells: Tensor) -> Tensor:
-    # A comparison and a sum, not bincount: bincount on CUDA is not deterministic and waits for the device.
-    return (cells.unsqueeze(1) == torch.arange(CLASSES**2, device=cells.device)).sum(dim=0).double()
+def _add_up(task: Task, total: Tensor | None, group: Group) -> Tensor:
+    """The sums over all ranks, on the CPU; of a rank that had no sample there are none."""
+    sizes = group.gather(0 if total is None else len(total))
+    size = max(sizes)
+    if {*sizes} - {0, size}:
+        raise RunError(f"task {task.name}: tally has {sorted({*sizes} - {0})} sums on different ranks; expected as many for each batch")
+    mine = torch.zeros(size, dtype=torch.float64, device=group.device) if total is None else total
+    return group.sum(mine).cpu()
+
+
+def _check_tally(task: Task, tally: Any, count: int) -> None:
+    sums = tally.sums if isinstance(tally, Tally) else None
+    if not isinstance(sums, Tensor) or sums.ndim != 1 or not len(sums) or sums.dtype != torch.float64:
+        shown = f"{sums.dtype} {list(sums.shape)}" if isinstance(sums, Tensor) else type(tally).__name__
+        raise UserError(f"task {task.name}: tally returned {shown}; expected mnist_dist.task.Tally of float64 sums [k], their number first")
+    for name, values in (("scores", tally.scores), ("outputs", tally.outputs)):
+        if values is not None and (not isinstance(values, Tensor) or not values.ndim or len(values) != count):
+            raise UserError(f"task {task.name}: the {name} of tally must be a tensor of {count} rows, one for each sample of the batch")
+
+
+def _check_measures(task: Task, measures: Any) -> None:
+    names: Row = measures if isinstance(measures, dict) else {}
+    wrong = [name for name, value in names.items() if not isinstance(name, str) or not is_measure(value)]
+    missing = [name for name in ("loss", task.best) if name not in names]
+    if missing or wrong:
+        what = f"it lacks {missing[0]}" if missing else f"{wrong[0]} is {names[wrong[0]]!r:.80}"
+        raise UserError(
+            f"task {task.name}: measure must return numbers, or lists of them, by their names, with loss and {task.best} among them; {what}"
+        )
+
+
+def open_evaluation(split: Any, config: Any, group: Group, what: str = "test") -> Reader:
+    """A reader of this rank's part of a split, for `evaluate`. To be closed, as in a `with` statement."""
+    return Reader(split, config, group, what, list_shares(len(split), group))

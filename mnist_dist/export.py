@@ -1,7 +1,7 @@
 """The program: `python -m mnist_dist.export runs/NAME digits.pt2` (or digits.onnx) makes a run's model usable without this package.
 
-The file holds the normalisation, too: pixels from 0 to 1 go in, log-probabilities come out. It is written only if what was exported, read
-back from its bytes, gives what the model itself gives on test images.
+That of the built-in task holds the normalisation, too: pixels from 0 to 1 go in, log-probabilities come out. The file is written only if
+what was exported, read back from its bytes, gives what the model itself gives on test samples.
 """
 
 if __name__ == "__main__":
@@ -19,16 +19,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_dist.config import EMBEDDED_DATASETS, Config
+from mnist_dist.config import make_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
+from mnist_dist.source import BUILT_IN
+from mnist_dist.task import Export
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TOLERANCE = 1e-4  # largest difference allowed in a log-probability; float32 sums in another order differ by some 1e-6
-_CHECKED_IMAGES = 64
+TOLERANCE = 1e-4  # largest difference allowed in an output; float32 sums in another order differ by some 1e-6
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 
 Runner = Callable[["Tensor"], "Tensor"]
@@ -43,6 +44,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("mnist_dist.export", "Write the model of a run, its normalisation included, as a file that needs none of this package.")
     parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
     parser.add_argument("file", metavar="FILE", type=path_argument, help="the file to write: NAME.pt2 (torch.export) or NAME.onnx")
+    parser.add_argument("--task", metavar="NAME", help="the code of the run's task (default: its own, where you have trained it before)")
     parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
     return parser.parse_args(arguments)
 
@@ -59,72 +61,66 @@ def _export(options: argparse.Namespace) -> int:
     if file.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)} (a .pt2 file needs none)")
 
-    from mnist_dist.data import load_dataset
+    from mnist_dist.data import load_data
     from mnist_dist.files import write_atomically
+    from mnist_dist.source import explaining
     from mnist_dist.weights import load_model
 
-    trained = load_model(options.run)
-    classifier = make_classifier(trained.model, trained.mean, trained.std)
-    content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(classifier)
-    # Where the run's own data are not at hand, other images of this shape serve as well.
-    images = load_dataset(Config(dataset=trained.dataset if trained.dataset in EMBEDDED_DATASETS else "mnist")).test.images
-    difference = check_export(classifier, runner, images[:_CHECKED_IMAGES].unsqueeze(1).float() / 255)
+    trained = load_model(options.run, options.task)
+    task = trained.task
+    fallback = type(task)() if task.name == BUILT_IN and task.data_dir is not None else task  # other images of this shape serve as well
+    _, data = load_data(make_config({"task": task.name, "batch_size": 1} | fallback.model_dump(), task=type(task)))
+    with explaining(task.name, "in export"):
+        exported = task.export(trained.model, data)
+    _check_example(task.name, exported)
+    exported.module.eval()
+    content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
+    difference = check_export(exported.module, runner, exported.example)
     write_atomically(file, content)
+    kind = f"{str(exported.example.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, exported.example.shape[1:])])}] for any n"
     print(
-        f"{file}: {len(content):,} bytes; on {_CHECKED_IMAGES} test images it differs from the model by at most {difference:.0e}\n"
-        "in:  pixels, float32 [n, 1, 28, 28] for any n, from 0 to 1, bright on black; normalised inside\n"
-        "out: log_probabilities, float32 [n, 10]; exp gives probabilities"
+        f"{file}: {len(content):,} bytes; on {len(exported.example)} test {task.samples} it differs from the model by at most "
+        f"{difference:.0e}\n"
+        f"in:  {', '.join(filter(None, (exported.input_name, kind, exported.input_is)))}\n"
+        f"out: {', '.join(filter(None, (exported.output_name, exported.output_is)))}"
     )
     return 0
 
 
-def make_classifier(model: "nn.Module", mean: float, std: float) -> "nn.Module":
-    """A module from `pixels` float32 [n, 1, 28, 28], 0 to 1, to log-probabilities float32 [n, 10], in evaluation mode."""
-    import torch
-    from torch import nn
+def _check_example(name: str, exported: object) -> None:
+    from torch import Tensor, nn
 
-    class Classifier(nn.Module):
-        mean: "Tensor"
-        std: "Tensor"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-            self.register_buffer("mean", torch.tensor(mean))
-            self.register_buffer("std", torch.tensor(std))
-
-        def forward(self, pixels: "Tensor") -> "Tensor":
-            return torch.log_softmax(self.model((pixels - self.mean) / self.std), dim=1)
-
-    return Classifier().eval()
+    if not isinstance(exported, Export) or not isinstance(exported.module, nn.Module):
+        raise UserError(f"task {name}: export returned {type(exported).__name__}; expected mnist_dist.task.Export(module, example)")
+    if not isinstance(exported.example, Tensor) or exported.example.ndim < 1 or len(exported.example) < 2:
+        raise UserError(f"task {name}: the example of export must be a tensor of at least 2 samples")
 
 
-def to_pt2(classifier: "nn.Module") -> tuple[bytes, Runner]:
-    """A `torch.export` archive of `classifier` for any batch size, and a function that runs what was read back from it."""
+def to_pt2(exported: Export) -> tuple[bytes, Runner]:
+    """A `torch.export` archive for any batch size, and a function that runs what was read back from it."""
     import torch
 
-    # Two images as the example: one would be taken for a constant.
-    shapes = {"pixels": {0: torch.export.Dim("n")}}
-    program = torch.export.export(classifier, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=shapes)
+    # Two samples as the example: one would be taken for a constant.
+    program = torch.export.export(exported.module, (exported.example[:2],), dynamic_shapes=({0: torch.export.Dim("n")},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     content = buffer.getvalue()
     return content, torch.export.load(io.BytesIO(content)).module()
 
 
-def to_onnx(classifier: "nn.Module") -> tuple[bytes, Runner]:
-    """An ONNX model of `classifier` for any batch size, and a function that runs it by ONNX's own reference implementation."""
+def to_onnx(exported: Export) -> tuple[bytes, Runner]:
+    """An ONNX model for any batch size, and a function that runs it by ONNX's own reference implementation."""
     import onnx
     import torch
     from onnx.reference import ReferenceEvaluator
 
     program = torch.onnx.export(
-        classifier,
-        (torch.zeros(2, 1, 28, 28),),
+        exported.module,
+        (exported.example[:2],),
         dynamo=True,
-        input_names=["pixels"],
-        output_names=["log_probabilities"],
-        dynamic_shapes={"pixels": {0: "n"}},
+        input_names=[exported.input_name],
+        output_names=[exported.output_name],
+        dynamic_shapes=({0: "n"},),
         verbose=False,
     )
     assert program is not None
@@ -132,17 +128,17 @@ def to_onnx(classifier: "nn.Module") -> tuple[bytes, Runner]:
     model = onnx.load_from_string(content)
     onnx.checker.check_model(model)
     evaluator = ReferenceEvaluator(model)
-    return content, lambda pixels: torch.from_numpy(evaluator.run(None, {"pixels": pixels.numpy()})[0])
+    return content, lambda values: torch.from_numpy(evaluator.run(None, {exported.input_name: values.numpy()})[0])
 
 
-def check_export(classifier: "nn.Module", runner: Runner, pixels: "Tensor") -> float:
-    """The largest difference between both on `pixels` float32 [n, 1, 28, 28], n at least 2. Raises `RunError` above TOLERANCE."""
+def check_export(module: "nn.Module", runner: Runner, example: "Tensor") -> float:
+    """The largest difference between both on `example` [n, ...], n at least 2. Raises `RunError` above TOLERANCE."""
     import torch
 
     with torch.no_grad():
-        expected = classifier(pixels)
-        # One image and many: a batch size that became a constant shows.
-        outputs = torch.cat([runner(pixels[:1]), runner(pixels[1:])])
+        expected = module(example)
+        # One sample and many: a batch size that became a constant shows.
+        outputs = torch.cat([runner(example[:1]), runner(example[1:])])
     difference = (outputs - expected).abs().max().item()
     if outputs.shape != expected.shape or not difference <= TOLERANCE:  # NaN, too
         raise RunError(f"what was exported differs from the model by {difference:.1e}, allowed {TOLERANCE:.0e}: nothing was written")

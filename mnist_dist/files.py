@@ -36,7 +36,7 @@ def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
         return file.read(min(size, bytes_max))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     # Somebody's link or FIFO under this name is an error, and stays.

@@ -1,6 +1,7 @@
 """A training step as a CUDA graph: its hundreds of small kernels are launched at once, where launching each takes longer than it runs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ _EAGER_STEPS = 3
 class GraphedStep:
     """`compute`, which takes tensors on the GPU and gives a scalar there, recorded in the fourth call and replayed from then on.
 
+    What it takes may be tensors, or lists of them, or None.
+
     The tensors must have the same shapes in every call. What else `compute` reads and changes must stay where it is in memory, and no
     Python number may differ between calls: the graph keeps the addresses and the numbers that it was recorded with.
     """
@@ -19,27 +22,40 @@ class GraphedStep:
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self._compute = compute
         self._calls = 0
-        self._inputs: tuple[Tensor, ...] = ()
+        self._inputs: Any = ()
         self._replay: Callable[[], None] | None = None
         self._output = torch.empty(0)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         """What `compute(*inputs)` gives and does."""
         self._calls += 1
         if self._calls <= _EAGER_STEPS:
             return self._compute(*inputs)
         if self._replay is None:
-            self._inputs = tuple(value.clone() for value in inputs)
+            self._inputs = _clone(inputs)
             self._replay, self._output = record(self._compute, self._inputs)
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            kept.copy_(given, non_blocking=True)
+        _fill(self._inputs, inputs)
         self._replay()
         return self._output.clone()  # the next replay writes over it
 
 
-def record(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
+def record(compute: Callable[..., Tensor], inputs: tuple[Any, ...]) -> tuple[Callable[[], None], Tensor]:
     """What does `compute(*inputs)` again at each call, and the tensor that holds its output then. Recording computes nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = compute(*inputs)
     return graph.replay, output
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_clone(part) for part in value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fill(kept: Any, given: Any) -> None:
+    if isinstance(kept, tuple):
+        for one, other in zip(kept, given, strict=True):
+            _fill(one, other)
+    elif isinstance(kept, Tensor):
+        kept.copy_(given, non_blocking=True)

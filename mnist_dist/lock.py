@@ -1,4 +1,4 @@
-"""The lock of a run folder: one job at a time writes there. Imports no torch."""
+"""The lock of a run folder: one job at a time writes there, and others may ask which. Imports no torch."""
 
 import contextlib
 import errno
@@ -6,15 +6,31 @@ import fcntl
 import logging
 import os
 import platform
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import mark_folder
-from mnist_dist.record import LOCK_FILE, Holder, read_holder
+from mnist_dist.files import is_marked, mark_folder, read_file
+
+LOCK_FILE = "lock"
 
 _LOCK_WAIT_S = 1.0
+_BYTES_MAX = 4096
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that took a run folder's lock, as the lock file names it, and its Slurm job, empty without one."""
+
+    pid: int
+    host: str
+    job: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f" (Slurm job {self.job})" if self.job else "")
 
 
 class Lock:
@@ -42,7 +58,7 @@ class Lock:
         if not _lock_soon(self._descriptors[-1], self.run_dir):
             _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
         holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
-        with contextlib.suppress(OSError):  # the text only serves the message of another job, and launch.jobs
+        with contextlib.suppress(OSError):  # the text only serves the message of another job, and who lists runs
             os.ftruncate(self._descriptors[-1], 0)
             os.pwrite(self._descriptors[-1], f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
 
@@ -88,3 +104,40 @@ def _lock_soon(descriptor: int, run_dir: Path) -> bool:
                 holder = read_holder(run_dir) or "another process"
                 raise UserError(f"run_dir {run_dir} is in use by {holder}: wait for it, or use another run_dir") from None
             time.sleep(0.05)
+
+
+def read_holder(run_dir: Path) -> Holder | None:
+    """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell, or is the copy of another folder's."""
+    try:
+        text, _, mark = read_file(run_dir / LOCK_FILE, _BYTES_MAX).decode(errors="replace").partition("\n")
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d{1,18}) on (.{1,255}?)(?: \(Slurm job (\d{1,18})\))?", text.strip())
+    return Holder(int(match[1]), match[2], match[3] or "") if match and is_marked(run_dir, mark) else None
+
+
+def find_process(run_dir: Path, holder: Holder | None) -> int | None:
+    """The process of this machine that holds the lock. To try the lock could make a run that starts just now believe that it is taken."""
+    if holder is None or holder.host != platform.node():
+        return None
+    try:
+        for descriptor in os.scandir(f"/proc/{holder.pid}/fd"):
+            if os.path.samefile(descriptor.path, run_dir / LOCK_FILE):
+                return holder.pid
+    except OSError:
+        return None
+    return None
+
+
+def is_locked_elsewhere(run_dir: Path, holder: Holder | None) -> bool:
+    """Whether another machine holds the lock, as far as the file system tells."""
+    if holder is None or holder.host == platform.node():
+        return False
+    try:
+        with (run_dir / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -2,32 +2,39 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mnist_dist.augment import draw_transforms, make_inputs
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Dataset, load_dataset, make_loader
-from mnist_dist.distributed import Agreement, join_group
-from mnist_dist.errors import UserError
-from mnist_dist.evaluation import Evaluation, evaluate
+from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
+from mnist_dist.distributed import Agreement, Group, join_group
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
-from mnist_dist.record import Row
+from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
+from mnist_dist.source import describe_source, explaining, note_named
 from mnist_dist.state import TrainingState
-from mnist_dist.weights import make_header
+from mnist_dist.task import Evaluation
+from mnist_dist.weights import encode_weights
 from mnist_dist.world import find_world
 
 _log = logging.getLogger(__name__)
+
+
+Turns = Callable[[Iterable[Batch], Group], Iterable[Batch]]
+
+
+def _take_no_turns(batches: Iterable[Batch], _: Group) -> Iterable[Batch]:
+    return batches
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class Result:
     values: Row
 
 
-def train(config: Config, signals: StopSignals | None = None) -> Result:
+def train(config: Config, signals: StopSignals | None = None, turns: Turns = _take_no_turns) -> Result:
     """Train as `config` says, continuing what its run folder holds. All processes of a run call this alike and get the same result.
+
+    `turns` is given the batches and hands them on, one for each step: a benchmark does something else in between.
 
     Raises `UserError` for what the caller can correct and `RunError` for what went wrong on the way.
     """
@@ -50,51 +59,64 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
     config.check_world(world.size)
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)
-        # What is trained, and when the ranks meet for more than a step.
-        shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every}
-        if group.broadcast(shared) != shared:
-            raise UserError("this rank was given other options than rank zero: start all processes with the same command")
+        # What is trained, by which code, and when the ranks meet for more than a step.
+        source = {"the source of the task": describe_source(type(config.task))}
+        shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
+        if (main := group.broadcast(shared)) != shared:
+            differing = ", ".join(sorted(name for name in {*main, *shared} if main.get(name) != shared.get(name)))
+            raise UserError(
+                f"this rank has other options than rank zero ({differing}): start all processes with the same command and files"
+            )
         # Whatever can be refused is refused before the run folder is made.
         if (result := run.check()) is not None:
             _log.info("%s is finished: %s; nothing to do", run.path, _summarize(config, result))
             return Result(Stop.NONE, result["step"], result)
-        data = load_dataset(config)
-        state = TrainingState(config, data.fingerprint(), group)
-        data = data.to(group.device)
+        config, data = load_data(config)
+        state = TrainingState(config, data, group)
+        task, run.config = config.task, config
 
-        saved = run.open()
+        saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
+        note_named(task.name)
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
-        run.start(state.step, facts | {"parameters": state.count_parameters()}, recorded)
+        noted = {"parameters": state.count_parameters(), "tier": state.tier.name, "best": task.best, **config.name_sizes()}
+        run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
+        _log.info("%s", state.tier)
+        run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
 
-        def compute(images: Tensor, labels: Tensor, transforms: Tensor) -> Tensor:
-            """All that the device does in a step; this rank's mean loss."""
-            inputs = make_inputs(images, data.mean, data.std, transforms)
-            loss = F.cross_entropy(state.model(inputs), labels, label_smoothing=config.label_smoothing)
-            meter.note_forward()
-            state.optimizer.zero_grad()
-            group.accelerator.backward(loss)
-            state.optimizer.step()
-            return loss.detach()
+        def compute(samples: Any, drawn: Any) -> Tensor:
+            with explaining(task.name, f"in step {state.step + 1}", RunError):
+                return state.train_on(samples, drawn, meter.note_forward)
 
-        run.show_samples(data.train, draw_transforms(config, state.step))
-        state.settle(make_inputs(data.train.images[:1], data.mean, data.std))
+        state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
         meter = Meter(config, group, state.step)
+        sampler = StepSampler(data.train, config, group.rank, group.size, state.step)
         state.model.train()
-        with Progress(state.step, config.total_steps, group.is_main, config) as progress:
-            for batch in make_loader(data.train, config, group.accelerator, state.step):
+        with (
+            Reader(data.train, config, group, "training", sampler) as batches,
+            open_evaluation(data.evaluated, config, group) as evaluated,
+            Progress(state.step, config.total_steps, group.is_main, config) as progress,
+        ):
+
+            def evaluate_model() -> Evaluation:
+                state.share_buffers()
+                return evaluate(task, state.model, evaluated, group)
+
+            for batch in turns(batches, group):
                 if batch.step != state.step:
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                transforms = draw_transforms(config, state.step)[group.rank :: group.size].to(group.device, non_blocking=True)
+                drawn = draw(config, state.step, config.batch_size, slice(group.rank, None, group.size))
+                drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
+                state.seed_generators()
                 meter.begin_step()
-                loss = train_step(batch.images, batch.labels, transforms)
+                loss = train_step(batch.samples, drawn)
                 state.step += 1
                 meter.add(loss)
                 progress.advance()
@@ -103,9 +125,9 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                 if evaluate_now or state.step % config.log_every == 0:
                     row = meter.read(state, learning_rate)
                     if evaluate_now:
-                        evaluation = evaluate(state.model, data.evaluated, data.mean, data.std, group)
-                        row |= evaluation.name_values(config.evaluated_split, "loss", "accuracy", "class_accuracy")
-                        run.show_predictions(state.step, data.evaluated, evaluation)
+                        evaluation = evaluate_model()
+                        row |= evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
+                        run.show_evaluation(data, evaluation)
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)
@@ -121,40 +143,32 @@ def train(config: Config, signals: StopSignals | None = None) -> Result:
                     return Result(Stop(stop), state.step, {})
                 run.save_if_due(state)
 
-        agreement.finish()
-        run.save_last(state)
-        if evaluation is None:  # an earlier start was killed between its last checkpoint and its result
-            evaluation = evaluate(state.model, data.evaluated, data.mean, data.std, group)
-        values = _describe_result(state, evaluation, data) | facts
-        run.finish(values, _encode_weights(state, config, data))
+            agreement.finish()
+            run.save_last(state)
+            # An earlier start may have been killed between its last checkpoint and its result.
+            evaluation = evaluation or evaluate_model()
+        values = _describe_result(state, evaluation) | facts
+        run.finish(values, encode_weights(state.bare_model, config))
         _log.info("finished: %s", _summarize(config, values))
-        run.publish(values, data.evaluated, evaluation)
+        run.publish(values, data, evaluation)
         return Result(Stop.NONE, state.step, values)
 
 
-def _describe_result(state: TrainingState, evaluation: Evaluation, data: Dataset) -> dict[str, Any]:
-    elapsed_s = state.elapsed_s
+def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:
+    elapsed_s, config = state.elapsed_s, state.config
     return {
         "step": state.step,
-        "epoch": state.step / state.config.steps_per_epoch,
-        **evaluation.name_values(state.config.evaluated_split, "accuracy", "errors", "images", "loss", "confusion_matrix"),
+        "epoch": state.step / config.steps_per_epoch,
+        **evaluation.name_values(config.evaluated_split),
         "elapsed_s": round(elapsed_s, 3),
-        "images_per_s": round(state.step * state.config.batch_size / elapsed_s, 1),
-        "dataset": state.config.dataset,
-        "mean": data.mean,
-        "std": data.std,
+        "images_per_s": round(state.step * config.batch_size / elapsed_s, 1),
+        **config.task.facts,
         "versions": describe_versions(),
     }
 
 
-def _encode_weights(state: TrainingState, config: Config, data: Dataset) -> bytes:
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.bare_model.state_dict().items()}
-    return safetensors.torch.save(tensors, make_header(config.dataset, data.mean, data.std))
-
-
 def _summarize(config: Config, values: Row) -> str:
-    accuracy, errors, images = (values[f"{config.evaluated_split}/{name}"] for name in ("accuracy", "errors", "images"))
     return (
-        f"{config.evaluated_on} accuracy {accuracy:.2%} ({errors} of {images} wrong) "
-        f"after {values['step']} steps, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} images/s"
+        f"{config.evaluated_on} {config.task.describe(pick_measures(values, config.evaluated_split))} "
+        f"after {values['step']} steps, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} {config.task.samples}/s"
     )

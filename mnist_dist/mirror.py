@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-_WRONG, _CONFUSION = "predictions/wrong", "predictions/confusion_matrix"
 _KILLED = 255  # the exit code of what someone ended, as W&B itself has it for Ctrl-C
 _FLUSH_S = 2.0  # how much of a run a SIGKILL of everything may cost
 _BEST = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
@@ -209,12 +208,12 @@ class Mirror:
                 self._run.log(message["row"])
             elif "images" in message:
                 self._run.log({"step": step} | {name: wandb.Image(path) for name, path in message["images"].items()})
-            elif "confusion" in message:
+            elif "tables" in message:
                 try:
                     with self._waiting_for_the_server():
-                        self._run.log({"step": step} | _draw_predictions(message))
+                        self._run.log({"step": step} | _draw_tables(message))
                 except Exception:
-                    drawn = _draw_predictions(message)
+                    drawn = _draw_tables(message)
                     for name, table in _find_tables(drawn):  # bound before, they are files of the run and no artifacts
                         table.bind_to_run(self._run, name, self._run.step)
                     self._run.log({"step": step} | drawn)
@@ -256,22 +255,25 @@ class Mirror:
             return False
 
 
-def _draw_predictions(message: Message) -> dict[str, Any]:
-    """W&B's own table and plot of what a model predicted."""
-    classes, confusion = message["classes"], message["confusion"]
-    counted = [(label, predicted) for label, row in enumerate(confusion) for predicted, count in enumerate(row) for _ in range(count)]
-    labels, predictions = zip(*counted, strict=True) if counted else ((), ())
-    table = wandb.Table(columns=["image", "label", "predicted", *(f"probability/{name}" for name in classes)])
-    for path, label, probabilities in message["mistakes"]:
-        predicted = probabilities.index(max(probabilities))
-        table.add_data(wandb.Image(path), classes[label], classes[predicted], *probabilities)
-    matrix = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes, title="Confusion matrix")
-    return {_WRONG: table, _CONFUSION: matrix}
+def _draw_tables(message: Message) -> dict[str, Any]:
+    """W&B's own tables, and its plots of confusion matrices, by their names."""
+    drawn: dict[str, Any] = {}
+    for name, content in message["tables"].items():
+        drawn[name] = wandb.Table(columns=content["columns"])
+        for row in content["rows"]:
+            drawn[name].add_data(*(wandb.Image(cell["image"]) if isinstance(cell, dict) else cell for cell in row))
+    for name, content in message["matrices"].items():
+        pairs = [(label, other) for label, row in enumerate(content["counts"]) for other, count in enumerate(row) for _ in range(count)]
+        labels, predictions = zip(*pairs, strict=True) if pairs else ((), ())
+        drawn[name] = wandb.plot.confusion_matrix(
+            y_true=labels, preds=predictions, class_names=content["classes"], title=name.rpartition("/")[2].replace("_", " ").capitalize()
+        )
+    return drawn
 
 
 def _find_tables(drawn: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The tables of what `_draw_predictions` returns, by the names under which W&B logs them."""
-    return [(_WRONG, drawn[_WRONG]), (f"{_CONFUSION}_table", drawn[_CONFUSION].table)]
+    """The tables of what `_draw_tables` returns, by the names under which W&B logs them."""
+    return [(name, plot) if isinstance(plot, wandb.Table) else (f"{name}_table", plot.table) for name, plot in drawn.items()]
 
 
 def _find_setting(variable: str) -> str | None:

@@ -9,10 +9,12 @@ import reprlib
 import sys
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from mnist_dist.errors import UserError
@@ -27,6 +29,12 @@ def option(group: str, default: Any, description: str, *, recipe: bool = False, 
     return Field(default, description=description, json_schema_extra={"group": group, "recipe": recipe, "folder": folder}, **limits)
 
 
+def trait(field: FieldInfo, name: str) -> Any:
+    """What `option` noted of a field: its group, recipe or folder. A bare field of a task is an option of its recipe."""
+    noted = field.json_schema_extra
+    return noted[name] if isinstance(noted, dict) else {"group": "The task", "recipe": True, "folder": False}[name]
+
+
 class Options(BaseModel):
     """A set of options. Immutable; raises `pydantic.ValidationError` on a value that is not allowed."""
 
@@ -35,9 +43,10 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_any(cls, value: Any, info: Any) -> Any:
+        if info.field_name not in cls.model_fields:  # one that only a file has
+            return value
         field = cls.model_fields[info.field_name]
-        is_folder = isinstance(field.json_schema_extra, dict) and field.json_schema_extra["folder"]
-        if is_folder and isinstance(value, str) and len(value) <= _TEXT_MAX:
+        if trait(field, "folder") and isinstance(value, str) and len(value) <= _TEXT_MAX:
             value = expand_path(value)
         # Before anything looks at the value, or shows it in a message: Python refuses to write out a number of 5,000 digits.
         if (isinstance(value, str) and len(value) > _TEXT_MAX) or (isinstance(value, int) and abs(value) >= 2**64):
@@ -61,23 +70,26 @@ def path_argument(text: str) -> str:
 Model = TypeVar("Model", bound=Options)
 
 
-def make_options(model: type[Model], values: dict[str, Any], source: str = "") -> Model:
-    """Validate `values`. Raises `UserError` that names every wrong option, its value and what is allowed."""
+def make_options(model: type[Model], values: dict[str, Any], source: str = "", known: Collection[str] = ()) -> Model:
+    """Validate `values`. Raises `UserError` that names every wrong option, its value and what is allowed.
+
+    `known`: options of other models, to say what was perhaps meant by one that is unknown.
+    """
     try:
         return model(**values)
     except ValidationError as error:
         where = f" (in {source})" if source else ""
-        raise UserError("\n".join(_explain(model, detail) + where for detail in error.errors())) from None
+        raise UserError("\n".join(_explain(model, detail, known) + where for detail in error.errors())) from None
 
 
-def _explain(model: type[Options], detail: Any) -> str:
+def _explain(model: type[Options], detail: Any, known: Collection[str]) -> str:
     """One line for one of pydantic's error details."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:  # a rule about several options: its message says it all
         return message
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
-        return _explain_unknown(name, name, model.model_fields)
+        return explain_unknown(name, name, [*model.model_fields, *known])
     if detail["type"] == "too_long":
         return f"{name} has a value of more than {_TEXT_MAX} characters or 64 bits; allowed: {_describe_allowed(model, name)}"
     if detail["type"] != "value_error":  # pydantic's own words; those of our validators stay
@@ -85,7 +97,8 @@ def _explain(model: type[Options], detail: Any) -> str:
     return f"{name} is {reprlib.repr(detail['input'])}; {message}"
 
 
-def _explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
+def explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
+    """The message about an option that there is not, with what was perhaps meant."""
     short = find_by_initials(name, known)
     near = [short] if short else difflib.get_close_matches(name, known, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
@@ -101,16 +114,26 @@ def find_by_initials(name: str, known: Collection[str]) -> str | None:
 def _describe_allowed(model: type[Options], name: str) -> str:
     """What an option takes, such as `a whole number, at least 1` or `sgd, adamw`."""
     field = model.model_fields[name]
-    kinds = {bool: "true, false", int: "a whole number", float: "a number", str: "text"}
-    words = [
-        ", ".join(_literals(model, name))
-        or next(words for kind, words in kinds.items() if kind in (field.annotation, *get_args(field.annotation)))
-    ]
+    words = [", ".join(_literals(model, name)) or describe_kind(model, name) or ""]
     for limit in field.metadata:
         for attribute, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"), ("min_length", "not empty")):
             if hasattr(limit, attribute):
                 words.append(f"{word} {getattr(limit, attribute):g}" if word != "not empty" else word)
     return ", ".join([*words, "or none"] if type(None) in get_args(field.annotation) else words)
+
+
+def describe_kind(model: type[Options], name: str) -> str | None:
+    """What values an option takes, in words; None for a field that is no option."""
+    annotation = model.model_fields[name].annotation
+    kinds = {bool: "true, false", int: "a whole number", float: "a number", str: "text"}
+    parts = [
+        part for part in (get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)) if part is not NoneType
+    ]
+    if len(parts) != 1:
+        return None
+    if get_origin(parts[0]) is Literal and all(isinstance(word, str) for word in get_args(parts[0])):
+        return ", ".join(get_args(parts[0]))
+    return kinds.get(parts[0]) if isinstance(parts[0], type) else None
 
 
 def _literals(model: type[Options], name: str) -> list[str]:
@@ -137,6 +160,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
+        self._groups: dict[str, Any] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
@@ -160,10 +184,11 @@ class Parser(argparse.ArgumentParser):
 
     def add_options(self, model: type[Options]) -> None:
         """Add `--name` for each option of `model`, with its default in the help."""
-        groups: dict[str, Any] = {}
+        groups = self._groups
         for name, field in model.model_fields.items():
-            assert isinstance(field.json_schema_extra, dict)
-            title = str(field.json_schema_extra["group"])
+            if describe_kind(model, name) is None:  # not an option: a config's task
+                continue
+            title = str(trait(field, "group"))
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
             default = "none" if field.default is None else str(field.default).lower() if field.annotation is bool else field.default
@@ -172,7 +197,7 @@ class Parser(argparse.ArgumentParser):
                 f"--{name}",
                 default=argparse.SUPPRESS,
                 metavar="|".join(_literals(model, name)) or _find_metavar(model, name),
-                help=f"{field.description} (default: {default})".replace("%", "%%"),
+                help=f"{field.description or name.replace('_', ' ')} (default: {default})".replace("%", "%%"),
                 **flag,
             )
             self._names.append(name)
@@ -182,7 +207,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             shown = unknown[0].split("=")[0]
-            raise UserError(_explain_unknown(shown, shown.lstrip("-"), self._names))
+            raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
         for name, value in vars(known).items():
             if value == [] and name in self._names:  # argparse's result for `--option=--`
                 raise UserError(f"{name} needs a value")

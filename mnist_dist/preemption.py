@@ -41,6 +41,7 @@ _STOP_OF_SIGNAL: dict[int, Stop] = {
     signal.SIGHUP: Stop.TERMINATE,
     signal.SIGINT: Stop.INTERRUPT,
 }
+STOP_SIGNALS = tuple(_STOP_OF_SIGNAL)
 
 
 class StopSignals:

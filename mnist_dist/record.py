@@ -13,25 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.config import CLASSES, Config, make_config
+from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, is_marked, read_file, write_atomically
+from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, write_atomically
 from mnist_dist.options import read_options_file
+from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
+from mnist_dist.task import Task
 
 # All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
 STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
-WEIGHTS_FILE, REPORT_FILE, LOCK_FILE = "model.safetensors", "report.html", "lock"
+WEIGHTS_FILE, REPORT_FILE = "model.safetensors", "report.html"
 CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", re.compile(r"step_(\d{8,18})-([0-9a-f]{16})\.pt")  # its step, its SHA-256's beginning
 PLOTS = "plots"
-PICTURES = ("curves", "confusion_matrix", "incorrect_classification", "correct_classification", "data_sample", "augmented_sample")
+PICTURE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
 _FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, ENDS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
 
 _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
+_STEPS_MAX = 2**53
 _SMALL_BYTES_MAX = 1 << 20  # of a result, a lock, a note
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
-_EVALUATED_NUMBERS = ("accuracy", "errors", "images", "loss")
 
 Row = dict[str, Any]
 
@@ -166,12 +168,21 @@ class Run:
     result: Row | None
 
 
-def read_run(run_dir: Path) -> Run:
-    """Read the run in `run_dir`. Raises `UserError` where that is no run folder or one of its files is damaged."""
+def read_run(run_dir: Path, config: Config | None = None) -> Run:
+    """Read the run in `run_dir`, whose config may be known. Raises `UserError` where it is no run folder or a file is damaged."""
     if not os.path.isfile(run_dir / CONFIG_FILE):  # unlike Path.is_file, False for a name that the system refuses
         raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}; expected the folder that --run_dir named")
-    config = read_config(run_dir)
-    return Run(run_dir, config, read_rows(run_dir, config), read_starts(run_dir), read_ends(run_dir), read_result(run_dir, config))
+    starts = read_starts(run_dir)
+    config = with_noted_sizes(config or read_config(run_dir), starts)
+    return Run(run_dir, config, read_rows(run_dir, config), starts, read_ends(run_dir), read_result(run_dir, config))
+
+
+def with_noted_sizes(config: Config, starts: list[Row]) -> Config:
+    """The config, with the sizes of its data that the last start noted, where they were not known before that."""
+    sizes = [tuple(start.get(name) for name in SIZE_NAMES) for start in starts]
+    if config.has_sizes or not sizes or not all(is_count(size) for size in sizes[-1]):
+        return config
+    return config.with_sizes(sizes[-1])  # type: ignore[arg-type]
 
 
 def check_folder(run_dir: Path, config: Config) -> None:
@@ -193,16 +204,21 @@ def is_run(run_dir: Path) -> bool:
 def _check_folder(run_dir: Path, config: Config) -> None:
     os.stat(run_dir / ".")  # a folder that can be listed and not entered
     if (run_dir / CONFIG_FILE).exists():
-        there = read_config(run_dir).recipe()
+        there = read_config(run_dir, type(config.task)).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
     elif not is_run(run_dir):
-        for name in (*_FILES, *(f"{PLOTS}/{picture}.png" for picture in PICTURES)):
+        for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir))):
             path = run_dir / name
             if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
                 raise UserError(
                     f"run_dir {run_dir} holds {name} but no {CONFIG_FILE}, so it is not a run, and {name} would be overwritten: "
                     "use another run_dir, or move that file away"
                 )
+
+
+def list_pictures(run_dir: Path) -> list[Path]:
+    """The pictures in a folder under names that a report gives them."""
+    return sorted(path for path in (run_dir / PLOTS).glob("*.png") if PICTURE_NAME.fullmatch(path.name))
 
 
 def check_same(there: Row, asked: Row, what: str) -> None:
@@ -221,7 +237,9 @@ def check_same(there: Row, asked: Row, what: str) -> None:
 def remove_temporary_files(run_dir: Path) -> None:
     """Delete what a killed writer left behind: regular files under names that this program gives them, and nothing else. Raises OSError."""
     paths = [run_dir / f"{name}{TEMPORARY_SUFFIX}" for name in _FILES]
-    paths += [run_dir / PLOTS / f"{name}.png{TEMPORARY_SUFFIX}" for name in PICTURES]
+    paths += [
+        path for path in (run_dir / PLOTS).glob(f"*{TEMPORARY_SUFFIX}") if PICTURE_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX))
+    ]
     for path in (run_dir / CHECKPOINTS).glob(f"step_*{TEMPORARY_SUFFIX}"):
         if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
             paths.append(path)
@@ -247,36 +265,36 @@ def find_step(path: Path) -> int:
     return int(match[1])
 
 
-def read_config(run_dir: Path) -> Config:
-    """The config of the run in a folder, with the folder as it is called here. Raises `UserError` where the file is missing or damaged."""
+def read_config(run_dir: Path, task: type[Task] | None = None) -> Config:
+    """The config of the run in a folder, with the folder as it is called here. Raises `UserError` where the file is missing or damaged.
+
+    The folder may be somebody else's, so the code of the task that it names is not run: `task` is the one that the user named. Where that
+    is None, or another one, the task of this package; else the options are there, and nothing that could be called.
+    """
     path = run_dir / CONFIG_FILE
     values = read_options_file(path)
     values.pop("run_dir", None)
     if values.get("log_with") not in Config.allowed("log_with"):  # older versions knew more trackers
         del values["log_with"]
-    return make_config(values, str(path)).model_copy(update={"run_dir": str(run_dir)})
+    name = values.get("task", BUILT_IN)
+    if task is None or task.name != name:
+        task = find_task(name) if isinstance(name, str) and is_built_in(name) else make_unknown(name)
+    return make_config(values, str(path), task).replace_run_dir(run_dir)
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that took a run folder's lock, as the lock file names it, and its Slurm job, empty without one."""
+def read_named_config(run_dir: Path, name: str | None) -> Config:
+    """The config of a run, with the code of its task: the one that the user names here, or has named before for a run of their own.
 
-    pid: int
-    host: str
-    job: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" + (f" (Slurm job {self.job})" if self.job else "")
-
-
-def read_holder(run_dir: Path) -> Holder | None:
-    """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell, or is the copy of another folder's."""
-    try:
-        text, _, mark = read_file(run_dir / LOCK_FILE, _SMALL_BYTES_MAX).decode(errors="replace").partition("\n")
-    except OSError:
-        return None
-    match = re.fullmatch(r"process (\d{1,18}) on (.{1,255}?)(?: \(Slurm job (\d{1,18})\))?", text.strip())
-    return Holder(int(match[1]), match[2], match[3] or "") if match and is_marked(run_dir, mark) else None
+    Raises `UserError` where the user has done neither, and as `read_config` does.
+    """
+    config = read_config(run_dir)
+    if name is not None:
+        given = find_task(name)
+        note_named(given.name)
+        return make_config(config.values() | {"task": given.name}, str(run_dir / CONFIG_FILE), given).replace_run_dir(run_dir)
+    if isinstance(config.task, Unknown) and is_named_before(config.task.name):
+        return read_config(run_dir, find_task(config.task.name))
+    return config
 
 
 def read_result(run_dir: Path, config: Config | None) -> Row | None:
@@ -287,15 +305,28 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
         return None
     result = parse_object(content)
     result = _rename_split(result, config) if config else result
-    split = config.evaluated_split if config else "holdout" if "holdout/accuracy" in result else "test"
-    good = {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, *(f"{split}/{name}" for name in _EVALUATED_NUMBERS))}
-    good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= config.total_steps)
-    good[f"{split}/confusion_matrix"] = _is_confusion(result.get(f"{split}/confusion_matrix"))
-    good[f"{split}/accuracy"] = good[f"{split}/accuracy"] and 0 <= result[f"{split}/accuracy"] <= 1
+    split = config.evaluated_split if config else "holdout" if "holdout/loss" in result else "test"
+    good = {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, f"{split}/loss")}
+    good |= {name: is_measure(value, name) for name, value in result.items() if name.startswith(f"{split}/")}
+    good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= find_last_step(config))
+    if config is not None:
+        good[config.best] = is_number(result.get(config.best))
+        wrong = config.task.check_measures(pick_measures(result, split))
+        good |= {} if wrong is None else {f"{split}/{wrong}": False}
     for name in good:
         if not good[name]:
             raise UserError(f"{path} is damaged: it has no valid {name}; delete it to let the run write it again from its last checkpoint")
     return result
+
+
+def pick_measures(values: Row, split: str) -> Row:
+    """The measures of a split in a row or a result, without its name."""
+    return {name.removeprefix(f"{split}/"): value for name, value in values.items() if name.startswith(f"{split}/")}
+
+
+def find_last_step(config: Config) -> int:
+    """The last step of a run; a very high one where the size of its data is not known."""
+    return config.total_steps if config.has_sizes else _STEPS_MAX
 
 
 def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> list[Row]:
@@ -305,7 +336,7 @@ def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> l
     for number, row in _read_lines(path, tail_bytes):
         if not is_row(row):
             raise UserError(f"{path} is damaged: line {number} is not a JSON object of numbers with a step")
-        if row["step"] > config.total_steps:
+        if row["step"] > find_last_step(config):
             raise UserError(f"{path} is damaged: line {number} is of step {row['step']}; the run has {config.total_steps}")
         if rows and row["step"] <= rows[-1]["step"]:
             raise UserError(f"{path} is damaged: line {number} is of step {row['step']}, after one of step {rows[-1]['step']}")
@@ -376,14 +407,15 @@ def parse_object(text: bytes) -> Row:
 
 
 def is_row(row: Row) -> bool:
-    """Whether `row` is one of metrics.jsonl: a step, and numbers, some of which may not be known; a list of them for classes."""
-    return is_count(row.get("step")) and all(_is_measure(name, value) for name, value in row.items())
+    """Whether `row` is one of metrics.jsonl: a step, and numbers or lists of them, some of which may not be known."""
+    return is_count(row.get("step")) and all(is_measure(value, name) for name, value in row.items())
 
 
-def _is_measure(name: str, value: object) -> bool:
+def is_measure(value: object, name: str = "") -> bool:
+    """Whether `value` can be a measure called `name`: a number, or a list of such; one may not be known."""
     if isinstance(value, list):
-        return name.endswith("/class_accuracy") and all(_is_measure("/accuracy", entry) for entry in value)
-    return value is None or (is_number(value) and (not name.endswith("/accuracy") or 0 <= value <= 1))  # type: ignore[operator]
+        return all(is_measure(entry, name) for entry in value)
+    return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))  # type: ignore[operator]
 
 
 def is_count(value: object) -> bool:
@@ -401,8 +433,3 @@ def _rename_split(row: Row, config: Config) -> Row:
     if config.evaluated_split == "test":
         return row
     return {re.sub("^test/", f"{config.evaluated_split}/", name): value for name, value in row.items()}
-
-
-def _is_confusion(value: object) -> bool:
-    rows = value if isinstance(value, list) else []
-    return [isinstance(row, list) and [is_count(count) for count in row] for row in rows] == [[True] * CLASSES] * CLASSES

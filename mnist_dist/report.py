@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import base64
 import logging
 import os
+import struct
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -23,9 +24,12 @@ import torch
 from mnist_dist.config import Config
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
-from mnist_dist.plots import draw_comparison, draw_run, print_written, render, save_figures
-from mnist_dist.record import PLOTS, REPORT_FILE, Run, read_run
+from mnist_dist.plots import draw_comparison, draw_run, open_run, print_written, save_figures
+from mnist_dist.record import PLOTS, REPORT_FILE, Run, pick_measures, read_run
+from mnist_dist.source import Unknown
+from mnist_dist.task import Data, Panel, format_measure
 
 COMPARISON_FILE = "compare.html"
 _GENERATOR = b'<meta name="generator" content="mnist_dist">'
@@ -85,35 +89,35 @@ $sections
 """)
 
 
-def write_report(run_dir: Path, device: torch.device | str = "cpu") -> Path:
+def write_report(
+    run_dir: Path, device: torch.device | str = "cpu", config: Config | None = None, data: Data | None = None, task: str | None = None
+) -> Path:
     """Write the pictures of a run into its folder `plots`, and `report.html` with all of them; the path of the latter.
+
+    `config` and `data` may be at hand; `task` is the name by which the user names its code.
 
     Raises `UserError` where `run_dir` is no run folder or is damaged, `RunError` where the files cannot be written.
     """
-    run = read_run(run_dir)
-    drawing = draw_run(run, device)
+    run = read_run(run_dir, config) if config is not None else open_run(run_dir, task)
+    drawing = draw_run(run, device, data)
     for sentence in drawing.left_out:
         _log.warning("left out %s", sentence)
-    pictures = {path.stem: path.read_bytes() for path in save_figures(drawing.figures, run.path / PLOTS)}
+    save_figures(drawing.panels, run.path / PLOTS)
     path = run.path / REPORT_FILE
     try:
-        write_atomically(path, make_page(run, pictures, drawing.left_out).encode(errors="replace"))
+        write_atomically(path, make_page(run, drawing.panels, drawing.left_out).encode(errors="replace"))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
 
 
-def make_page(run: Run, pictures: dict[str, bytes], left_out: Sequence[str]) -> str:
-    """The page as HTML. `pictures`: the bytes of PNG files by the names in `mnist_dist.plots`."""
-
-    def show(*names: str) -> str:
-        return "".join(_figure(name, pictures[name], run.config) for name in names if name in pictures)
-
+def make_page(run: Run, panels: Sequence[Panel], left_out: Sequence[str]) -> str:
+    """The page as HTML."""
+    by_title: dict[str, str] = {}
+    for panel in panels:
+        by_title[panel.title] = by_title.get(panel.title, "") + _show(panel)
     titles_and_contents = [
-        ("Curves", show("curves")),
-        (f"{run.config.evaluated_on.capitalize()} images by class", show("confusion_matrix") + _class_table(run)),
-        ("Predictions", show("incorrect_classification", "correct_classification")),
-        ("Training images", show("data_sample", "augmented_sample")),
+        *((escape(title), content) for title, content in by_title.items()),
         ("Left out", "".join(f"<p>{escape(sentence)}</p>\n" for sentence in left_out)),
         ("Starts", _starts_table(run)),
         ("Options", _options_table(run.config)),
@@ -131,38 +135,36 @@ def make_page(run: Run, pictures: dict[str, bytes], left_out: Sequence[str]) -> 
 
 
 def _summarize(run: Run) -> tuple[str, dict[str, str]]:
-    total, result = run.config.total_steps, run.result
+    total, result = _describe_total(run.config), run.result
     if result is None:
         step = max([row["step"] for row in run.rows], default=0)
-        return f"Not finished: the record ends at step {step:,} of {total:,}.", {}
-    accuracy, loss, errors, images = (result[f"{run.config.evaluated_split}/{name}"] for name in ("accuracy", "loss", "errors", "images"))
-    wrong = f"{errors:,} of {images:,} {run.config.evaluated_on} images are wrong"
-    return f"Finished after {result['step']:,} steps: {wrong}.", {
-        f"{run.config.evaluated_on} accuracy": f"{accuracy:.2%}",
-        f"{run.config.evaluated_on} loss": f"{loss:.4f}",
+        return f"Not finished: the record ends at step {step:,} of {total}.", {}
+    on, task = run.config.evaluated_on, run.config.task
+    measures = pick_measures(result, run.config.evaluated_split)
+    names = dict.fromkeys((task.best, "loss"))
+    described = task.describe(measures) if not isinstance(task, Unknown) else ""
+    return f"Finished after {result['step']:,} steps: {on} {described}.".replace(f": {on} .", "."), {
+        **{f"{on} {name.replace('_', ' ')}": format_measure(name, measures[name]) for name in names},
         "training time": format_duration(result["elapsed_s"]),
-        "images per second": f"{result['images_per_s']:,.0f}",
+        f"{task.samples} per second": f"{result['images_per_s']:,.0f}",
         "processes": f"{result['world_size']:,} ({result.get('device', '?')}, {result.get('precision', '?')})",
     }
 
 
-def _caption(name: str, config: Config) -> str:
-    if name == "curves":
-        return (
-            f"The training loss is of augmented images and has label smoothing {config.label_smoothing:g}; "
-            f"the {config.evaluated_on} loss has neither: compare each with itself alone."
+def _show(panel: Panel) -> str:
+    """A panel as HTML."""
+    content = ""
+    if panel.figure is not None:
+        png = render(panel.figure)
+        width, height = struct.unpack(">II", png[16:24])  # the header of a PNG file
+        shape = ' class="square"' if 0.8 < width / height < 1.25 else ""
+        picture = base64.b64encode(png).decode()
+        content = (
+            f'<div class="scroll"><img src="data:image/png;base64,{picture}" alt="{escape(panel.name.replace("_", " "))}"{shape}></div>\n'
         )
-    if name == "incorrect_classification":
-        return "Computed again in float32: where two classes are nearly equal, the count may differ from the run's own."
-    return ""
-
-
-def _figure(name: str, png: bytes, config: Config, caption: str | None = None) -> str:
-    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{name.replace("_", " ")}"'
-    shape = ' class="square"' if name == "confusion_matrix" else ""
-    caption = _caption(name, config) if caption is None else caption
-    below = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
-    return f'<figure>\n<div class="scroll">{image}{shape}></div>\n{below}</figure>\n'
+    below = f"<figcaption>{escape(panel.caption)}</figcaption>\n" if panel.caption else ""
+    figure = f"<figure>\n{content}{below}</figure>\n" if content else ""
+    return figure + (_table(*panel.table) if panel.table is not None else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -176,26 +178,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n<tbody>\n{body}</tbody>\n</table></div>\n'
 
 
-def _class_table(run: Run) -> str:
-    if run.result is None:
-        return ""
-    rows = []
-    for label, counts in enumerate(run.result[f"{run.config.evaluated_split}/confusion_matrix"]):
-        images, wrong = sum(counts), sum(counts) - counts[label]
-        other = max((i for i in range(len(counts)) if i != label), key=counts.__getitem__)
-        taken_for = f"{run.config.class_names[other]} ({counts[other]})" if wrong else "none"
-        rows.append((run.config.class_names[label], images, wrong, f"{1 - wrong / images:.2%}" if images else "no images", taken_for))
-    return _table(("class", "images", "wrong", "accuracy", "most often taken for (times)"), rows)
-
-
 def _options_table(config: Config) -> str:
-    values = config.model_dump(mode="json")
+    values, fields = config.values(), config.fields()
     words = {None: "none", True: "true", False: "false"}
     return _table(
         ("option", "value", "meaning"),
         [
-            (name, words[values[name]] if isinstance(values[name], bool | None) else str(values[name]), field.description)
-            for name, field in type(config).model_fields.items()
+            ("task", config.task.name, "what is trained"),
+            *(
+                (name, words[values[name]] if isinstance(values[name], bool | None) else str(values[name]), field.description or "")
+                for name, field in fields.items()
+            ),
         ],
     )
 
@@ -240,13 +233,14 @@ def make_comparison(runs: Sequence[Run]) -> str:
     """The page as HTML: results, curves over each other, and the options in which the runs differ."""
     names = _name_apart([run.path for run in runs])
     rows = [(name, *_describe_result(run)) for name, run in zip(names, runs, strict=True)]
-    header = ("run", "state", "accuracy", "loss", "step", "training time", "images/s", "processes", "starts")
-    dumps = [run.config.model_dump(mode="json") for run in runs]
-    differing = [option for option in dumps[0] if option != "run_dir" and len({str(dump[option]) for dump in dumps}) > 1]
-    picture = _figure("curves", render(draw_comparison(names, runs)), runs[0].config, "")
+    task = runs[0].config.task
+    header = ("run", "state", task.best.replace("_", " "), "loss", "step", "training time", f"{task.samples}/s", "processes", "starts")
+    dumps = [run.config.values() for run in runs]
+    differing = [option for option in dumps[0] if option != "run_dir" and len({str(dump.get(option)) for dump in dumps}) > 1]
+    picture = _show(Panel("Curves", "curves", figure=draw_comparison(names, runs)))
     sections = [("Results", _table(header, rows)), ("Curves", picture)]
     if differing:
-        differences = [(option, *(dump[option] for dump in dumps)) for option in differing]
+        differences = [(option, *(dump.get(option, "") for dump in dumps)) for option in differing]
         sections.append(("Options that differ", _table(("option", *names), differences)))
     return _PAGE.substitute(
         title=f"{len(runs)} runs",
@@ -255,6 +249,10 @@ def make_comparison(runs: Sequence[Run]) -> str:
         facts="",
         sections="\n".join(f"<section>\n<h2>{title}</h2>\n{content}</section>" for title, content in sections),
     )
+
+
+def _describe_total(config: Config) -> str:
+    return f"{config.total_steps:,}" if config.has_sizes else "an unknown number"
 
 
 def _name_apart(paths: Sequence[Path]) -> list[str]:
@@ -266,15 +264,15 @@ def _name_apart(paths: Sequence[Path]) -> list[str]:
 def _describe_result(run: Run) -> tuple[str, ...]:
     result, split = run.result or {}, run.config.evaluated_split
     last = run.rows[-1] if run.rows else {}
-    evaluated = [row for row in run.rows if f"{split}/accuracy" in row]
-    accuracy, loss = ((result or (evaluated[-1] if evaluated else {})).get(f"{split}/{name}") for name in ("accuracy", "loss"))
+    evaluated = [row for row in run.rows if run.config.best in row]
+    best, loss = ((result or (evaluated[-1] if evaluated else {})).get(name) for name in (run.config.best, f"{split}/loss"))
     speed = result.get("images_per_s", last.get("train/images_per_s"))
     start = run.starts[-1] if run.starts else {}
     return (
         "finished" if run.result else "not finished",
-        "" if accuracy is None else f"{accuracy:.2%} ({run.config.evaluated_on})",
+        "" if best is None else f"{format_measure(run.config.task.best, best)} ({run.config.evaluated_on})",
         "" if loss is None else f"{loss:.4f}",
-        f"{result.get('step', last.get('step', 0)):,} of {run.config.total_steps:,}",
+        f"{result.get('step', last.get('step', 0)):,} of {_describe_total(run.config)}",
         format_duration(result["elapsed_s"]) if result else "",
         "" if speed is None else f"{speed:,.0f}",
         " ".join(str(start[name]) for name in ("world_size", "device", "precision") if name in start),
@@ -282,12 +280,14 @@ def _describe_result(run: Run) -> tuple[str, ...]:
     )
 
 
+def _write(run_dirs: list[Path], task: str | None) -> list[Path]:
+    return [write_comparison(run_dirs) if run_dirs[1:] else write_report(run_dirs[0], task=task)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 written, 2 a user's mistake, 1 the rest."""
     description = "Write report.html of a run into its folder, at any time; of several runs, compare.html beside the first."
-    return print_written(
-        "mnist_dist.report", description, arguments, lambda runs: [write_comparison(runs) if runs[1:] else write_report(runs[0])]
-    )
+    return print_written("mnist_dist.report", description, arguments, _write)
 
 
 if __name__ == "__main__":

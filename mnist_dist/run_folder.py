@@ -1,6 +1,7 @@
 """The run folder: the identity of a run and its record. Only rank zero touches it."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
@@ -8,23 +9,19 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import accelerate
 import torch
-from torch import Tensor
 
 import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Split
 from mnist_dist.distributed import Group, is_loss
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.evaluation import Evaluation
 from mnist_dist.files import append_line, describe_error, write_atomically
-from mnist_dist.gallery import save_mistakes, save_samples
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop
 from mnist_dist.record import (
@@ -32,7 +29,6 @@ from mnist_dist.record import (
     CONFIG_FILE,
     ENDS_FILE,
     METRICS_FILE,
-    PICTURES,
     PLOTS,
     RESULT_FILE,
     STARTS_FILE,
@@ -42,8 +38,11 @@ from mnist_dist.record import (
     check_folder,
     is_run,
     read_result,
+    read_starts,
     remove_temporary_files,
 )
+from mnist_dist.source import describe_source, find_changed
+from mnist_dist.task import Data, Evaluation, Panel
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
 if TYPE_CHECKING:
@@ -105,14 +104,14 @@ class RunFolder:
 
         return self.group.on_main(check)
 
-    def open(self) -> checkpoint.Saved | None:
-        """Make or take over the folder; the newest checkpoint in it.
+    def open(self, model_bytes: int) -> checkpoint.Saved | None:
+        """Make or take over the folder; the newest checkpoint in it, of a model of so many bytes.
 
         Raises `UserError` if it is in use or not writable, `RunError` if it has checkpoints of which none can be used.
         """
-        return self.group.on_main(self._open)
+        return self.group.on_main(lambda: self._open(model_bytes))
 
-    def _open(self) -> checkpoint.Saved | None:
+    def _open(self, model_bytes: int) -> checkpoint.Saved | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
@@ -122,7 +121,7 @@ class RunFolder:
             if is_run(self.path):  # in any other folder, such files are somebody else's
                 remove_temporary_files(self.path)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
-            newest = checkpoint.read_newest(self.path / CHECKPOINTS)
+            newest = checkpoint.read_newest(self.path / CHECKPOINTS, model_bytes)
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be used: {describe_error(error)}; expected a writable folder") from error
@@ -138,29 +137,42 @@ class RunFolder:
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
-        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin()}
+        source = describe_source(type(self.config.task))
+        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": source}
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.cut_back(step, promised_rows)
+            self._compare_source(source)
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
-            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.model_dump(), step))
+            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))
         mirror = open_tracker(
             self.config.wandb,
             self.path,
-            self.config.model_dump(),
+            self.config.values(),
             project=self.config.wandb_project,
             facts={**start, "versions": describe_versions()},
             job_type="train",
-            tags=[self.config.dataset, self.config.optimizer],
+            tags=[str(self.config.values().get("dataset", self.config.task.short_name)), self.config.optimizer],
             notes=f"{self.path.absolute()} on {platform.node()}",
             system_metrics=self.config.system_metrics,
         )
         self._trackers.append(mirror)
+
+    def _compare_source(self, source: str) -> None:
+        """Warn where this start has another code of its task than the one before."""
+        before = next((start["source"] for start in reversed(read_starts(self.path)) if isinstance(start.get("source"), str)), source)
+        changed = find_changed(before, source)
+        if changed:
+            _log.warning(
+                "the code of task %s is another than at the last start: %s changed; what follows is computed with the new one",
+                self.config.task.name,
+                ", ".join(changed),
+            )
 
     def _sync(self) -> None:
         assert self._lock is not None
@@ -200,32 +212,24 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.log(row)
 
-    def show_samples(self, split: Split, transforms: Tensor) -> None:
-        """Send some training images to the trackers, as they are and as `transforms` [n, 2, 3] make them."""
-        with self._showing() as trackers:
-            images = {f"images/{name}": path for name, path in save_samples(split, transforms, self._pictures).items()} if trackers else {}
-            for tracker in trackers:
-                tracker.log_images(self._step, images)
+    def show_samples(self, data: Data, drawn: object) -> None:
+        """Send the trackers what is trained on; `drawn` is what the next step draws for it."""
+        self._show(lambda: self.config.task.draw_samples(data, drawn))
 
-    def show_predictions(self, step: int, split: Split, evaluation: Evaluation, most: int = 20) -> None:
-        """Send the confusion matrix and at most `most` of the wrong predictions of an evaluation of `split` to the trackers."""
-        with self._showing() as trackers:
-            shown = evaluation.mistakes[:most] if trackers else []
-            mistakes = save_mistakes(split, shown, self.config.evaluated_split, self._pictures)
-            for tracker in trackers:
-                tracker.log_predictions(step, evaluation.confusion_matrix, mistakes, self.config.class_names)
+    def show_evaluation(self, data: Data, evaluation: Evaluation, most: int = 20) -> None:
+        """Send the trackers what an evaluation found, with at most `most` examples."""
+        chosen = dataclasses.replace(evaluation, examples=evaluation.examples[:most])
+        self._show(lambda: self.config.task.draw_evaluation(data, chosen))
 
-    @contextlib.contextmanager
-    def _showing(self) -> Iterator[list[NoTracker]]:
-        """The trackers that take pictures. What fails on the way to them is a warning."""
+    def _show(self, draw: Callable[[], list[Panel]]) -> None:
+        """Draw panels for the trackers that take pictures. What fails on the way to them is a warning."""
+        trackers = [tracker for tracker in self._trackers if tracker.takes_pictures]
         try:
-            yield [tracker for tracker in self._trackers if tracker.takes_pictures]
+            panels = draw() if trackers else []
+            for tracker in trackers:
+                tracker.log_panels(self._step, panels)
         except Exception as error:
             _log.warning("pictures for the trackers are left out: %s", error)
-
-    @property
-    def _pictures(self) -> Path:
-        return self.path / "wandb/pictures"
 
     def save_if_due(self, state: "TrainingState") -> None:
         """Begin to write a checkpoint if its step or its time has come. Needs no other rank: all have the same state."""
@@ -235,10 +239,9 @@ class RunFolder:
         by_time = self.config.checkpoint_every_s and time.monotonic() - self._saved_s >= self.config.checkpoint_every_s
         if by_step or by_time:
             self._saved_s = time.monotonic()  # also where nothing comes of it: a slow disk is not asked again at each step
-            # Weights that are not finite are left to the next row of the record, which will tell.
-            if self._writer.is_free(state.step) and state.is_finite():
+            if self._writer.is_free(state.step):
                 assert self._record is not None
-                self._writer.submit(state.step, state.encode(self._record.copy_steps()))
+                self._writer.submit(state.step, state.copy(self._record.copy_steps()))
 
     def save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
         """Write the checkpoint with which this start ends, because of `stop` or at the end. Raises `RunError` where that fails."""
@@ -248,9 +251,7 @@ class RunFolder:
             assert self._record is not None
             assert self._lock is not None
             self._lock.check()
-            if not state.is_finite():
-                raise RunError(f"the weights are not finite after step {state.step}; the run stops here and keeps its last checkpoint")
-            path = self._writer.finish(state.step, state.encode(self._record.copy_steps()))
+            path = self._writer.finish(state.step, state.copy(self._record.copy_steps()))
             self._stop, self._step = stop, state.step
             return path
 
@@ -274,7 +275,7 @@ class RunFolder:
 
         self.group.on_main(write)
 
-    def publish(self, result: Row, split: Split, evaluation: Evaluation) -> None:
+    def publish(self, result: Row, data: Data, evaluation: Evaluation) -> None:
         """Draw the finished run's pictures, write its report, complete its mirror. What fails is a warning: the run has ended well."""
 
         def publish() -> None:
@@ -283,12 +284,12 @@ class RunFolder:
                 if self.config.report:
                     from mnist_dist.report import write_report  # matplotlib is imported only now
 
-                    _log.info("report: %s", write_report(self.path, self.group.device))
-                    drawn = (self.path / PLOTS / f"{name}.png" for name in PICTURES)
-                    pictures = [path for path in drawn if path.is_file()]
+                    # The task in hand draws, with the data in hand.
+                    _log.info("report: %s", write_report(self.path, self.group.device, self.config, data))
+                    pictures = sorted((self.path / PLOTS).glob("*.png"))
             except Exception as error:
                 _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
-            self.show_predictions(result["step"], split, evaluation, most=100)
+            self.show_evaluation(data, evaluation, most=100)
             for tracker in self._trackers:
                 tracker.log_images(result["step"], {f"images/{path.stem}": path for path in pictures})
                 if self.config.wandb_model:

@@ -1,45 +1,111 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
+import contextlib
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import Tensor
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
+from mnist_dist.data import fingerprint, probe, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer, describe_state
+from mnist_dist.options import trait
+from mnist_dist.randomness import derive_seed
 from mnist_dist.record import check_same, find_step
+from mnist_dist.source import BUILT_IN
+from mnist_dist.task import Data
+from mnist_dist.tier import check_count, find_tier, keeping, take
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """The model as Accelerate prepared it, its optimizer, the steps done, and the time they took."""
+    """The model and the optimizer as Accelerate prepared them, the steps done, and the time they took."""
 
-    def __init__(self, config: Config, fingerprint: str, group: Group) -> None:
+    def __init__(self, config: Config, data: Data, group: Group) -> None:
         self.config = config
-        self.fingerprint = fingerprint
-        self.bare_model: nn.Module = build_model(config.seed).to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
-        # The optimizer is used bare: Accelerate's wrapper would scale and accumulate gradients, which is not wanted here, and looks for
-        # an optional package on the disk twice in each step, which takes longer than a batch takes to augment.
-        self.model, _ = group.accelerator.prepare(self.bare_model, self.optimizer)
+        self.group = group
+        self.fingerprint = fingerprint(data, config.task)
+        self.bare_model = build_model(config.task, config.seed)
+        self.probe = probe(data.train, config)
+        self.tier = find_tier(config.task, self.bare_model, *self.probe)
+        optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
+        self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
+        if config.cuda_graph:
+            if not self.tier.is_any_world:
+                raise UserError(
+                    f"cuda_graph would replay the same random numbers, or count statistics twice ({self.tier.reason}): leave it out"
+                )
+            # Accelerate's wrapper asks at each step whether it may step, which a graph cannot record.
+            self.optimizer = optimizer
+            _log.info("the optimizer is stepped without Accelerate's wrapper, which a CUDA graph cannot record")
         self.step = 0
+        self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
 
-    def settle(self, inputs: Tensor) -> None:
-        """Let DDP lay out its buckets for good, by a backward pass on some `inputs` of the model whose gradients are dropped.
+    def settle(self) -> None:
+        """Let DDP lay out its buckets for good, by a backward pass on some samples whose gradients are dropped.
 
         DDP lays them out anew after the first backward pass of every start, in the order in which the gradients came. Where a number lies
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
         if self.model is not self.bare_model:
-            self.model(inputs).sum().backward()
+            samples, drawn = send_to_device(self.probe, self.group.device)
+            with keeping(self.bare_model):
+                self.config.task.losses(self.model, samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
+
+    def train_on(self, samples: Any, drawn: Any, note_forward: Callable[[], None]) -> Tensor:
+        """All that the device does in a step; this rank's part of the mean loss over the global batch, times the number of ranks.
+
+        The losses of all samples are added up and divided by the size of the global batch, here and by DDP's mean over the ranks, however
+        many samples a rank has, and however many of them it computes at once.
+        """
+        task, accelerator = self.config.task, self.group.accelerator
+        self.optimizer.zero_grad()
+        count = check_count(samples) if self.config.micro_batch else 0
+        total: Tensor | None = None
+        parts = _cut(count, self.config.micro_batch)
+        for number, rows in enumerate(parts, start=1):
+            last = number == len(parts)
+            # Gradients are exchanged with the last part, once.
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                part, numbers = (samples, drawn) if len(parts) == 1 else (take(samples, rows), take(drawn, rows))
+                losses = task.losses(self.model, part, numbers)
+                loss = losses.sum() * (self.group.size / self.config.batch_size)
+                if last:
+                    note_forward()
+                accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        if self.config.clip_norm is not None:
+            self._gradient_norm = accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        assert total is not None
+        return total
+
+    def seed_generators(self) -> None:
+        """Seed what the model draws in the step that comes: a function of (seed, step, rank)."""
+        if self.tier.is_any_world:  # it draws nothing
+            return
+        seed = derive_seed(self.config.seed, f"model on rank {self.group.rank}", self.step)
+        seed_generators(seed)
+        if self.group.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def share_buffers(self) -> None:
+        """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""
+        if self.group.size > 1:
+            for buffer in self.bare_model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     @property
     def elapsed_s(self) -> float:
@@ -48,6 +114,8 @@ class TrainingState:
 
     def gradient_norm(self) -> float:
         """The 2-norm of the last step's gradient of the global batch, the same on every rank."""
+        if self._gradient_norm is not None:
+            return self._gradient_norm.item()
         gradients = [parameter.grad for parameter in self.bare_model.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
@@ -55,23 +123,29 @@ class TrainingState:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.bare_model.parameters() if parameter.requires_grad)
 
-    def is_finite(self) -> bool:
-        """Whether every parameter is a finite number."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.bare_model.parameters())
+    def count_bytes(self) -> int:
+        """The size of the model in memory."""
+        return sum(tensor.nbytes for tensor in self.bare_model.state_dict().values())
 
-    def encode(self, rows: Sequence[int]) -> bytes:
-        """The state as the bytes of a checkpoint, which also promises that metrics.jsonl has a row for each step of `rows`."""
-        return checkpoint.encode(
-            {
-                "step": self.step,
-                "recipe": self.config.recipe(),
-                "data": self.fingerprint,
-                "elapsed_s": self.elapsed_s,
-                "rows": torch.tensor(rows, dtype=torch.int64),
-                "model": self.bare_model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-        )
+    def copy(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The state as a checkpoint holds it, on the CPU, which also promises that metrics.jsonl has a row for each step of `rows`.
+
+        All that the training waits for: what follows (its bytes, their hash, the disk) is done with the copy.
+        """
+        return {
+            "step": self.step,
+            "recipe": self.config.recipe(),
+            "data": self.fingerprint,
+            "elapsed_s": self.elapsed_s,
+            "rows": torch.tensor(rows, dtype=torch.int64),
+            "world": None if self.tier.is_any_world else self._describe_world(),
+            "model": _copy(self.bare_model.state_dict()),
+            "optimizer": _copy(self.optimizer.state_dict()),
+        }
+
+    def _describe_world(self) -> str:
+        micro_batch = self.config.micro_batch
+        return f"{self.group.size} processes" + (f", micro_batch {micro_batch}" if micro_batch else "")
 
     def restore(self, saved: checkpoint.Saved) -> list[int]:
         """Take over the state of a checkpoint; the steps of the rows that metrics.jsonl must have.
@@ -96,7 +170,8 @@ class TrainingState:
         stored = _read_field(state, "recipe", dict)
         if not all(isinstance(name, str) and isinstance(value, str | int | float | None) for name, value in stored.items()):
             raise RunError("it is damaged: its recipe is not a list of options")
-        recipe = Config.model_construct(**stored).recipe() | {name: stored[name] for name in stored if name not in Config.model_fields}
+        defaults = {name: field.default for name, field in self.config.fields().items() if trait(field, "recipe")}
+        recipe = {"task": BUILT_IN} | defaults | stored
         check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
         check_same(_shapes(model), _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
         check_same(
@@ -104,11 +179,21 @@ class TrainingState:
             {"data": self.fingerprint},
             "it was trained on other data; use another run_dir, or the same data:",
         )
+        world = state.get("world")
+        if world is not None and not isinstance(world, str):
+            raise RunError("it is damaged: its world is not a text")
+        if not self.tier.is_any_world and world not in (None, self._describe_world()):
+            raise UserError(
+                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only on as many, "
+                f"because {self.tier.reason}: start as many, or use another run_dir"
+            )
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")
+        kinds = {name: tensor.dtype for name, tensor in self.bare_model.state_dict().items()}
         for name, tensor in [*model.items(), *slots.items()]:
-            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise RunError(f"it is damaged: {name} holds values that are not finite float32 numbers")
+            kind = kinds.get(name, torch.float32)
+            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not is_finite(tensor):
+                raise RunError(f"it is damaged: {name} holds values that are not finite {str(kind).removeprefix('torch.')} numbers")
         if step != named_step or not 1 <= step <= self.config.total_steps:
             raise RunError(f"it is damaged: its step is {step}, its name says {named_step}, and the run has {self.config.total_steps}")
         if not 0 <= elapsed_s < math.inf:
@@ -124,6 +209,24 @@ class TrainingState:
         self.step = step
         self._start_s = time.perf_counter() - elapsed_s
         return [int(row) for row in rows.tolist()]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _cut(count: int, size: int | None) -> list[slice]:
+    """The rows of each part of `count` samples of which `size` are computed at once."""
+    return [slice(start, start + size) for start in range(0, count, size)] if size else [slice(None)]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copy(part) for name, part in value.items()}
+    return [_copy(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_field(state: dict[str, Any], name: str, kind: type) -> Any:

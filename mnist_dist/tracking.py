@@ -10,7 +10,9 @@ Accelerate's other trackers, such as TensorBoard, are taken as they are, in the 
 import configparser
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -26,10 +28,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from mnist_dist.errors import UserError
+from mnist_dist.figures import render
 from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
+from mnist_dist.task import Panel
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -44,7 +48,7 @@ _NOT_IN_A_PROJECT = "/\\#?%:"  # by W&B's rule, as the next
 _NAME_LENGTH_MAX = 128
 _SCRATCH_PREFIX = "mirror-tmp-"
 _SCRATCH_NAME = re.compile(rf"{_SCRATCH_PREFIX}[a-z0-9_]{{8}}")
-_PATHS = ("run_dir", "images", "mistakes", "model")  # of messages
+_PATHS = ("run_dir", "images", "image", "model")  # of messages
 # What of the environment the mirror's process needs to find and read the same files as this one.
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
 # The run folder says which run on W&B this is.
@@ -56,14 +60,6 @@ _CREDENTIALS_IN_URL = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(hidden)"
 
 _log = logging.getLogger(__name__)
-
-
-class Mistake(NamedTuple):
-    """An image that was taken for what it is not."""
-
-    image: Path
-    label: int  # the index of its class
-    probabilities: Sequence[float]  # of each class
 
 
 class NoTracker:
@@ -82,8 +78,8 @@ class NoTracker:
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Mirror image files under names such as "images/data_sample", as `log` does. They are read within seconds, not at once."""
 
-    def log_predictions(self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]) -> None:
-        """Mirror how often the images of each class (rows) were taken for each class, and some mistakes, as `log_images` does."""
+    def log_panels(self, step: int, panels: Sequence[Panel]) -> None:
+        """Mirror figures, tables and confusion matrices of a task, as `log_images` does."""
 
     def log_model(self, path: Path) -> None:
         """Mirror the file of the trained weights, as `log_images` does."""
@@ -164,13 +160,33 @@ class WandbTracker(NoTracker):
         self._send({"row": _flatten(row)})
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:  # noqa: D102
-        self._send({"step": step, "images": {name: os.path.abspath(path) for name, path in images.items()}})
+        if images:
+            self._send({"step": step, "images": {name: os.path.abspath(path) for name, path in images.items()}})
 
-    def log_predictions(  # noqa: D102
-        self, step: int, confusion: Sequence[Sequence[int]], mistakes: Sequence[Mistake], classes: Sequence[str]
-    ) -> None:
-        found = [(os.path.abspath(mistake.image), mistake.label, list(mistake.probabilities)) for mistake in mistakes]
-        self._send({"step": step, "confusion": confusion, "mistakes": found, "classes": list(classes)})
+    def log_panels(self, step: int, panels: Sequence[Panel]) -> None:  # noqa: D102
+        self.log_images(step, {panel.name: self._keep_picture(render(panel.figure)) for panel in panels if panel.figure is not None})
+        tables = {panel.name: panel.table for panel in panels if panel.table is not None}
+        matrices = {panel.name: panel.matrix for panel in panels if panel.matrix is not None}
+        if tables or matrices:
+            found = {
+                name: {"columns": list(header), "rows": [[self._show_cell(cell) for cell in row] for row in rows]}
+                for name, (header, rows) in tables.items()
+            }
+            counted = {name: {"classes": list(classes), "counts": counts} for name, (classes, counts) in matrices.items()}
+            self._send({"step": step, "tables": found, "matrices": counted})
+
+    def _show_cell(self, cell: Any) -> Any:
+        if isinstance(cell, bytes):
+            return {"image": os.path.abspath(self._keep_picture(cell))}
+        return cell if isinstance(cell, int | float | str | None) else str(cell)
+
+    def _keep_picture(self, png: bytes) -> Path:
+        """The file of a picture: W&B reads it within seconds, not at once. The same one may be shown many times."""
+        path = self._folder / "pictures" / f"{hashlib.sha256(png).hexdigest()[:16]}.png"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(png)
+        return path
 
     def log_model(self, path: Path) -> None:  # noqa: D102
         self._send({"model": os.path.abspath(path)})
@@ -321,6 +337,18 @@ class AccelerateTracker(NoTracker):
             for name, path in images.items():
                 image = Image.open(path).convert("RGB")
                 self._tracker.log_images({name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
+
+    def log_panels(self, step: int, panels: Sequence[Panel]) -> None:  # noqa: D102
+        if not hasattr(self._tracker, "log_images"):
+            return
+        import numpy
+        from PIL import Image
+
+        with self._giving_up():
+            for panel in panels:
+                if panel.figure is not None:
+                    image = Image.open(io.BytesIO(render(panel.figure))).convert("RGB")
+                    self._tracker.log_images({panel.name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
 
     def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._tracker is not None:

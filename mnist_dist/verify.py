@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from mnist_dist.config import Config
+from mnist_dist.config import Config, configure
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import read_file, write_atomically
 from mnist_dist.options import Parser, path_argument
@@ -46,7 +46,7 @@ TOLERANCE = 1e-4  # worlds and thread counts differ by less than 1e-6 here; the 
 
 def make_config(run_dir: Path | str) -> Config:
     """The config of the recorded curve: the default recipe, with SGD. A batch of 64 suits worlds of 1, 2, 4 ... 64."""
-    return Config(**_OPTIONS, run_dir=str(run_dir))
+    return configure(**_OPTIONS, run_dir=str(run_dir))
 
 
 def compare(losses: list[float], reference: list[float]) -> str:
@@ -80,7 +80,7 @@ def verify(reference: Path | None = None, record: Path | None = None) -> int:
     """Train; on rank zero compare with the file `reference` (none: the one that ships), or write the file `record`; the exit status."""
     if record is not None and (os.path.lexists(record) or not os.path.isdir(record.parent)):
         raise UserError(f"the file to record is {record}, which exists or whose folder does not; expected a new name in an existing folder")
-    expected = read_reference(reference or Path(str(resources.files("mnist_dist") / "reference.json")))
+    expected = read_reference(reference or Path(str(resources.files("mnist_dist.tasks.mnist") / "reference.json")))
     from mnist_dist.loop import train
 
     signals = StopSignals().install()

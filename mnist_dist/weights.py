@@ -1,35 +1,36 @@
-"""The trained weights of a run, read back: model.safetensors and what its header says of the data."""
+"""The trained weights of a run, read back: model.safetensors, and what its header says of the data."""
 
 import json
-import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
-import torch
+import safetensors.torch
+from torch import Tensor, nn
 
-from mnist_dist.config import DATASET_SIZES
+from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.model import CNN, build_model
-from mnist_dist.record import WEIGHTS_FILE, parse_object
+from mnist_dist.model import build_model
+from mnist_dist.record import WEIGHTS_FILE, parse_object, read_named_config
+from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
+from mnist_dist.task import Task
 
-_BYTES_MAX = 64 << 20
+_ROOM_BYTES = 16 << 20  # of a file of weights beside its tensors
 _HEADER = "mnist_dist"
 
 
 class TrainedModel(NamedTuple):
-    """A CNN with its trained weights, on the CPU; `mean` and `std` are of its training pixels on the scale 0 to 1."""
+    """A model with its trained weights, on the CPU, in evaluation mode; and the config of its run, whose task has the facts of its data."""
 
-    model: CNN
-    mean: float
-    std: float
-    metadata: dict[str, str]
+    model: nn.Module
+    config: Config
 
     @property
-    def dataset(self) -> str:
-        """The name of the data set it was trained on."""
-        return self.metadata["dataset"]
+    def task(self) -> Task:
+        """What it was trained for."""
+        return self.config.task
 
 
 def find_weights(path: str | Path) -> Path:
@@ -44,20 +45,22 @@ def find_weights(path: str | Path) -> Path:
     return Path(path)
 
 
-def load_model(path: str | Path) -> TrainedModel:
-    """The model of a run folder or a .safetensors file, in evaluation mode.
+def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
+    """The model of a run folder or a .safetensors file.
 
-    Raises `UserError` for a file that is missing, damaged, of another model, or without the data's `dataset`, `mean` and `std`.
+    The code of its task is that which the user names by `task_name`, the built-in one, or that of a run whose task this user has trained
+    before. Raises `UserError` where it is none of these, and for a file that is missing, damaged, of another model, or without its facts.
     """
     file = find_weights(path)
-    model = build_model(seed=0)
-    expected = model.state_dict()
     try:
-        size = file.stat().st_size
-        if size > _BYTES_MAX:
-            raise UserError(f"{file} has {size:,} bytes; weights of this model have at most {_BYTES_MAX:,}")
         with safetensors.safe_open(file, framework="pt") as content:
-            metadata = _read_header(content.metadata() or {})
+            header = _read_header(content.metadata() or {})
+            config = _find_config(Path(path), file, header, task_name)
+            model = build_model(config.task, seed=0)
+            expected = model.state_dict()
+            size, most = file.stat().st_size, _ROOM_BYTES + sum(tensor.nbytes for tensor in expected.values())
+            if size > most:
+                raise UserError(f"{file} has {size:,} bytes; weights of this model have at most {most:,}")
             _check_shapes(file, {name: content.get_slice(name).get_shape() for name in content.keys()}, expected)  # noqa: SIM118
             tensors = {name: content.get_tensor(name) for name in expected}
     except safetensors.SafetensorError as error:
@@ -65,41 +68,78 @@ def load_model(path: str | Path) -> TrainedModel:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite float32 values")
+        kind = expected[name].dtype
+        if tensor.dtype != kind or (tensor.is_floating_point() and not tensor.isfinite().all()):
+            wanted = str(kind).removeprefix("torch.")
+            raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
     model.load_state_dict(tensors)
-    missing = [name for name in ("dataset", "mean", "std") if name not in metadata]
-    if missing:
-        raise UserError(f"{file} does not say its {', '.join(missing)}; expected a file that a run of this package wrote")
-    if metadata["dataset"] not in DATASET_SIZES:
-        raise UserError(f"{file} says that its dataset is {metadata['dataset'][:40]!r}; known: {', '.join(DATASET_SIZES)}")
-    return TrainedModel(model.eval(), _read_number(file, metadata, "mean"), _read_number(file, metadata, "std"), metadata)
+    try:
+        config.task.check_facts(header["facts"])
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from error
+    return TrainedModel(model.eval(), config.with_facts(header["facts"]))
 
 
-def make_header(dataset: str, mean: float, std: float) -> dict[str, str]:
-    """The metadata of a file of weights. One entry: safetensors writes several in random order, so that equal runs had other bytes."""
-    return {_HEADER: json.dumps({"dataset": dataset, "mean": str(mean), "std": str(std)}, sort_keys=True)}
+def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str | None) -> Config:
+    if path.is_dir():
+        config = read_named_config(path, task_name)
+    else:
+        name = task_name or str(header["task"])
+        if name != BUILT_IN and task_name is None:
+            raise UserError(f"{file} is of task {name[:200]!r}; name its code yourself: --task {name[:200]}")
+        task = find_task(name)
+        note_named(task.name)
+        config = make_config(header["options"], str(file), task)
+    if isinstance(config.task, Unknown):
+        raise UserError(
+            f"{path} is a run of task {config.task.name[:200]!r}, whose code you have not named on this account: "
+            f"add --task {config.task.name[:200]} if you trust it"
+        )
+    return config
 
 
-def _read_header(metadata: dict[str, str]) -> dict[str, str]:
-    """The metadata of a file of weights, also of one by an older version, which had the entries side by side."""
-    entries = parse_object(metadata[_HEADER].encode(errors="replace")) if _HEADER in metadata else metadata
-    return {name: value for name, value in entries.items() if isinstance(value, str)}
+def encode_weights(model: nn.Module, config: Config) -> bytes:
+    """The file of weights."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(tensors, make_header(config.task))
 
 
-def _check_shapes(file: Path, shapes: dict[str, list[int]], expected: dict[str, torch.Tensor]) -> None:
+def make_header(task: Task) -> dict[str, str]:
+    """The metadata of a file of weights. One entry: safetensors writes several in random order, so that equal runs had other bytes.
+
+    The facts stand in it as text; for a task that is not built in, also its name and its options.
+    """
+    entries = {name: _to_text(value) for name, value in task.facts.items()}
+    if task.name != BUILT_IN:
+        entries = {"task": task.name, "options": json.dumps(task.model_dump()), "facts": json.dumps(dict(task.facts))}
+    return {_HEADER: json.dumps(entries, sort_keys=True)}
+
+
+def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The task's name, its options and facts, also of a file by an older version, which had the entries side by side."""
+    entries = parse_object(metadata[_HEADER].encode(errors="replace")) if _HEADER in metadata else dict(metadata)
+    entries = {name: value for name, value in entries.items() if isinstance(value, str)}
+    if "task" in entries:
+        options, facts = (parse_object(entries.get(name, "").encode(errors="replace")) for name in ("options", "facts"))
+        return {"task": entries["task"], "options": options, "facts": facts}
+    return {"task": BUILT_IN, "options": {}, "facts": {name: _from_text(value) for name, value in entries.items()}}
+
+
+def _to_text(value: Any) -> str:
+    """`value` as text that `_from_text` turns back: a word as it is, anything else as JSON."""
+    return value if isinstance(value, str) and _from_text(value) == value else json.dumps(value)
+
+
+def _from_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _check_shapes(file: Path, shapes: dict[str, list[int]], expected: dict[str, Tensor]) -> None:
     for name in [*expected, *shapes]:
         there = shapes.get(name, "missing")
         wanted = list(expected[name].shape) if name in expected else "no such tensor"
         if there != wanted:
             raise UserError(f"{file} is of another model: {name[:80]} is {there}, expected {wanted}")
-
-
-def _read_number(file: Path, metadata: dict[str, str], name: str) -> float:
-    try:
-        value = float(metadata[name])
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1 or (name == "std" and value == 0):
-        raise UserError(f"{file} says that its {name} is {metadata[name][:40]!r}; expected a number from 0 to 1")
-    return value

@@ -1,4 +1,4 @@
-"""Packs MNIST's four idx files into this folder as xz, with their checksums: `python mnist_dist/mnist/pack.py FOLDER`.
+"""Packs MNIST's four idx files into this folder as xz, with their checksums: `python mnist_dist/tasks/mnist/files/pack.py FOLDER`.
 
 FOLDER holds the files as published (gzip). xz makes 9.2 MB of what gzip keeps in 11.4 MB.
 """

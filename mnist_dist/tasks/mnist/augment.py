@@ -6,41 +6,50 @@ computed.
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_dist.config import Config
 from mnist_dist.randomness import make_generator
 
 # Drawing takes some thirty small operations, whether for one step or for many; one at a time they would be a hundredth of a training step.
 STEPS_AT_ONCE = 64
 
 
-def draw_transforms(config: Config, step: int) -> Tensor:
-    """Affine matrices float32 [batch_size, 2, 3] for all samples of `step`, a function of (seed, step). Not to be written over.
+class Limits(NamedTuple):
+    """The largest random rotation and shear (degrees), change of size (fraction) and shift along each axis (pixels)."""
+
+    rotation: float
+    shear: float
+    scale: float
+    shift: float
+
+
+def draw_transforms(limits: Limits, seed: int, step: int, size: int) -> Tensor:
+    """Affine matrices float32 [size, 2, 3] for the samples of `step`, a function of (seed, step). Not to be written over.
 
     Each maps the coordinates of an output pixel, from -1 to 1, to those of the input, as `torch.nn.functional.affine_grid` wants them.
     """
     block, place = divmod(step, STEPS_AT_ONCE)
-    return _draw_block(config, block)[place]
+    return _draw_block(limits, seed, block, size)[place]
 
 
 @functools.lru_cache(maxsize=1)
-def _draw_block(config: Config, block: int) -> Tensor:
-    """The transforms [STEPS_AT_ONCE, batch_size, 2, 3] of the steps from `block * STEPS_AT_ONCE` on."""
+def _draw_block(limits: Limits, seed: int, block: int, size: int) -> Tensor:
+    """The transforms [STEPS_AT_ONCE, size, 2, 3] of the steps from `block * STEPS_AT_ONCE` on."""
     steps = range(block * STEPS_AT_ONCE, (block + 1) * STEPS_AT_ONCE)
-    generators = (make_generator(config.seed, "augmentation", step) for step in steps)
-    uniform = 2 * torch.stack([torch.rand(5, config.batch_size, generator=generator) for generator in generators], dim=1) - 1
-    shift_units = config.shift * 2 / 28  # the 28 pixels span 2 units
-    limits = torch.tensor([math.radians(config.rotation), math.radians(config.shear), config.scale, shift_units, shift_units])
-    angle, shear_angle, growth, shift_x, shift_y = uniform * limits[:, None, None]
+    generators = (make_generator(seed, "augmentation", step) for step in steps)
+    uniform = 2 * torch.stack([torch.rand(5, size, generator=generator) for generator in generators], dim=1) - 1
+    shift_units = limits.shift * 2 / 28  # the 28 pixels span 2 units
+    most = torch.tensor([math.radians(limits.rotation), math.radians(limits.shear), limits.scale, shift_units, shift_units])
+    angle, shear_angle, growth, shift_x, shift_y = uniform * most[:, None, None]
     scale, shear = 1 / (1 + growth), torch.tan(shear_angle)
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     # rotation * scale * [[1, shear], [0, 1]], and the shift
     entries = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
-    return torch.stack(entries, dim=-1).view(STEPS_AT_ONCE, config.batch_size, 2, 3)
+    return torch.stack(entries, dim=-1).view(STEPS_AT_ONCE, size, 2, 3)
 
 
 def augment(images: Tensor, transforms: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""What a process computes with: its threads, its device, its precision, its memory."""
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist_dist.config import Config
+from mnist_dist.errors import UserError
+from mnist_dist.world import World
+
+# Parameters of glibc's mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def count_usable_cores() -> int:
+    """CPU cores that this process may use: its affinity, cut by the control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no quota
+    return cores
+
+
+def choose_threads(world: World) -> int:
+    """How many threads a process has."""
+    cores = count_usable_cores()
+    # Slurm may bind each task to CPUs of its own or let those of a node share theirs: what it says of a task holds in both cases.
+    return max(1, min(cores, world.cpus) if world.cpus else cores // world.local_size)
+
+
+def choose_device(config: Config, world: World) -> str:
+    """The device of this process: cpu or cuda. Raises `UserError` where it may not have what it asks for."""
+    available = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    if config.device == "cuda" and not available:
+        raise UserError("device is cuda, but torch finds no GPU here that it may use; allowed: auto, cpu")
+    if config.device == "cpu" or not available:
+        return "cpu"
+    gpus = torch.cuda.device_count()
+    # Slurm may give each task a GPU of its own, and then shows it no other.
+    if gpus < world.local_size and not (gpus == 1 and world.launcher == "srun"):
+        raise UserError(f"{world.local_size} processes on this node share {gpus} GPUs; allowed: at most one process for each GPU")
+    return "cuda"
+
+
+def check_graph(config: Config, world: World, device: str) -> None:
+    """Raise `UserError` where --cuda_graph cannot work."""
+    if config.cuda_graph and (device != "cuda" or world.size > 1):
+        here = "a CPU" if device == "cpu" else f"{world.size} processes"
+        raise UserError(f"cuda_graph replays the steps of one process on a GPU, and this run is on {here}: leave it out")
+
+
+def choose_precision(config: Config, device: str) -> str:
+    """What a run of `config` computes in on `device` (cpu, cuda): fp32 or bf16. Raises `UserError` where a launcher asks for another."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16"):
+        raise UserError(f"accelerate launch asks for mixed precision {launched}; allowed: no, bf16 (or leave it to --precision)")
+    if config.precision != "auto":
+        if launched == "bf16" and config.precision != "bf16":
+            raise UserError(f"precision is {config.precision}, but accelerate launch asks for bf16: leave one of them out")
+        return config.precision
+    if launched == "bf16":
+        return "bf16"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else has_native_bfloat16()
+    return "bf16" if native else "fp32"
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU computes bfloat16 by itself."""
+    # Elsewhere oneDNN emulates bfloat16, slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: float32
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def keep_memory() -> None:
+    """Let this process keep what a step frees for the next step. Where the C library is not glibc, nothing is done.
+
+    By default glibc gives large tensors back to the system, which hands out zeroed pages for them anew in each step: a quarter of the time
+    of a step of 512 images.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

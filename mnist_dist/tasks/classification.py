@@ -1,0 +1,177 @@
+"""What all classifiers share: loss, confusion matrix, table of classes, right and wrong examples. Imports no torch before it is used."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mnist_dist.task import Data, Evaluation, Panel, Row, Tally, Task, option
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_MATRIX_MAX = 30  # classes of a confusion matrix that a person can read
+
+
+class Classification(Task):
+    """One class for each sample. A batch is (inputs, labels int64 [n]), unless `make_inputs` says otherwise."""
+
+    best: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    in_rows: ClassVar[Sequence[str] | None] = ("loss", "accuracy", "class_accuracy")
+
+    label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
+
+    @property
+    @abstractmethod
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes; label i is the i-th."""
+
+    def make_inputs(self, batch: Any, drawn: Any = None) -> "tuple[Any, Tensor]":
+        """The model's input and the labels int64 [n] of a batch: augmented, if `drawn` are its rows of `draw`."""
+        inputs, labels = batch
+        return inputs, labels
+
+    def picture(self, sample: Any) -> "Tensor | None":
+        """A sample of a split as a picture, uint8 [height, width] or [height, width, 3]; None where it is none."""
+        import torch
+
+        image = sample[0]
+        if not isinstance(image, torch.Tensor) or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[0] not in (1, 3)):
+            return None
+        image = image.detach().float().cpu()
+        low, high = image.min(), image.max()
+        pixels = ((image - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8)
+        return pixels if pixels.ndim == 2 else pixels[0] if len(pixels) == 1 else pixels.movedim(0, 2)
+
+    # What the training asks.
+
+    def losses(self, model: "nn.Module", batch: Any, drawn: Any) -> "Tensor":
+        """Cross-entropy of each sample."""
+        from torch.nn.functional import cross_entropy
+
+        inputs, labels = self.make_inputs(batch, drawn)
+        return cross_entropy(model(inputs), labels, reduction="none", label_smoothing=self.label_smoothing)
+
+    def tally(self, model: "nn.Module", batch: Any) -> Tally:
+        """The number of samples, the sum of their cross-entropy, the confusion matrix; wrong predictions by their confidence."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        inputs, labels = self.make_inputs(batch)
+        logits = model(inputs).float()
+        classes = len(self.class_names)
+        predicted = logits.argmax(dim=1)
+        probabilities = logits.softmax(dim=1)
+        loss = cross_entropy(logits, labels, reduction="sum").double()
+        # Whole numbers are added exactly, in whatever order a GPU adds them.
+        confusion = torch.zeros(classes * classes, dtype=torch.float64, device=logits.device)
+        confusion.index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=logits.device))
+        count = loss.new_full((), len(labels))
+        scores = torch.where(predicted == labels, -1.0, probabilities.amax(dim=1))
+        return Tally(torch.cat([torch.stack([count, loss]), confusion]), scores, probabilities)
+
+    def measure(self, sums: "Tensor") -> Row:
+        """Mean cross-entropy, and what follows from the confusion matrix."""
+        count, loss = sums[:2].tolist()
+        classes = len(self.class_names)
+        confusion = sums[2:].round().long().view(classes, classes).tolist()
+        right = sum(row[label] for label, row in enumerate(confusion))
+        errors = round(count) - right
+        return {
+            "accuracy": 1 - errors / count,
+            "errors": errors,
+            self.samples: round(count),
+            "loss": loss / count,
+            "class_accuracy": [row[label] / sum(row) if any(row) else None for label, row in enumerate(confusion)],
+            "confusion_matrix": confusion,
+        }
+
+    def check_measures(self, measures: Row) -> str | None:  # noqa: D102
+        classes = len(self.class_names)
+        accuracy, confusion = measures.get("accuracy"), measures.get("confusion_matrix")
+        if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+            return "accuracy"
+        for name in ("errors", self.samples):
+            if not _is_count(measures.get(name)):
+                return name
+        rows = confusion if isinstance(confusion, list) else []
+        if len(rows) != classes or not all(isinstance(row, list) and len(row) == classes and all(map(_is_count, row)) for row in rows):
+            return "confusion_matrix"
+        return None
+
+    # What people see.
+
+    def describe(self, measures: Row) -> str:  # noqa: D102
+        return f"accuracy {measures['accuracy']:.2%} ({measures['errors']} of {measures[self.samples]} wrong)"
+
+    def tabulate(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:  # noqa: D102
+        names, confusion = self.class_names, measures["confusion_matrix"]
+        shown = range(len(names)) if len(names) <= _MATRIX_MAX else ()
+        rows = []
+        for label, (row, accuracy) in enumerate(zip(confusion, measures["class_accuracy"], strict=True)):
+            part = "-" if accuracy is None else f"{accuracy:.2%}"
+            rows.append((names[label], *(row[other] or "." for other in shown), sum(row), sum(row) - row[label], part))
+        return ("class", *(f"as {names[label]}" for label in shown), self.samples, "wrong", "accuracy"), rows
+
+    def draw_evaluation(self, data: Data, evaluation: Evaluation) -> list[Panel]:  # noqa: D102
+        from mnist_dist.figures import render_pixels
+
+        names = self.class_names
+        rows = []
+        for place, probabilities in evaluation.examples:
+            sample: Any = data.evaluated[place]
+            pixels = self.picture(sample)
+            shown = place if pixels is None else render_pixels(pixels)
+            predicted = max(range(len(probabilities)), key=probabilities.__getitem__)
+            rows.append((shown, names[int(sample[1])], names[predicted], *probabilities))
+        header = ("image", "label", "predicted", *(f"probability/{name}" for name in names))
+        matrix = (names, evaluation.measures["confusion_matrix"])
+        return [
+            Panel("Predictions", "predictions/wrong", table=(header, rows)),
+            Panel("Predictions", "predictions/confusion_matrix", matrix=matrix),
+        ]
+
+    def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
+        panels = []
+        if measures:
+            title = f"{'Test' if data.holdout is None else 'Held-out'} {self.samples} by class"
+            if len(self.class_names) <= _MATRIX_MAX:
+                from mnist_dist.tasks.figures import draw_confusion
+
+                panels.append(Panel(title, "confusion_matrix", figure=draw_confusion(measures["confusion_matrix"], self.class_names)))
+            panels.append(Panel(title, "classes", table=self._make_class_table(measures)))
+        if model is not None:
+            panels += self._draw_predictions(data, model, batches)
+        return panels
+
+    def _make_class_table(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+        rows = []
+        for label, counts in enumerate(measures["confusion_matrix"]):
+            count, wrong = sum(counts), sum(counts) - counts[label]
+            other = max((index for index in range(len(counts)) if index != label), key=counts.__getitem__)
+            taken_for = f"{self.class_names[other]} ({counts[other]})" if wrong else "none"
+            part = f"{1 - wrong / count:.2%}" if count else f"no {self.samples}"
+            rows.append((self.class_names[label], count, wrong, part, taken_for))
+        return ("class", self.samples, "wrong", "accuracy", "most often taken for (times)"), rows
+
+    def _draw_predictions(self, data: Data, model: "nn.Module", batches: Iterable[Any]) -> list[Panel]:
+        from mnist_dist.tasks.figures import Predictions, draw_correct, draw_incorrect
+
+        split: Any = data.evaluated
+        predictions = Predictions.collect(self, model, batches)
+        if not len(split) or self.picture(split[0]) is None:
+            return []
+        caption = "Computed again in float32: where two classes are nearly equal, the count may differ from the run's own."
+        names = self.class_names
+
+        def read(place: int) -> Any:
+            return self.picture(split[place])
+
+        return [
+            Panel("Predictions", "incorrect_classification", figure=draw_incorrect(read, predictions, names), caption=caption),
+            Panel("Predictions", "correct_classification", figure=draw_correct(read, predictions, names)),
+        ]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53

@@ -1,0 +1,190 @@
+"""What a model's step depends on beside its samples: a probe on a few of them, in float32 on the CPU, before anything is prepared.
+
+*Any world*: no sample sees another one, and nothing random happens but what the task draws for the whole batch. Then a step is the same on
+any number of processes. *This world*: there is BatchNorm, dropout or the like. Then it is the same only on as many processes as before.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnist_dist.errors import UserError
+from mnist_dist.source import explaining
+from mnist_dist.task import Task
+
+ANY_WORLD, THIS_WORLD = "any world", "this world"
+_TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
+
+
+class Tier(NamedTuple):
+    """The number of processes on which a run keeps its promises, and what makes it so."""
+
+    name: str
+    reason: str
+
+    @property
+    def is_any_world(self) -> bool:
+        """Whether the number of processes may change between two starts."""
+        return self.name == ANY_WORLD
+
+    def __str__(self) -> str:
+        if self.is_any_world:
+            return "any world: a step is the same on any number of processes"
+        return f"this world: a step is the same only on as many processes, because {self.reason}"
+
+
+class Trace(NamedTuple):
+    """One pass of the losses: the losses themselves, each layer's output in order of their calls, and who drew random numbers."""
+
+    losses: Tensor
+    outputs: list[tuple[str, Tensor]]
+    drew: str | None
+
+
+def find_tier(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Tier:
+    """Compute the losses of a few samples (at least 4, on the CPU) and of half of them, in training mode; the model stays as it was.
+
+    Raises `UserError` where the losses are not one finite number for each sample, or a parameter gets no gradient.
+    """
+    count = check_count(samples)
+    with keeping(model):
+        whole = trace(task, model, samples, drawn)
+        check_losses(task, whole.losses, count)
+        check_gradients(task, model, whole.losses)
+        if whole.drew is not None:
+            return Tier(THIS_WORLD, f"{whole.drew} draws random numbers")
+        half = count // 2
+        part = trace(task, model, take(samples, slice(half)), take(drawn, slice(half)))
+        mixing = find_first_difference(whole, part, half)
+    return Tier(ANY_WORLD, "") if mixing is None else Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other")
+
+
+def check_count(samples: Any) -> int:
+    """How many samples there are in a batch. Raises `UserError` where its tensors do not agree."""
+    from mnist_dist.data import list_tensors
+
+    counts = {len(tensor) if tensor.ndim else 0 for tensor in list_tensors(samples)}
+    if len(counts) != 1 or not min(counts):
+        raise UserError("the tensors of a batch must have one row for each sample, and all as many: collate makes something else")
+    return counts.pop()
+
+
+def take(samples: Any, rows: Any) -> Any:
+    """The same rows of each tensor in a batch."""
+    if isinstance(samples, Tensor):
+        return samples[rows]
+    if isinstance(samples, dict):
+        return {name: take(part, rows) for name, part in samples.items()}
+    if isinstance(samples, tuple) and hasattr(samples, "_fields"):
+        return type(samples)(*(take(part, rows) for part in samples))
+    if isinstance(samples, list | tuple):
+        if samples and not isinstance(samples[0], Tensor | dict | list | tuple):  # words, one for each sample
+            return samples[rows] if isinstance(rows, slice) else type(samples)(samples[row] for row in rows.tolist())
+        return type(samples)(take(part, rows) for part in samples)
+    return samples
+
+
+def check_losses(task: Task, losses: Any, count: int) -> None:
+    """Raise `UserError` unless `losses` are one finite number for each of `count` samples."""
+    if not isinstance(losses, Tensor):
+        raise UserError(f"task {task.name}: losses returned {type(losses).__name__}; expected a tensor with one loss for each sample")
+    if losses.shape != (count,):
+        hint = ": their mean or sum? reduction='none' keeps one for each" if losses.numel() == 1 else ""
+        raise UserError(f"task {task.name}: losses has shape {list(losses.shape)} for {count} samples; expected [{count}]{hint}")
+    if not losses.is_floating_point() or not losses.isfinite().all():
+        raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
+
+
+def check_gradients(task: Task, model: nn.Module, losses: Tensor) -> None:
+    """Raise `UserError` where a parameter gets no gradient from the losses."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError(f"task {task.name}: its model has no parameter to train")
+    if not losses.requires_grad:
+        raise UserError(f"task {task.name}: its losses do not depend on the model's parameters; are they detached?")
+    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise UserError(
+            f"task {task.name}: {', '.join(unused[:5])}{more} get no gradient from the losses, and several processes would wait for it: "
+            "use them, or freeze them with requires_grad_(False)"
+        )
+
+
+def trace(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Trace:
+    """The losses of some samples, and what each layer did on the way."""
+    outputs: list[tuple[str, Tensor]] = []
+    drew: list[str] = []
+    before = [_read_generators()]
+
+    def note(name: str, module: nn.Module, output: Any) -> None:
+        now = _read_generators()
+        if now != before[0]:
+            drew.append(f"{name} ({type(module).__name__})")
+            before[0] = now
+        if isinstance(output, Tensor):
+            outputs.append((f"{name} ({type(module).__name__})", output.detach().clone()))
+
+    hooks = [
+        module.register_forward_hook(lambda module, _, output, name=name: note(name or "the model", module, output))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        with explaining(task.name, "in losses"):
+            losses = task.losses(model, samples, drawn)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not drew and _read_generators() != before[0]:
+        drew.append("the forward pass, outside of its layers,")
+    return Trace(losses, outputs, drew[0] if drew else None)
+
+
+def find_first_difference(whole: Trace, part: Trace, count: int) -> str | None:
+    """The first layer whose output for the first `count` samples differs between a batch and its part; None where the losses agree."""
+    for (name, one), (other_name, other) in zip(whole.outputs, part.outputs, strict=False):
+        if name != other_name:
+            break
+        if one.ndim and other.ndim and len(other) and len(one) % len(whole.losses) == 0:
+            times = len(one) // len(whole.losses)  # a sample may be several rows
+            if one[: count * times].shape == other.shape and not _is_close(one[: count * times], other):
+                return name
+    return None if _is_close(whole.losses[:count], part.losses) else "the losses"
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    one, other = one.detach().double(), other.detach().double()
+    return bool((one - other).abs().max() <= _TOLERANCE * one.abs().max().clamp(min=1e-6)) if one.numel() else True
+
+
+@contextmanager
+def keeping(model: nn.Module) -> Iterator[None]:
+    """Leave the buffers and the mode of a model, and all generators of this process, as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    training = model.training
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _read_generators() -> tuple[bytes, bytes, int]:
+    _kind, keys, place, *_ = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())
