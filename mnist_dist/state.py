@@ -184,8 +184,8 @@ class TrainingState:
             raise RunError("it is damaged: its world is not a text")
         if not self.tier.is_any_world and world not in (None, self._describe_world()):
             raise UserError(
-                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only on as many, "
-                f"because {self.tier.reason}: start as many, or use another run_dir"
+                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only on as "
+                f"many processes, because {self.tier.reason}: start as many, or use another run_dir"
             )
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")
