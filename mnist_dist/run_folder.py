@@ -19,8 +19,8 @@ import torch
 import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.distributed import Group, is_loss
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError, is_loss
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop

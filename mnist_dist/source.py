@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, is_loss, is_lost_worker
 from mnist_dist.files import append_line, expand_path, read_file
 from mnist_dist.options import Options, describe_kind
 from mnist_dist.task import Task
@@ -190,6 +190,8 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
             raise  # the task itself is not there
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
     except (Exception, SystemExit) as error:
+        if is_loss(error) or is_lost_worker(error):  # not the task's doing
+            raise
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
 
 

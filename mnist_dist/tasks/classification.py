@@ -1,6 +1,5 @@
 """What all classifiers share: loss, confusion matrix, table of classes, right and wrong examples. Imports no torch before it is used."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,12 +18,9 @@ class Classification(Task):
     higher_is_better: ClassVar[bool] = True
     in_rows: ClassVar[Sequence[str] | None] = ("loss", "accuracy", "class_accuracy")
 
-    label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
+    class_names: ClassVar[Sequence[str]]  # label i is the i-th
 
-    @property
-    @abstractmethod
-    def class_names(self) -> Sequence[str]:
-        """The names of the classes; label i is the i-th."""
+    label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
 
     def make_inputs(self, batch: Any, drawn: Any = None) -> "tuple[Any, Tensor]":
         """The model's input and the labels int64 [n] of a batch: augmented, if `drawn` are its rows of `draw`."""
