@@ -92,6 +92,7 @@ class Seeded:
     def __getitems__(self, share: Share) -> Batch | _Failure:
         """A DataLoader calls this once for each batch."""
         worker = torch.utils.data.get_worker_info()
+        at = np.zeros(2, np.int64) if worker is None or self.at is None else self.at.numpy()[worker.id]
         threads = torch.get_num_threads()
         if worker is None and threads > 1:
             torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
@@ -100,8 +101,7 @@ class Seeded:
             first = derive_seed(self.seed, self.what, share.step)
             samples = []
             for index, place in zip(share.indices.tolist(), share.places, strict=True):
-                if worker is not None and self.at is not None:
-                    self.at[worker.id, 1] = index
+                at[1] = index
                 seed_generators((first + place * 0x9E3779B97F4A7C15) % 2**63)
                 try:
                     samples.append(self.split[index])
@@ -114,8 +114,7 @@ class Seeded:
                     f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
                 )
         finally:
-            if worker is not None and self.at is not None:
-                self.at[worker.id, 1] = -1
+            at[1] = -1
             if worker is None and threads > 1:
                 torch.set_num_threads(threads)
 

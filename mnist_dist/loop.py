@@ -21,7 +21,7 @@ from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
-from mnist_dist.source import describe_source, explaining, note_named
+from mnist_dist.source import explaining, note_named
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Evaluation
 from mnist_dist.weights import encode_weights
@@ -60,7 +60,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)
         # What is trained, by which code, and when the ranks meet for more than a step.
-        source = {"the source of the task": describe_source(type(config.task))}
+        source = {"the source of the task": config.task.source}
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
         if (main := group.broadcast(shared)) != shared:
             differing = ", ".join(sorted(name for name in {*main, *shared} if main.get(name) != shared.get(name)))

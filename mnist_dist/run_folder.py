@@ -41,7 +41,7 @@ from mnist_dist.record import (
     read_starts,
     remove_temporary_files,
 )
-from mnist_dist.source import describe_source, find_changed
+from mnist_dist.source import find_changed
 from mnist_dist.task import Data, Evaluation, Panel
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
@@ -137,7 +137,7 @@ class RunFolder:
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
-        source = describe_source(type(self.config.task))
+        source = self.config.task.source
         start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": source}
         try:
             # Only now that data and checkpoint have been found to be this config's.
