@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
@@ -46,15 +47,16 @@ def describe_model(model: nn.Module, example: Tensor) -> str:
             hook.remove()
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    line = "-" * 66
-    body = [f"{name:<26}{shape:<24}{count:>16,}" for name, shape, count in rows]
-    sums = [
-        f"{'total parameters':<50}{total:>16,}",
-        f"{'trainable parameters':<50}{trainable:>16,}",
-        f"{'memory of the parameters (MiB)':<50}{total * 4 / 2**20:>16.2f}",
-        f"{'outputs of one sample (MiB)':<50}{outputs * 4 / 2**20:>16.2f}",
-    ]
-    return "\n".join([f"{'layer':<26}{'output':<24}{'parameters':>16}", line, *body, line, *sums])
+    return make_table(
+        ("layer", "output", "parameters"),
+        [
+            *rows,
+            ("total parameters", "", total),
+            ("trainable parameters", "", trainable),
+            ("memory of the parameters (MiB)", "", f"{total * 4 / 2**20:.2f}"),
+            ("outputs of one sample (MiB)", "", f"{outputs * 4 / 2**20:.2f}"),
+        ],
+    )
 
 
 if __name__ == "__main__":
