@@ -21,7 +21,7 @@ from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
-from mnist_dist.source import explaining, note_named
+from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Evaluation
 from mnist_dist.weights import encode_weights
@@ -77,7 +77,6 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
         saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
-        note_named(task.name)
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
         noted = {"parameters": state.count_parameters(), "tier": state.tier.name, "best": task.best, **config.name_sizes()}
