@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from mnist_dist.figures import calm, make_figure
+from mnist_dist.figures import make_figure
 from mnist_dist.task import Data, Panel, Row, Tally, Task, option
 
 
 class Forecast(Task):
-    """A batch is (past float32 [n, 48], future float32 [n, 12])."""
+    """A batch is (past float32 [n, 48], future float32 [n, 12]): what `load` has put into its `TensorDataset`."""
 
     samples = "series"
     best = "absolute_error"
@@ -32,18 +32,16 @@ class Forecast(Task):
         return TensorDataset(waves[:, :48], waves[:, 48:])
 
     def build_model(self) -> nn.Module:
-        first, second, last = nn.Linear(48, self.width), nn.Linear(self.width, self.width), nn.Linear(self.width, 12)
-        return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
+        return nn.Sequential(nn.Linear(48, self.width), nn.GELU(), nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, 12))
 
     def losses(self, model: nn.Module, batch: Any, drawn: Any) -> Tensor:
-        past, future = batch
-        return (model(past) - future).square().mean(dim=1)
+        return (model(batch[0]) - batch[1]).square().mean(dim=1)
 
     def tally(self, model: nn.Module, batch: Any) -> Tally:
-        past, future = (part.double() for part in batch)
-        errors, naive = model(batch[0]) - future, past[:, -1:] - future
-        one = torch.ones(len(past), 1, dtype=torch.float64, device=past.device)
-        return Tally(torch.cat([one, errors.square().mean(1, True), naive.abs().mean(1, True), errors.abs()], dim=1).sum(dim=0))
+        past, future = batch
+        errors, naive = (model(past) - future).double(), (past[:, -1:] - future).double()
+        means = [torch.ones_like(naive), errors.square(), naive.abs()]
+        return Tally(torch.stack([*(values.mean(dim=1) for values in means), *errors.abs().T]).sum(dim=1))
 
     def measure(self, sums: Tensor) -> Row:
         """`skill`: 1 for a perfect forecast, 0 for one that is no better than to repeat the last value."""
@@ -54,10 +52,8 @@ class Forecast(Task):
     def draw_report(self, data: Data, model: nn.Module | None, batches: Any, measures: Row) -> list[Panel]:
         figure = make_figure(9.2, 3.5)
         axes = figure.subplots()
-        for number, (past, future) in enumerate(zip(*(tensor[:3] for tensor in next(iter(batches))), strict=True)):
-            axes.plot(torch.cat([past, future]).cpu() + 4 * number, color="C7", label="" if number else "the series")
+        for height, (past, future) in enumerate(zip(*(tensor[:3] for tensor in next(iter(batches))), strict=True)):
+            axes.plot(torch.cat([past, future]).cpu() + 4 * height, color="C7")
             if model is not None:
-                axes.plot(range(48, 60), model(past).cpu() + 4 * number, color="C1", label="" if number else "forecast")
-        calm(axes)
-        axes.legend()
-        return [Panel("Forecasts", "forecasts", figure=figure)]
+                axes.plot(range(48, 60), model(past).cpu() + 4 * height, color="C1")
+        return [Panel("Forecasts", "forecasts", figure=figure, caption="Grey: three series of the test data. Orange: the forecasts.")]

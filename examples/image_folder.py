@@ -21,7 +21,7 @@ class Pictures(Classification):
     samples = "pictures"
 
     arch: Literal["resnet18", "resnet50", "mobilenet_v3_small"] = option("resnet18", "network of torchvision.models")
-    side: int = option(64, "width and height of what the network sees (pixels)", ge=16)
+    side: int = option(64, "width and height of what the network sees (pixels)", ge=32)
 
     def load(self) -> Data:
         """Find the files; a picture is read when its turn comes, by --workers processes."""
