@@ -7,6 +7,7 @@ import torch
 from cluster import ROOT
 from pictures import write_classes
 from processes import Programs, run_ranks
+from test_documents import read_own_task
 
 from mnist_dist.source import find_task
 
@@ -102,3 +103,9 @@ def test_an_example_is_short_and_its_class_is_found(name):
     path = ROOT / f"examples/{name}.py"
     assert len(path.read_text().splitlines()) < 60
     assert find_task(str(path))().short_name == name
+
+
+def test_the_file_of_the_page_becomes_a_report(tmp_path):
+    (tmp_path / "my_task.py").write_text(read_own_task())
+    result, _ = finish(tmp_path, "--task", tmp_path / "my_task.py", "--steps", "50", measures=("loss",), page=("Curves",))
+    assert result["test/loss"] < 10
