@@ -109,3 +109,21 @@ def test_the_file_of_the_page_becomes_a_report(tmp_path):
     (tmp_path / "my_task.py").write_text(read_own_task())
     result, _ = finish(tmp_path, "--task", tmp_path / "my_task.py", "--steps", "50", measures=("loss",), page=("Curves",))
     assert result["test/loss"] < 10
+
+
+def test_facts_that_no_file_could_hold_are_refused_before_the_training(tmp_path):
+    wrong = "    def find_facts(self, train):\n        return {'mean': train[:][0].mean()}\n"
+    (tmp_path / "my_task.py").write_text(f"{read_own_task()}\n{wrong}")
+    text = run_programs(tmp_path, ["train", "--task", tmp_path / "my_task.py", *RUN, "--run_dir", tmp_path / "run"], expect=2)
+    assert "find_facts returned {'mean': tensor(0.4" in text or "find_facts returned {'mean': tensor(0.5" in text
+    assert "expected a dictionary of plain values" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fact_may_have_the_name_of_a_value_of_the_result(tmp_path):
+    (tmp_path / "my_task.py").write_text(
+        f"{read_own_task()}\n    def find_facts(self, train):\n        return {{'step': -1, 'mean': 0.5}}\n"
+    )
+    options = ["--task", tmp_path / "my_task.py", "--steps", "2"]
+    result, _ = finish(tmp_path, *options, measures=("loss",), page=("Curves",))
+    assert (result["step"], result["mean"]) == (2, 0.5)

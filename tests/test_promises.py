@@ -185,10 +185,12 @@ def test_on_two_processes_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_pat
         assert_same_bits(tmp_path / f"stopped {step}", tmp_path / "unbroken")
 
 
-def train_on_worlds(tmp_path, environ, name, worlds):
-    for world in worlds:
-        run_ranks(tmp_path, Train([*CASES[name].options, *OPTIONS, *CALM, "--run_dir", str(tmp_path / str(world))]), world, environ)
-    return [[row["train/loss"] for row in read_rows(tmp_path / str(world))] for world in worlds]
+def train_on_worlds(tmp_path, environ, name, worlds, *options):
+    """The losses of each world. `options` make a folder of their own."""
+    folders = [tmp_path / " ".join([str(world), *options]) for world in worlds]
+    for world, folder in zip(worlds, folders, strict=True):
+        run_ranks(tmp_path, Train([*CASES[name].options, *OPTIONS, *CALM, *options, "--run_dir", str(folder)]), world, environ)
+    return [[row["train/loss"] for row in read_rows(folder)] for folder in folders]
 
 
 @pytest.mark.parametrize("name", ANY_WORLD)
@@ -202,3 +204,13 @@ def test_the_losses_are_the_same_on_any_number_of_processes(tmp_path, environ, n
 def test_the_tolerance_would_see_that_a_step_depends_on_the_number_of_processes(tmp_path, environ):
     one, two = train_on_worlds(tmp_path, environ, "noisy", (1, 2))
     assert one != pytest.approx(two, rel=1e-3)
+
+
+def test_neither_micro_batches_nor_clipping_depend_on_the_number_of_processes(tmp_path, environ):
+    clip = ["--clip_norm", "0.1"]
+    whole, *cut = train_on_worlds(tmp_path, environ, "forecast", (1,), *clip)
+    cut += train_on_worlds(tmp_path, environ, "forecast", (1, 2), *clip, "--micro_batch", "5")  # twelve samples, or six, by five
+    for losses in cut:
+        assert losses == pytest.approx(whole, rel=1e-5)
+    [unclipped] = train_on_worlds(tmp_path, environ, "forecast", (1,))
+    assert unclipped != pytest.approx(whole, rel=1e-5)
