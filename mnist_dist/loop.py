@@ -156,12 +156,12 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:
     elapsed_s, config = state.elapsed_s, state.config
     return {
+        **config.task.facts,  # first: a fact may be called as one of the others
         "step": state.step,
         "epoch": state.step / config.steps_per_epoch,
         **evaluation.name_values(config.evaluated_split),
         "elapsed_s": round(elapsed_s, 3),
         "images_per_s": round(state.step * config.batch_size / elapsed_s, 1),
-        **config.task.facts,
         "versions": describe_versions(),
     }
 

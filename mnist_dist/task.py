@@ -219,7 +219,7 @@ class Task(Options):
         return []
 
     def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:
-        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) makes of them.
+        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) does with them.
 
         `batches`: the samples of `data.evaluated` in their order, on the model's device. `measures`: of the finished run's evaluation.
         """

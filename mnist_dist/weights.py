@@ -73,11 +73,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
             wanted = str(kind).removeprefix("torch.")
             raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
     model.load_state_dict(tensors)
-    try:
-        config.task.check_facts(header["facts"])
-    except ValueError as error:
-        raise UserError(f"{file} {error}") from error
-    return TrainedModel(model.eval(), config.with_facts(header["facts"]))
+    return TrainedModel(model.eval(), config)
 
 
 def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str | None) -> Config:
@@ -95,7 +91,12 @@ def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str 
             f"{path} is a run of task {config.task.name[:200]!r}, whose code you have not named on this account: "
             f"add --task {config.task.name[:200]} if you trust it"
         )
-    return config
+    # Before there is a model, which may depend on the facts: it has as many outputs as classes, or as words.
+    try:
+        config.task.check_facts(header["facts"])
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from error
+    return config.with_facts(header["facts"])
 
 
 def encode_weights(model: nn.Module, config: Config) -> bytes:

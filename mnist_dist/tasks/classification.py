@@ -1,8 +1,9 @@
 """What all classifiers share: loss, confusion matrix, table of classes, right and wrong examples. Imports no torch before it is used."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mnist_dist.errors import UserError
 from mnist_dist.task import Data, Evaluation, Panel, Row, Tally, Task, option
 
 if TYPE_CHECKING:
@@ -19,9 +20,34 @@ class Classification(Task):
     higher_is_better: ClassVar[bool] = True
     in_rows: ClassVar[Sequence[str] | None] = ("loss", "accuracy", "class_accuracy")
 
-    class_names: ClassVar[Sequence[str]]  # label i is the i-th
+    model_config = Task.model_config | {"ignored_types": (tuple, list)}  # so that `class_names = ("a", "b")` needs no annotation
 
     label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes; label i is the i-th. Unless a task says otherwise, those that its data set knew: its `classes`."""
+        names = self.facts.get("classes")
+        return names if isinstance(names, list) else ()
+
+    def find_facts(self, train: Any) -> Row:
+        """The names of the classes, if the data set has to know them, as those of torchvision do."""
+        if type(self).class_names is not Classification.class_names:
+            return {}
+        while not hasattr(train, "classes") and hasattr(train, "dataset"):  # a Subset of it
+            train = train.dataset
+        names = getattr(train, "classes", None)
+        if not names:
+            raise UserError(f"task {self.name}: its training data have no attribute `classes`; write the property class_names")
+        return {"classes": [str(name) for name in names]}
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the names of the classes, where they are a fact, are words."""
+        names = facts.get("classes")
+        if type(self).class_names is Classification.class_names and not (
+            isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"says that its classes are {str(names)[:40]!r}; expected a list of names")
 
     def make_inputs(self, batch: Any, drawn: Any = None) -> "tuple[Any, Tensor]":
         """The model's input and the labels int64 [n] of a batch: augmented, if `drawn` are its rows of `draw`."""
