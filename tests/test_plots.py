@@ -318,9 +318,10 @@ def test_a_wrong_command_line_is_a_users_mistake(capsys, main):
 
 @pytest.mark.parametrize(("main", "in_the_way"), [(plots.main, "plots"), (report.main, "report.html/folder")])
 def test_a_place_that_cannot_be_written_is_one_message(run_dir, capsys, monkeypatch, main, in_the_way):
-    monkeypatch.setattr(
-        plots, "draw_run", lambda run, *_: plots.Drawing([Panel("", "curves", figure=draw_curves(run.rows, run.config))], [])
-    )
+    def draw(run, *_):
+        return plots.Drawing([Panel("Curves", "curves", figure=draw_curves(run.rows, run.config))], [])
+
+    monkeypatch.setattr(plots, "draw_run", draw)
     monkeypatch.setattr(report, "draw_run", plots.draw_run)
     path = run_dir / in_the_way
     path.parent.mkdir(exist_ok=True)
@@ -383,7 +384,8 @@ def test_the_report_is_whole_and_loads_nothing(finished):
     assert not [word for word in ("http:", "https:", "url(", "@import", "src=//") if word in html]
     assert "default-src 'none'" in html
     result = json.loads((finished / "result.json").read_text())
-    for word in (f"{result['test/accuracy']:.2%}", f"{result['test/loss']:.4f}", f"{result['test/errors']} of 30 test images are wrong"):
+    accuracy = f"{result['test/accuracy']:.2%}"
+    for word in (accuracy, f"{result['test/loss']:.4f}", f"test accuracy {accuracy} ({result['test/errors']} of 30 wrong)."):
         assert word in page.text
     assert ["torch", result["versions"]["torch"]] in page.rows
     assert ["train_size", "50"] in [row[:2] for row in page.rows]
