@@ -151,12 +151,13 @@ def _find_metavar(model: type[Options], name: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `UserError`s, for options that are written out in full."""
 
-    def __init__(self, program: str, description: str, usage: str | None = None) -> None:
+    def __init__(self, program: str, description: str, usage: str | None = None, *, add_help: bool = True) -> None:
         super().__init__(
             prog=f"python -m {program}",
             description=description,
             usage=usage and f"%(prog)s {usage}",
             allow_abbrev=False,
+            add_help=add_help,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
