@@ -83,7 +83,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier)
-        run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
+        run.show_samples(state.step, data, draw(config, state.step, config.batch_size, slice(None)))
 
         def compute(samples: Any, drawn: Any) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
@@ -126,7 +126,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     if evaluate_now:
                         evaluation = evaluate_model()
                         row |= evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
-                        run.show_evaluation(data, evaluation)
+                        run.show_evaluation(state.step, data, evaluation)
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)

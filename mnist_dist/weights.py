@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
-from mnist_dist.record import WEIGHTS_FILE, parse_object, read_named_config
+from mnist_dist.record import CONFIG_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
 from mnist_dist.task import Task
 
@@ -46,7 +46,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
-    """The model of a run folder or a .safetensors file.
+    """The model of a run folder or a .safetensors file; a folder that holds nothing else serves as well.
 
     The code of its task is that which the user names by `task_name`, the built-in one, or that of a run whose task this user has trained
     before. Raises `UserError` where it is none of these, and for a file that is missing, damaged, of another model, or without its facts.
@@ -77,7 +77,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
 
 
 def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str | None) -> Config:
-    if path.is_dir():
+    if os.path.lexists(path / CONFIG_FILE):
         config = read_named_config(path, task_name)
     else:
         name = task_name or str(header["task"])

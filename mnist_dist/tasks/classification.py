@@ -173,18 +173,17 @@ class Classification(Task):
             panels.append(Panel("Predictions", "predictions/confusion_matrix", matrix=(names, evaluation.measures["confusion_matrix"])))
         return panels
 
-    def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
-        panels = []
-        if measures:
-            title = f"{'Test' if data.holdout is None else 'Held-out'} {self.samples} by class"
-            if len(self.class_names) <= _MATRIX_MAX:
-                from mnist_dist.tasks.figures import draw_confusion
+    def draw_measures(self, measures: Row, on: str) -> list[Panel]:  # noqa: D102
+        title = f"{on.capitalize()} {self.samples} by class"
+        table = Panel(title, "classes", table=self._make_class_table(measures))
+        if len(self.class_names) > _MATRIX_MAX:
+            return [table]
+        from mnist_dist.tasks.figures import draw_confusion
 
-                panels.append(Panel(title, "confusion_matrix", figure=draw_confusion(measures["confusion_matrix"], self.class_names)))
-            panels.append(Panel(title, "classes", table=self._make_class_table(measures)))
-        if model is not None:
-            panels += self._draw_predictions(data, model, batches)
-        return panels
+        return [Panel(title, "confusion_matrix", figure=draw_confusion(measures["confusion_matrix"], self.class_names)), table]
+
+    def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
+        return [] if model is None else self._draw_predictions(data, model, batches)
 
     def _make_class_table(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         rows = []
