@@ -100,7 +100,13 @@ def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str 
 
 def encode_weights(model: nn.Module, config: Config) -> bytes:
     """The file of weights."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.cpu().contiguous()
+        # safetensors refuses two names for one memory, as tied weights have.
+        tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
     return safetensors.torch.save(tensors, make_header(config.task))
 
 
