@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -52,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mnist_dist.promises import examine
 
         answers = []
-        for name, answer in examine(config, names, options.deadline_s):
-            answers.append({"check": name, "passed": answer.passed, "text": answer.text, **answer.values})
-            if not options.json:
-                print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", flush=True)
+        # Closed whatever happens: its processes end, and its folder goes.
+        with contextlib.closing(examine(config, names, options.deadline_s)) as found:
+            for name, answer in found:
+                answers.append({"check": name, "passed": answer.passed, "text": answer.text, **answer.values})
+                if not options.json:
+                    print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", flush=True)
         if options.json:
             print(json.dumps(answers))
         return 0 if all(answer["passed"] for answer in answers) else 1

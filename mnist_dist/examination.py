@@ -2,15 +2,17 @@
 
 import contextlib
 import json
+import math
+import multiprocessing
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Collection
 from functools import cached_property
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from mnist_dist.witness import (
     digest_each,
     read_batch,
     take_step,
+    testify,
 )
 from mnist_dist.world import TORCH_VARIABLES, World
 
@@ -43,6 +46,8 @@ STEPS = 5  # of a short run
 _ROWS = 16  # samples of a step that is only looked at
 _EVALUATED = 101  # samples: two processes do not have equally many
 _CLEANUP_S = 5.0
+# A server that has imported torch, and nothing of the task: each process is forked from it in milliseconds.
+_context = multiprocessing.get_context("forkserver")
 _LAUNCHERS = ("SLURM_", "SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
 
 
@@ -54,6 +59,8 @@ class Subject:
     """The task under examination, with its data and its model, and the processes that look at it, too."""
 
     def __init__(self, config: Config, folder: Path, deadline_s: float, stack: contextlib.ExitStack, names: Collection[str]) -> None:
+        _context.set_forkserver_preload(["mnist_dist.loop", "mnist_dist.witness"])
+        ensure_running()
         self.given, self.folder, self.deadline_s, self.stack = config, folder, deadline_s, stack
         self.config, self.data = load_data(config)
         self.task = self.config.task
@@ -106,8 +113,9 @@ class Subject:
     def run(self, name: str, size: int, config: Config, **job: Any) -> "Ranks":
         """The processes `name`, started at the first call; they end with this examination."""
         if name not in self._runs:
-            self._runs[name] = Ranks(self.folder / name.split()[0], config, size, self.deadline_s, job)
-            self.stack.callback(self._runs[name].end)
+            ranks = self._runs[name] = Ranks(self.folder / name.split()[0], config, size, self.deadline_s, job)
+            self.stack.callback(ranks.end)
+            ranks.start()
         return self._runs[name]
 
     def train(self, name: str, size: int, saved: int = STEPS, leave: int = STEPS, kill: bool = False) -> "Ranks":
@@ -178,34 +186,37 @@ class Ranks:
         self.folder, self.size, self.deadline_s, self.job = folder, size, deadline_s, job
         folder.mkdir(exist_ok=True)
         (folder / CONFIG_FILE).write_text(config.to_yaml())
+        self.end_s = math.inf
+        self.logs = [folder / f"{job['work']}{job.get('leave', '')}-{rank}.log" for rank in range(size)]
+        self.processes: list[BaseProcess] = []
+
+    def start(self) -> None:
+        """Start them."""
         environ = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES and not name.startswith(_LAUNCHERS)}
         port = _find_free_port()
-        self.end_s = time.monotonic() + deadline_s
-        self.logs = [folder / f"{job['work']}{job.get('leave', '')}-{rank}.log" for rank in range(size)]
-        self.processes = []
+        self.end_s = time.monotonic() + self.deadline_s
         for rank, log in enumerate(self.logs):
-            variables = World(rank, size, rank, size, port=port).variables() if size > 1 else {}
-            with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "mnist_dist.witness", str(folder), json.dumps(job)],
-                        env=environ | variables,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            variables = World(rank, self.size, rank, self.size, port=port).variables() if self.size > 1 else {}
+            arguments = (str(self.folder), self.job, environ | variables, str(log))
+            process = _context.Process(target=testify, args=arguments)
+            # A signal that ends this program finds it on the list, or not begun.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                process.start()
+                self.processes.append(process)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def wait(self) -> None:
         """Wait until they have done their work. Raises `Broken` where they do not."""
         expected = -signal.SIGKILL if self.job.get("kill") else 0
-        while any(process.poll() is None for process in self.processes):
-            if any(process.poll() not in (None, expected) for process in self.processes):
+        while any(process.exitcode is None for process in self.processes):
+            if any(process.exitcode not in (None, expected) for process in self.processes):
                 self.end_s = min(self.end_s, time.monotonic() + _CLEANUP_S)
             if time.monotonic() > self.end_s:
                 break
             time.sleep(0.02)
-        codes = [process.poll() for process in self.processes]
+        codes = [process.exitcode for process in self.processes]
         self.end()
         who = "another process" if self.size == 1 else f"a run of {self.size} processes"
         if any(code not in (None, expected) for code in codes):
@@ -224,9 +235,8 @@ class Ranks:
     def end(self) -> None:
         """End those that are still running."""
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            process.join()
 
     @cached_property
     def state(self) -> Row:

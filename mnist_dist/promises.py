@@ -4,7 +4,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,21 +47,26 @@ class Answer(NamedTuple):
     values: Row = {}  # noqa: RUF012  read, never written
 
 
-def examine(config: Config, names: Sequence[str], deadline_s: float) -> Iterator[tuple[str, Answer]]:
+def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generator[tuple[str, Answer]]:
     """Make some checks, in this order. Raises `UserError` where there is nothing to check: the data or the model cannot be had."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
-        if {*names} & {"two processes", "evaluation", "resume"}:
-            config.check_world(2)
+    if {*names} & {"two processes", "evaluation", "resume"}:
+        config.check_world(2)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True))
         subject = Subject(config, Path(folder), deadline_s, stack, names)
         for name in names:
-            try:
-                text, values = _CHECKS[name](subject)
-                yield name, Answer(True, text, values)
-            except (Broken, UserError, RunError) as error:
-                yield name, Answer(False, " ".join(str(error).split()))
-            except Exception as error:
-                yield name, Answer(False, f"the code of the task failed: {describe_exception(error)}")
+            yield name, _answer(_CHECKS[name], subject)
+
+
+def _answer(check: "Callable[[Subject], Found]", subject: Subject) -> Answer:
+    try:
+        return Answer(True, *check(subject))
+    except (Broken, UserError, RunError) as error:
+        return Answer(False, " ".join(str(error).split()))
+    except Exception as error:
+        return Answer(False, f"the code of the task failed: {describe_exception(error)}")
 
 
 @contextlib.contextmanager

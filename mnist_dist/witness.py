@@ -1,6 +1,6 @@
 """What another process finds of a task: `python -m mnist_dist.check` starts these, alone or as the ranks of a run, and compares.
 
-`python -m mnist_dist.witness FOLDER JOB`: FOLDER has the config and takes the answers; JOB is a JSON object. Not for people.
+Each has a folder, which has the config and takes the answers, and a job: to look at the task, or to train it for some steps.
 """
 
 import hashlib
@@ -212,18 +212,20 @@ def _wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def main(arguments: list[str]) -> int:
-    """Do the job; the exit status."""
-    folder, job = Path(arguments[0]), json.loads(arguments[1])
+def testify(folder: str, job: Row, environ: dict[str, str], log: str) -> None:
+    """Do the job in a process of its own, whose output goes into the file `log`, and end it."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # Python's own streams may still point elsewhere.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(environ)
     torch.set_num_threads(1)
 
     def work() -> int:
-        config = make_config(read_options_file(folder / CONFIG_FILE))
-        {"look": _look, "train": _train}[job["work"]](config, folder, job)
+        config = make_config(read_options_file(Path(folder) / CONFIG_FILE))
+        {"look": _look, "train": _train}[job["work"]](config, Path(folder), job)
         return 0
 
-    return run_program(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(work))

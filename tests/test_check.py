@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +100,7 @@ def test_a_sane_task_passes_all_and_leaves_nothing(tmp_path, monkeypatch, capfd)
     assert "32 samples, 2 sums" in out
     assert err == ""
     assert is_named_before(find_task(str(file)).name)
-    assert not os.listdir(tmp_path / "temporary")
+    assert not list((tmp_path / "temporary").glob("mnist_dist*"))
 
 
 # The check, what its message must hold, and the fault.
@@ -399,7 +402,7 @@ COUNTED = []
     ),
     "a rank that never comes": (
         "two processes",
-        ["a run of 2 processes gave no answer within 12 s"],
+        ["a run of 2 processes gave no answer within 6 s"],
         """
     def losses(self, model, batch, drawn):
         if os.environ.get("RANK") == "1":
@@ -413,7 +416,7 @@ COUNTED = []
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named(check, name):
     only, words, fault = FAULTS[name]
-    deadline = ["--deadline_s", "12"] if "never comes" in name else []
+    deadline = ["--deadline_s", "6"] if "never comes" in name else []
     status, answers, err = check(only, fault, *deadline)
     assert status == 1, (answers, err)
     assert list(answers) == [only]
@@ -505,6 +508,30 @@ def test_a_task_with_a_fault_elsewhere_fails_only_where_it_must(check):
 
 def test_the_threads_of_this_process_are_given_back(check):
     before = torch.get_num_threads()
-    check("losses")
-    assert torch.get_num_threads() == before
-    assert Path.cwd().exists()
+    try:
+        torch.set_num_threads(3)
+        check("losses,cost")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ended_by_a_signal_it_leaves_no_process_and_no_folder(tmp_path):
+    file = write(tmp_path, FAULTS["a rank that never comes"][2])
+    environ = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mnist_dist.check", "--task", str(file), "--batch_size", "16", "--only", "tier,two_processes"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline().startswith("PASS tier")
+        end = time.monotonic() + 30
+        while not (logs := list(tmp_path.glob("mnist_dist_check_*/two/*.log"))):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        program.terminate()
+        assert program.wait(20) == 143
+        assert "Traceback" not in program.stderr.read()
+    assert not list(tmp_path.glob("mnist_dist_check_*"))
+    folder = str(logs[0].parent).encode()
+    held = [
+        path for path in Path("/proc").glob("[0-9]*/fd/1") if os.path.lexists(path) and os.fsencode(os.readlink(path)).startswith(folder)
+    ]
+    assert not held
