@@ -42,6 +42,14 @@ CHECKS = {
 }
 
 
+class _Ended(BaseException):
+    """SIGTERM came."""
+
+
+def _end(*_: object) -> None:
+    raise _Ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 all checks pass, 1 one fails, 2 a user's mistake."""
 
@@ -49,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, names, options = _parse(arguments)
         note_named(config.task.name)
         # Ended by `kill`, too, it leaves no process and no folder.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, _end)
         from mnist_dist.promises import examine
 
         answers = []
@@ -66,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.getsignal(signal.SIGTERM)
     try:
         return print_answer(run)
+    except _Ended:
+        return 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -135,14 +135,14 @@ class Subject:
 
     @cached_property
     def recipe(self) -> Row:
-        """The options of a short run: plain SGD, whose steps move the weights by about a thousandth of their length."""
+        """The options of a short run: plain SGD, whose steps move the weights by a few thousandths of their length in all."""
         samples, drawn = read_batch(self.small, self.data, 0)
         with keeping(self.model):
             loss = self.trace(samples, drawn).losses.mean()
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             gradients = [one for one in torch.autograd.grad(loss, parameters, allow_unused=True) if one is not None]
         length, slope = (float(torch.nn.utils.get_total_norm([one.detach() for one in many])) for many in (parameters, gradients))
-        rate = min(max(0.001 * length / slope, 1e-9), 1.0) if length and slope else 0.003
+        rate = min(max(0.0002 * length / slope, 1e-9), 1.0) if length and slope else 0.003
         count = min(self.config.test_size or _EVALUATED, len(self.data.test), _EVALUATED)  # type: ignore[arg-type]
         return {
             "optimizer": "sgd",
@@ -199,13 +199,9 @@ class Ranks:
             variables = World(rank, self.size, rank, self.size, port=port).variables() if self.size > 1 else {}
             arguments = (str(self.folder), self.job, environ | variables, str(log))
             process = _context.Process(target=testify, args=arguments)
-            # A signal that ends this program finds it on the list, or not begun.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-            try:
+            with _deferring_signals():
                 process.start()
                 self.processes.append(process)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def wait(self) -> None:
         """Wait until they have done their work. Raises `Broken` where they do not."""
@@ -257,6 +253,20 @@ class Ranks:
         self.wait()
         answers = [json.loads(path.read_text()) for path in sorted(self.folder.glob("evaluation-*.json"))]
         return next((answer for answer in answers if "error" in answer), answers[0])
+
+
+@contextlib.contextmanager
+def _deferring_signals() -> Iterator[None]:
+    """Let a signal that ends this program wait until what was begun stands on a list. Masking them would not do: torch has threads."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
 
 
 def _find_free_port() -> int:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
 from mnist_dist.data import Batch, InMemory, Seeded, Share, StepSampler, draw, load_data, seed_generators
@@ -222,6 +224,8 @@ def testify(folder: str, job: Row, environ: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(environ)
     torch.set_num_threads(1)
+    # Its own lock is one of the system, and a process that is killed, or leaves at once, would not give it back.
+    tqdm.set_lock(threading.RLock())
 
     def work() -> int:
         config = make_config(read_options_file(Path(folder) / CONFIG_FILE))
