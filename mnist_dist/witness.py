@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
 from mnist_dist.data import Batch, InMemory, Seeded, Share, StepSampler, draw, load_data, seed_generators
-from mnist_dist.distributed import Group, is_loss
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer

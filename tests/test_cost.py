@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 
 import pytest
+from mnist_dist.augment import STEPS_AT_ONCE
 from processes import Train, run_ranks
 
 from benchmarks.common import make_model, make_step, run_loop
 from mnist_dist import loop, run_folder, tracking
-from mnist_dist.augment import STEPS_AT_ONCE
 from mnist_dist.config import Config
 from mnist_dist.distributed import count_usable_cores
 

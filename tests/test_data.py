@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mnist_dist.augment import _make_grid, augment, draw_transforms, make_inputs
 
 import mnist_dist
 from mnist_dist import data
-from mnist_dist.augment import _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.config import Config, make_config
 from mnist_dist.data import StepSampler, load_dataset, make_loader
 from mnist_dist.distributed import join_group
