@@ -224,6 +224,7 @@ def _check_two(subject: Subject) -> Found:
         _compare_states(two, subject.train("again", 2), "between two runs of two processes")
         return f"this world: {STEPS} steps of two processes are the same bits in two runs; one process would train otherwise", {}
     one = subject.train_on_one()
+    two.wait()  # first: where a rank hangs, it is one of these
     states = one.state["model"], two.state["model"]
     rule = "a loss must be the same wherever it is computed; does it depend on a rank, a process, or how many samples are with it?"
     worst = 0.0
