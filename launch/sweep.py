@@ -109,7 +109,7 @@ def _read_runs(configs: Sequence[Config]) -> list[RunState]:
 
 def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
     """The task of a sweep, and the options in its recipe. Looked for first, since the task's own options are part of the command line."""
-    parser = Parser("launch.sweep", "")
+    parser = Parser("launch.sweep", "", add_help=False)
     parser.add_argument("words", nargs="*")
     parser.add_options(Sweep)
     parser.add_options(Request)

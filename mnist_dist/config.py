@@ -333,7 +333,7 @@ def find_given_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[s
 
     Looked for first, since the task's own options are part of the command line.
     """
-    parser = Parser("mnist_dist", "")
+    parser = Parser("mnist_dist", "", add_help=False)
     _add_sources(parser)
     known, _ = parser.parse_known_args(arguments)
     recipe = read_recipe(known.config)

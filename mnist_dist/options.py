@@ -151,12 +151,13 @@ def _find_metavar(model: type[Options], name: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `UserError`s, for options that are written out in full."""
 
-    def __init__(self, program: str, description: str, usage: str | None = None) -> None:
+    def __init__(self, program: str, description: str, usage: str | None = None, *, add_help: bool = True) -> None:
         super().__init__(
             prog=f"python -m {program}",
             description=description,
             usage=usage and f"%(prog)s {usage}",
             allow_abbrev=False,
+            add_help=add_help,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
@@ -166,7 +167,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+        known, unknown = super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+        for action in self._actions:
+            if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`
+                raise UserError(f"{action.dest} needs a value")
+        return known, unknown
 
     def _spell_out(self, word: str) -> str:
         name, separator, value = word.partition("=")
@@ -208,9 +213,6 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             shown = unknown[0].split("=")[0]
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
-        for name, value in vars(known).items():
-            if value == [] and name in self._names:  # argparse's result for `--option=--`
-                raise UserError(f"{name} needs a value")
         return {name: None if value == "none" else value for name, value in vars(known).items()}
 
 
