@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
-from mnist_dist.distributed import Agreement, Group, join_group
+from mnist_dist.distributed import Agreement, Group, is_loss, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
@@ -87,7 +87,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
 
         def compute(samples: Any, drawn: Any) -> Tensor:
-            with explaining(task.name, f"in step {state.step + 1}", RunError):
+            with explaining(task.name, f"in step {state.step + 1}", RunError, is_loss):  # a step meets the other ranks
                 return state.train_on(samples, drawn, meter.note_forward)
 
         state.settle()

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,8 +179,13 @@ def find_changed(before: str, now: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = UserError) -> Iterator[None]:
-    """Turn what a task's code raises into one `kind` of error that names the file, the line and the reason."""
+def explaining(
+    name: str, when: str, kind: type[UserError] | type[RunError] = UserError, is_foreign: Callable[[Exception], bool] | None = None
+) -> Iterator[None]:
+    """Turn what a task's code raises into one `kind` of error that names the file, the line and the reason.
+
+    An error that `is_foreign` says is not of that code is left as it is.
+    """
     try:
         yield
     except (UserError, RunError, KeyboardInterrupt, GeneratorExit):
@@ -190,6 +195,8 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
             raise  # the task itself is not there
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
     except (Exception, SystemExit) as error:
+        if is_foreign is not None and isinstance(error, Exception) and is_foreign(error):
+            raise
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
 
 
