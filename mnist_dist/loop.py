@@ -84,12 +84,16 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier)
-        run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
+
+        def draw_step(rows: slice) -> Any:
+            with explaining(task.name, f"in draw for step {state.step + 1}", RunError):
+                return draw(config, state.step, config.batch_size, rows)
 
         def compute(samples: Any, drawn: Any) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError, is_loss):  # a step meets the other ranks
                 return state.train_on(samples, drawn, meter.note_forward)
 
+        run.show_samples(data, draw_step(slice(None)))
         state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
@@ -112,7 +116,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                drawn = draw(config, state.step, config.batch_size, slice(group.rank, None, group.size))
+                drawn = draw_step(slice(group.rank, None, group.size))
                 drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
                 state.seed_generators()
                 meter.begin_step()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, Train, find_free_ports, run_ranks, start_ranks
+from processes import TINY, StopAt, Train, find_free_ports, run_ranks, start_ranks
 from safetensors.torch import load_file
 
 from mnist_dist import checkpoint
 from mnist_dist.config import configure, parse_command_line
-from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.preemption import Stop
 from mnist_dist.record import read_run
 from mnist_dist.run_folder import RunFolder
 
@@ -56,21 +56,6 @@ def assert_same_run(folder, expected, exactly):
 
 def read_result(folder):
     return json.loads((folder / "result.json").read_text())
-
-
-class StopAt(StopSignals):
-    """A signal that comes in the course of one step."""
-
-    def __init__(self, step):
-        self.step, self.asked = step, 0
-
-    @property
-    def received(self):
-        self.asked += 1
-        return Stop.REQUEUE if self.asked >= self.step else Stop.NONE
-
-    def defer(self, announced):
-        pass
 
 
 @dataclass(frozen=True)
