@@ -10,7 +10,9 @@ import hashlib
 import io
 import os
 import random
+import re
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, is_lost_worker
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
@@ -90,6 +92,7 @@ class Seeded:
     def __getitems__(self, share: Share) -> Batch | _Failure:
         """A DataLoader calls this once for each batch."""
         worker = torch.utils.data.get_worker_info()
+        at = np.zeros(2, np.int64) if worker is None or self.at is None else self.at.numpy()[worker.id]
         threads = torch.get_num_threads()
         if worker is None and threads > 1:
             torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
@@ -98,8 +101,7 @@ class Seeded:
             first = derive_seed(self.seed, self.what, share.step)
             samples = []
             for index, place in zip(share.indices.tolist(), share.places, strict=True):
-                if worker is not None and self.at is not None:
-                    self.at[worker.id, 1] = index
+                at[1] = index
                 seed_generators((first + place * 0x9E3779B97F4A7C15) % 2**63)
                 try:
                     samples.append(self.split[index])
@@ -112,8 +114,7 @@ class Seeded:
                     f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
                 )
         finally:
-            if worker is not None and self.at is not None:
-                self.at[worker.id, 1] = -1
+            at[1] = -1
             if worker is None and threads > 1:
                 torch.set_num_threads(threads)
 
@@ -310,26 +311,33 @@ class Reader:
             # Forked: a data set of the user's file need not be pickled, nor be found by a fresh interpreter.
             several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": config.timeout_s}
             several |= {"worker_init_fn": partial(_begin_work, self.workers)}
-        loader: DataLoader[Any] = DataLoader(
-            kept,  # type: ignore[arg-type]
-            batch_sampler=shares,
-            collate_fn=_keep,
-            num_workers=len(self.workers),
-            pin_memory=self.device.type == "cuda" and isinstance(kept, Seeded),
-            **several,
-        )
+        pinned = self.device.type == "cuda" and isinstance(kept, Seeded)
+        with warnings.catch_warnings(action="ignore"):  # of more workers than cores, on every rank
+            loader: DataLoader[Any] = DataLoader(
+                kept,  # type: ignore[arg-type]
+                batch_sampler=shares,
+                collate_fn=_keep,
+                num_workers=len(self.workers),
+                pin_memory=pinned,
+                **several,
+            )
         self._kept = kept
+        self._is_waiting = False
         # Accelerate wraps it as for one process, because the shares are this rank's already: `accelerator.prepare` would shard it a second
         # time, and half of the samples would never be seen.
         self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._is_waiting = True
         for batch in self.loader:
+            self._is_waiting = False
             if isinstance(batch, _Failure):
                 raise RunError(batch.reason)
             if isinstance(self._kept, Seeded):
                 batch = batch._replace(samples=send_to_device(batch.samples, self.device, non_blocking=True))
             yield batch
+            self._is_waiting = True
+        self._is_waiting = False
 
     def __len__(self) -> int:
         """Number of samples of the split."""
@@ -348,11 +356,13 @@ class Reader:
                 if pid > 0:
                     os.kill(pid, signal.SIGKILL)
         # torch raises these wherever this process happens to be when a worker is lost.
-        if type(error) is RuntimeError and str(error).startswith("DataLoader"):
-            lost = "gave no samples for {self.timeout_s:g} s; see --timeout_s" if "timed out" in str(error) else "died"
-            lost = lost.format(self=self)
-            reason = "" if "timed out" in str(error) else f" ({str(error).splitlines()[0]}; out of memory?)"
-            raise RunError(f"task {self.task.name}: a worker that reads the {self.what} data {lost}: {busy}{reason}") from error
+        if error is None or not is_lost_worker(error):
+            return
+        what = f"task {self.task.name}: a worker that reads the {self.what} data"
+        if "timed out" in str(error) and self._is_waiting:
+            raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
+        if {int(pid) for pid in re.findall(r"\d+", str(error))} & set(self.workers[:, 0].tolist()):
+            raise RunError(f"{what} died: {busy} ({str(error).splitlines()[0].rstrip(' .')}; out of memory?)") from error
 
     def _describe_workers(self) -> str:
         gone = [

@@ -17,21 +17,14 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Dyn
 from torch import distributed as dist
 
 from mnist_dist.config import Config
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, is_loss
 from mnist_dist.machine import check_graph, choose_device, choose_precision, choose_threads, keep_memory
 from mnist_dist.world import World
 
 T = TypeVar("T")
 
-# How a collective fails when another rank is gone: gloo raises a bare RuntimeError with one of these in it.
-_LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
 _CAUSE = "cause"
 _READING_S = 2.0
-
-
-def is_loss(error: Exception) -> bool:
-    """Whether `error` is how a collective fails when another rank is gone, or never came."""
-    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and _LOST.search(str(error)) is not None)
 
 
 class Group:

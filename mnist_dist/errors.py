@@ -1,4 +1,9 @@
-"""The two kinds of failure that end a run with one message instead of a traceback."""
+"""The two kinds of failure that end a run with one message instead of a traceback, and those that come from outside. Imports no torch."""
+
+import re
+
+# How a collective fails when another rank is gone: gloo raises a bare RuntimeError with one of these in it.
+_LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
 
 
 class UserError(ValueError):
@@ -11,3 +16,14 @@ class RunError(RuntimeError):
     """A failure while running that is nobody's typing mistake: a NaN, a full disk, a lost rank."""
 
     exit_code = 1
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether `error` is how a collective fails when another rank is gone, or never came."""
+    is_torchs_own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return is_torchs_own or (type(error) is RuntimeError and _LOST.search(str(error)) is not None and not is_lost_worker(error))
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether `error` is what torch raises, wherever this process happens to be, when a worker of a DataLoader dies or is silent."""
+    return type(error) is RuntimeError and str(error).startswith("DataLoader ")

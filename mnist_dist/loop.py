@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
-from mnist_dist.distributed import Agreement, Group, is_loss, join_group
+from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
@@ -21,7 +21,7 @@ from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
-from mnist_dist.source import describe_source, explaining, note_named
+from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Evaluation
 from mnist_dist.weights import encode_weights
@@ -60,7 +60,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)
         # What is trained, by which code, and when the ranks meet for more than a step.
-        source = {"the source of the task": describe_source(type(config.task))}
+        source = {"the source of the task": config.task.source}
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
         if (main := group.broadcast(shared)) != shared:
             differing = ", ".join(sorted(name for name in {*main, *shared} if main.get(name) != shared.get(name)))
@@ -77,7 +77,6 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
         saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
-        note_named(task.name)
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
         noted = {"parameters": state.count_parameters(), "tier": state.tier.name, "best": task.best, **config.name_sizes()}
@@ -90,7 +89,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 return draw(config, state.step, config.batch_size, rows)
 
         def compute(samples: Any, drawn: Any) -> Tensor:
-            with explaining(task.name, f"in step {state.step + 1}", RunError, is_loss):  # a step meets the other ranks
+            with explaining(task.name, f"in step {state.step + 1}", RunError):
                 return state.train_on(samples, drawn, meter.note_forward)
 
         run.show_samples(data, draw_step(slice(None)))

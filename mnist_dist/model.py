@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
+from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
@@ -19,6 +21,16 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(
+                f"task {task.name}: {name} of its model has no shape yet; give the sizes of lazy layers, or call it once in build_model"
+            )
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise UserError(
+                f"task {task.name}: {name} of its model is {parameter.dtype} on {parameter.device}; expected torch.float32 on the CPU: "
+                "the training chooses device and precision"
+            )
     return model
 
 
@@ -46,15 +58,16 @@ def describe_model(model: nn.Module, example: Tensor) -> str:
             hook.remove()
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    line = "-" * 66
-    body = [f"{name:<26}{shape:<24}{count:>16,}" for name, shape, count in rows]
-    sums = [
-        f"{'total parameters':<50}{total:>16,}",
-        f"{'trainable parameters':<50}{trainable:>16,}",
-        f"{'memory of the parameters (MiB)':<50}{total * 4 / 2**20:>16.2f}",
-        f"{'outputs of one sample (MiB)':<50}{outputs * 4 / 2**20:>16.2f}",
-    ]
-    return "\n".join([f"{'layer':<26}{'output':<24}{'parameters':>16}", line, *body, line, *sums])
+    return make_table(
+        ("layer", "output", "parameters"),
+        [
+            *rows,
+            ("total parameters", "", total),
+            ("trainable parameters", "", trainable),
+            ("memory of the parameters (MiB)", "", f"{total * 4 / 2**20:.2f}"),
+            ("outputs of one sample (MiB)", "", f"{outputs * 4 / 2**20:.2f}"),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import torch
 import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.distributed import Group, is_loss
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError, is_loss
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop
@@ -41,7 +41,7 @@ from mnist_dist.record import (
     read_starts,
     remove_temporary_files,
 )
-from mnist_dist.source import describe_source, find_changed
+from mnist_dist.source import find_changed, note_named
 from mnist_dist.task import Data, Evaluation, Panel
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
@@ -137,7 +137,7 @@ class RunFolder:
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
-        source = describe_source(type(self.config.task))
+        source = self.config.task.source
         start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": source}
         try:
             # Only now that data and checkpoint have been found to be this config's.
@@ -147,6 +147,7 @@ class RunFolder:
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
+        note_named(self.config.task.name)  # by this user, who has started it
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))

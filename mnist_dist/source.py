@@ -13,12 +13,12 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, is_loss, is_lost_worker
 from mnist_dist.files import append_line, expand_path, read_file
 from mnist_dist.options import Options, describe_kind
 from mnist_dist.task import Task
@@ -45,7 +45,7 @@ def find_task(name: object) -> type[Task]:
         module = _load(full)
         task = _find_class(full, module)
         task.name = full
-        task.files = tuple(_list_files(module, set(sys.modules) - before))
+        task.source = _hash_files(list(_list_files(module, set(sys.modules) - before)))
         _found[full] = task
     return _found[full]
 
@@ -153,39 +153,33 @@ def _list_files(module: ModuleType, imported: set[str]) -> Iterator[Path]:
 
 def find_root(task: type[Task]) -> Path | None:
     """The folder in which Python finds the module of a task; None for a file, which is found by its path, and for a built-in task."""
-    if is_built_in(task.name) or task.name.endswith(".py") or not task.files:
+    if is_built_in(task.name) or task.name.endswith(".py"):
         return None
     top = sys.modules[task.name.partition(".")[0]]
     return Path(str(top.__file__)).resolve().parents[1 if hasattr(top, "__path__") else 0]
 
 
-def describe_source(task: type[Task]) -> str:
-    """The files of a task and the beginning of the SHA-256 of each, in one line: `my_task.py 3f2a91c04b7d, my_layers.py ...`."""
-    folder = task.files[0].parent if task.files else Path()
+def _hash_files(files: list[Path]) -> str:
+    """Files and the beginning of the SHA-256 of each, in one line: `my_task.py 3f2a91c04b7d, my_layers.py ...`."""
     words = []
-    for file in task.files:
+    for file in files:
         try:
             digest = hashlib.sha256(read_file(file, _FILE_BYTES_MAX)).hexdigest()[:12]
         except OSError:
             digest = "unreadable"
-        words.append(f"{file.relative_to(folder)} {digest}")
+        words.append(f"{file.relative_to(files[0].parent)} {digest}")
     return ", ".join(words)
 
 
 def find_changed(before: str, now: str) -> list[str]:
-    """The files that differ between two results of `describe_source`."""
+    """The files that differ between the sources of a task at two starts."""
     one, other = (dict(word.rsplit(" ", 1) for word in text.split(", ") if " " in word) for text in (before, now))
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
 @contextlib.contextmanager
-def explaining(
-    name: str, when: str, kind: type[UserError] | type[RunError] = UserError, is_foreign: Callable[[Exception], bool] | None = None
-) -> Iterator[None]:
-    """Turn what a task's code raises into one `kind` of error that names the file, the line and the reason.
-
-    An error that `is_foreign` says is not of that code is left as it is.
-    """
+def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = UserError) -> Iterator[None]:
+    """Turn what a task's code raises into one `kind` of error that names the file, the line and the reason."""
     try:
         yield
     except (UserError, RunError, KeyboardInterrupt, GeneratorExit):
@@ -195,7 +189,7 @@ def explaining(
             raise  # the task itself is not there
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
     except (Exception, SystemExit) as error:
-        if is_foreign is not None and isinstance(error, Exception) and is_foreign(error):
+        if is_loss(error) or is_lost_worker(error):  # not the task's doing
             raise
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
 

@@ -127,7 +127,7 @@ class Task(Options):
     higher_is_better: ClassVar[bool] = False
     in_rows: ClassVar[Sequence[str] | None] = None  # the measures that rows of metrics.jsonl have; None: all
     name: ClassVar[str] = ""  # by which it was found
-    files: ClassVar[tuple[Path, ...]] = ()  # its source
+    source: ClassVar[str] = ""  # its files as they were loaded, and the beginning of the SHA-256 of each
 
     data_dir: str | None = option(None, "folder with the data", group="The data", recipe=False, folder=True)
 

@@ -1,6 +1,5 @@
 """What all classifiers share: loss, confusion matrix, table of classes, right and wrong examples. Imports no torch before it is used."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _MATRIX_MAX = 30  # classes of a confusion matrix that a person can read
+_KEPT_MAX = 100  # classes of one that is kept; of more, what each class was most often taken for
 
 
 class Classification(Task):
@@ -19,12 +19,9 @@ class Classification(Task):
     higher_is_better: ClassVar[bool] = True
     in_rows: ClassVar[Sequence[str] | None] = ("loss", "accuracy", "class_accuracy")
 
-    label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
+    class_names: ClassVar[Sequence[str]]  # label i is the i-th
 
-    @property
-    @abstractmethod
-    def class_names(self) -> Sequence[str]:
-        """The names of the classes; label i is the i-th."""
+    label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
 
     def make_inputs(self, batch: Any, drawn: Any = None) -> "tuple[Any, Tensor]":
         """The model's input and the labels int64 [n] of a batch: augmented, if `drawn` are its rows of `draw`."""
@@ -74,30 +71,47 @@ class Classification(Task):
         """Mean cross-entropy, and what follows from the confusion matrix."""
         count, loss = sums[:2].tolist()
         classes = len(self.class_names)
-        confusion = sums[2:].round().long().view(classes, classes).tolist()
-        right = sum(row[label] for label, row in enumerate(confusion))
-        errors = round(count) - right
-        return {
+        confusion = sums[2:].round().long().view(classes, classes)
+        right, counts = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
+        errors = round(count) - sum(right)
+        measures = {
             "accuracy": 1 - errors / count,
             "errors": errors,
             self.samples: round(count),
             "loss": loss / count,
-            "class_accuracy": [row[label] / sum(row) if any(row) else None for label, row in enumerate(confusion)],
-            "confusion_matrix": confusion,
+            "class_accuracy": [mine / all_ if all_ else None for mine, all_ in zip(right, counts, strict=True)],
         }
+        if classes <= _KEPT_MAX:
+            return measures | {"confusion_matrix": confusion.tolist()}
+        others = confusion.clone().fill_diagonal_(-1).max(dim=1)
+        taken_for = zip(counts, right, others.indices.tolist(), others.values.tolist(), strict=True)
+        return measures | {"classes": [[all_, all_ - mine, other, times] for all_, mine, other, times in taken_for]}
 
     def check_measures(self, measures: Row) -> str | None:  # noqa: D102
         classes = len(self.class_names)
-        accuracy, confusion = measures.get("accuracy"), measures.get("confusion_matrix")
+        accuracy, kept = measures.get("accuracy"), "confusion_matrix" if classes <= _KEPT_MAX else "classes"
         if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
             return "accuracy"
         for name in ("errors", self.samples):
             if not _is_count(measures.get(name)):
                 return name
-        rows = confusion if isinstance(confusion, list) else []
-        if len(rows) != classes or not all(isinstance(row, list) and len(row) == classes and all(map(_is_count, row)) for row in rows):
-            return "confusion_matrix"
+        rows = measures[kept] if isinstance(measures.get(kept), list) else []
+        width = classes if kept == "confusion_matrix" else 4
+        if len(rows) != classes or not all(isinstance(row, list) and len(row) == width and all(map(_is_count, row)) for row in rows):
+            return kept
+        if kept == "classes" and not all(row[1] <= row[0] and row[2] < classes for row in rows):
+            return kept
         return None
+
+    def _count_classes(self, measures: Row) -> list[Sequence[int]]:
+        """Of each class: its samples, the wrong ones among them, the class that it was most often taken for, and how often."""
+        if "classes" in measures:
+            return list(measures["classes"])
+        rows: list[Sequence[int]] = []
+        for label, counts in enumerate(measures["confusion_matrix"]):
+            other = max((index for index in range(len(counts)) if index != label), key=counts.__getitem__, default=label)
+            rows.append((sum(counts), sum(counts) - counts[label], other, counts[other]))
+        return rows
 
     # What people see.
 
@@ -105,12 +119,13 @@ class Classification(Task):
         return f"accuracy {measures['accuracy']:.2%} ({measures['errors']} of {measures[self.samples]} wrong)"
 
     def tabulate(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:  # noqa: D102
-        names, confusion = self.class_names, measures["confusion_matrix"]
-        shown = range(len(names)) if len(names) <= _MATRIX_MAX else ()
-        rows = []
-        for label, (row, accuracy) in enumerate(zip(confusion, measures["class_accuracy"], strict=True)):
-            part = "-" if accuracy is None else f"{accuracy:.2%}"
-            rows.append((names[label], *(row[other] or "." for other in shown), sum(row), sum(row) - row[label], part))
+        names, confusion = self.class_names, measures.get("confusion_matrix")
+        shown = range(len(names)) if confusion is not None and len(names) <= _MATRIX_MAX else range(0)
+        rows: list[Sequence[object]] = []
+        for label, (count, wrong, _, _) in enumerate(self._count_classes(measures)):
+            part = f"{1 - wrong / count:.2%}" if count else "-"
+            cells = (confusion[label][other] or "." for other in shown) if confusion is not None else ()
+            rows.append((names[label], *cells, count, wrong, part))
         return ("class", *(f"as {names[label]}" for label in shown), self.samples, "wrong", "accuracy"), rows
 
     def draw_evaluation(self, data: Data, evaluation: Evaluation) -> list[Panel]:  # noqa: D102
@@ -123,13 +138,14 @@ class Classification(Task):
             pixels = self.picture(sample)
             shown = place if pixels is None else render_pixels(pixels)
             predicted = max(range(len(probabilities)), key=probabilities.__getitem__)
-            rows.append((shown, names[int(sample[1])], names[predicted], *probabilities))
-        header = ("image", "label", "predicted", *(f"probability/{name}" for name in names))
-        matrix = (names, evaluation.measures["confusion_matrix"])
-        return [
-            Panel("Predictions", "predictions/wrong", table=(header, rows)),
-            Panel("Predictions", "predictions/confusion_matrix", matrix=matrix),
-        ]
+            # Of very many classes, the probability of the one that was predicted.
+            columns = probabilities if len(names) <= _KEPT_MAX else [probabilities[predicted]]
+            rows.append((shown, names[int(sample[1])], names[predicted], *columns))
+        named = [f"probability/{name}" for name in names] if len(names) <= _KEPT_MAX else ["probability"]
+        panels = [Panel("Predictions", "predictions/wrong", table=(("image", "label", "predicted", *named), rows))]
+        if "confusion_matrix" in evaluation.measures:
+            panels.append(Panel("Predictions", "predictions/confusion_matrix", matrix=(names, evaluation.measures["confusion_matrix"])))
+        return panels
 
     def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
         panels = []
@@ -146,10 +162,8 @@ class Classification(Task):
 
     def _make_class_table(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         rows = []
-        for label, counts in enumerate(measures["confusion_matrix"]):
-            count, wrong = sum(counts), sum(counts) - counts[label]
-            other = max((index for index in range(len(counts)) if index != label), key=counts.__getitem__)
-            taken_for = f"{self.class_names[other]} ({counts[other]})" if wrong else "none"
+        for label, (count, wrong, other, times) in enumerate(self._count_classes(measures)):
+            taken_for = f"{self.class_names[other]} ({times})" if wrong else "none"
             part = f"{1 - wrong / count:.2%}" if count else f"no {self.samples}"
             rows.append((self.class_names[label], count, wrong, part, taken_for))
         return ("class", self.samples, "wrong", "accuracy", "most often taken for (times)"), rows

@@ -1,0 +1,132 @@
+"""What a step does beside the built-in recipe: parts of a batch, clipped gradients, Accelerate's optimizer, checkpoints of large models."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from processes import TINY, Train, run_ranks
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from mnist_dist.checkpoint import Writer
+from mnist_dist.config import make_config
+from mnist_dist.data import load_data
+from mnist_dist.distributed import join_group
+from mnist_dist.state import TrainingState
+from mnist_dist.task import Data
+from mnist_dist.tasks.classification import Classification
+from mnist_dist.world import World, find_world
+
+CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_near(folder, other):
+    for row, expected in zip(read_rows(folder), read_rows(other), strict=True):
+        for name in ("train/loss", "train/gradient_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4)
+    weights = load_file(other / "model.safetensors")
+    assert all(float((value - weights[name]).abs().max()) < 1e-6 for name, value in load_file(folder / "model.safetensors").items())
+
+
+def test_parts_of_a_batch_and_clipping_make_the_same_steps_on_any_number_of_ranks(tmp_path):
+    clipped = [*TINY, *CALM, "--clip_norm", "0.05"]
+    run_ranks(tmp_path, Train([*TINY, *CALM, "--run_dir", str(tmp_path / "whole")]))
+    run_ranks(tmp_path, Train([*clipped, "--run_dir", str(tmp_path / "clipped")]))
+    # 12 samples in parts of 5, 5 and 2; then 6 on each rank, in parts of 4 and 2.
+    run_ranks(tmp_path, Train([*TINY, *CALM, "--micro_batch", "5", "--run_dir", str(tmp_path / "parts")]))
+    run_ranks(tmp_path, Train([*clipped, "--micro_batch", "4", "--run_dir", str(tmp_path / "parts on two")]), 2)
+    assert_near(tmp_path / "parts", tmp_path / "whole")
+    assert_near(tmp_path / "parts on two", tmp_path / "clipped")
+    # The record has the norm before it was clipped; the weights have moved by no more than the clipped one allows.
+    assert read_rows(tmp_path / "clipped")[0]["train/gradient_norm"] == read_rows(tmp_path / "whole")[0]["train/gradient_norm"] > 0.05
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "clipped"))
+    assert any(not torch.equal(value, whole[name]) for name, value in cut.items())
+
+
+def make_state(group, config):
+    config, data = load_data(config)
+    return TrainingState(config, data, group), data
+
+
+def test_the_optimizer_that_is_stepped_is_the_one_that_accelerate_prepared():
+    config = make_config({"dataset": "synthetic", "device": "cpu", "precision": "fp32"})
+    with join_group(World(), config) as group:
+        state, _ = make_state(group, config)
+        assert type(state.optimizer).__module__ == "accelerate.optimizer"
+        assert state.optimizer in group.accelerator._optimizers
+
+
+class Large(Classification):
+    """Ten million parameters."""
+
+    name = "large"
+    class_names = ("a", "b")
+
+    def load(self):
+        inputs = torch.randn(8, 2200, generator=torch.Generator().manual_seed(0))
+        return Data(TensorDataset(inputs, torch.arange(8) % 2), TensorDataset(inputs, torch.arange(8) % 2))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(2200, 2200), nn.ReLU(), nn.Linear(2200, 2200), nn.ReLU(), nn.Linear(2200, 2))
+
+
+def test_a_checkpoint_holds_up_the_loop_for_a_copy_alone(tmp_path):
+    config = make_config({"batch_size": 8, "optimizer": "adamw", "device": "cpu", "precision": "fp32", "holdout": 0}, task=Large)
+    with join_group(World(), config) as group:
+        state, data = make_state(group, config)
+        state.train_on(data.train.tensors, None, lambda: None)
+        state.step = 1
+        copies, held_up = [], []
+        writer = Writer(tmp_path / "checkpoints", 3, lambda: None)
+        for step in (1, 2, 3):
+            start = time.perf_counter()
+            copy = state.copy([])
+            copies.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            writer.submit(step, copy)
+            held_up.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            writer._running.result()
+            written = time.perf_counter() - start
+        writer.close()
+    # Bytes, hash and disk take several times as long, and are not waited for.
+    assert max(held_up) < 0.1 * written
+    assert min(copies) < written
+    # The copy does not change with the model.
+    before = copy["model"]["0.weight"].clone()
+    state.bare_model[0].weight.data.zero_()
+    assert torch.equal(copy["model"]["0.weight"], before)
+
+
+@dataclass(frozen=True)
+class NormRank:
+    """A rank whose BatchNorm counts its own samples, until the evaluation."""
+
+    def __call__(self):
+        from noisy_task import NoisyTask
+
+        config = make_config({"batch_size": 12, "norm": True, "precision": "fp32", "threads": 1, "device": "cpu"}, task=NoisyTask)
+        with join_group(find_world(os.environ), config) as group:
+            state, data = make_state(group, config)
+            assert state.tier.name == "this world"
+            assert "2 (BatchNorm1d)" in state.tier.reason
+            samples = torch.full((6, 64), float(group.rank)) + torch.arange(6)[:, None] * (1 + group.rank)
+            state.train_on((samples, torch.arange(6) % 3), None, lambda: None)
+            mean = state.bare_model[2].running_mean.clone()
+            assert len({tuple(values.tolist()) for values in group.gather(mean)}) == 2
+            state.share_buffers()
+            assert len({tuple(values.tolist()) for values in group.gather(state.bare_model[2].running_mean)}) == 1
+            del data
+        return 0
+
+
+def test_ranks_evaluate_with_the_statistics_of_rank_zero(tmp_path):
+    run_ranks(tmp_path, NormRank(), 2)

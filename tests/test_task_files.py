@@ -1,0 +1,288 @@
+"""A task file that is wrong in any way ends in one clear message; its code is run only where its user named it."""
+
+import json
+import os
+from dataclasses import dataclass
+
+import pytest
+from processes import Train, run_ranks
+
+from launch import jobs, submit, sweep
+from mnist_dist import evaluate, export, report
+from mnist_dist.config import make_config, parse_command_line
+from mnist_dist.errors import UserError
+from mnist_dist.source import find_changed, find_task
+
+SANE = """
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from mnist_dist.task import Data, Tally, Task, option
+from mnist_dist.tasks.classification import Classification
+
+class Mine(Classification):
+    class_names = ("even", "odd")
+    width: int = option(8, "width of the hidden layer", ge=1)
+
+    def load(self):
+        numbers = torch.arange(60.0)
+        inputs = torch.stack([torch.sin(numbers), numbers / 60, numbers % 2], dim=1)
+        return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(3, self.width), nn.ReLU(), nn.Linear(self.width, 2))
+"""
+SHORT = ["--steps", "4", "--batch_size", "10", "--log_every", "1", "--wandb", "disabled", "--report", "false", "--precision", "fp32"]
+
+
+def write(path, text=SANE, *changes):
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return str(path)
+
+
+LOAD, BUILD = "    def load(self):", "    def build_model(self):"
+SEQUENTIAL = "nn.Sequential(nn.Linear(3, self.width), nn.ReLU(), nn.Linear(self.width, 2))"
+LOSSES = "    def losses(self, model, batch, drawn):\n        return {}\n\n    def build_model(self):"
+TALLY = "    def tally(self, model, batch):\n        {}\n\n    def build_model(self):"
+DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))"
+
+# What is wrong, the changes that make it so, words of the message, the exit status.
+WRONG = [
+    ("a syntax error", [(LOAD, "    def load(self:")], ["was imported", "line 12", "SyntaxError"], 2),
+    (
+        "an import that fails",
+        [("import torch\n", "import torch\nimport nothing_of_this_name\n")],
+        ["ModuleNotFoundError", "nothing_of_this_name"],
+        2,
+    ),
+    ("an exception while it is imported", [("class Mine", "1 / 0\nclass Mine")], ["broken.py:", "ZeroDivisionError"], 2),
+    ("an exit while it is imported", [("class Mine", "raise SystemExit(0)\nclass Mine")], ["was imported", "SystemExit"], 2),
+    ("no class", [("class Mine(Classification)", "class Mine")], ["must define one class", "found: none"], 2),
+    ("two classes", [("class Mine(", "class Other(Classification):\n    pass\n\nclass Mine(")], ["found: Mine, Other"], 2),
+    ("no load", [(LOAD, "    def lode(self):")], ["class Mine lacks load"], 2),
+    (
+        "an option of another type",
+        [("width: int = option(8", "width: list[int] = option([8]")],
+        ["width", "allowed: bool, int, float, str"],
+        2,
+    ),
+    ("an option without a default", [("    width: int", "    depth: int\n    width: int")], ["depth has no default"], 2),
+    ("an option that clashes", [("    width: int", "    batch_size: int = 3\n    width: int")], ["batch_size", "every training has"], 2),
+    ("an option that hides a method", [("    width: int", "    draw: int = 3\n    width: int")], ["draw"], 2),
+    ("a default that is not allowed", [("option(8,", "option(0,")], ["defaults are not allowed", "width"], 2),
+    (
+        "load fails",
+        [("numbers = torch.arange(60.0)", "numbers = torch.load('/no/such/file')")],
+        ["in load", "broken.py:", "No such file"],
+        2,
+    ),
+    ("load returns something else", [(DATA, "return inputs, numbers")], ["load returned tuple", "Data(train, test)"], 2),
+    (
+        "an iterable data set",
+        [(DATA, "return Data(type('Stream', (IterableDataset,), {'__iter__': None})(), TensorDataset(inputs))")],
+        ["IterableDataset"],
+        2,
+    ),
+    ("no samples", [("torch.arange(60.0)", "torch.arange(0.0)")], ["hold no samples"], 2),
+    ("build_model fails", [(SEQUENTIAL, "nn.Linear(3, 'x')")], ["in build_model", "broken.py:", "TypeError"], 2),
+    ("build_model returns no module", [(SEQUENTIAL, "lambda inputs: inputs")], ["build_model returned function", "torch.nn.Module"], 2),
+    ("a lazy layer", [("nn.Linear(3,", "nn.LazyLinear(")], ["has no shape yet", "0.weight"], 2),
+    ("half precision", [(SEQUENTIAL, SEQUENTIAL + ".half()")], ["0.weight", "torch.float16", "expected torch.float32"], 2),
+    ("the shapes do not fit", [("nn.Linear(3,", "nn.Linear(4,")], ["in losses", "RuntimeError", "shapes"], 2),
+    (
+        "labels outside of the classes",
+        [("(numbers % 2).long()),", "(numbers % 5).long()),")],
+        ["in losses", "IndexError", "out of bounds"],
+        2,
+    ),
+    (
+        "losses averaged",
+        [(BUILD, LOSSES.format("nn.functional.cross_entropy(model(batch[0]), batch[1])"))],
+        ["losses has shape [] for 4 samples; expected [4]", "reduction='none'"],
+        2,
+    ),
+    ("losses that are no tensor", [(BUILD, LOSSES.format("0.5"))], ["losses returned float"], 2),
+    ("losses detached", [(BUILD, LOSSES.format("model(batch[0]).sum(1).detach()"))], ["do not depend on the model's parameters"], 2),
+    ("losses that are not finite", [(BUILD, LOSSES.format("model(batch[0]).sum(1) / 0"))], ["expected finite numbers"], 2),
+    ("a parameter without a gradient", [(BUILD, LOSSES.format("model[0](batch[0]).sum(1)"))], ["2.weight, 2.bias get no gradient"], 2),
+    (
+        "draw with other rows",
+        [(BUILD, "    def draw(self, seed, step, size):\n        return torch.zeros(3)\n\n    def build_model(self):")],
+        ["draw returned [3]"],
+        2,
+    ),
+    (
+        "tally that returns something else",
+        [(BUILD, TALLY.format("return torch.zeros(3)"))],
+        ["tally returned Tensor", "float64"],
+        2,
+    ),
+    (
+        "tally that counts twice",
+        [(BUILD, TALLY.format("tally = super().tally(model, batch); return Tally(tally.sums * 2)"))],
+        ["counted 40 samples", "has 20"],
+        1,
+    ),
+    (
+        "measure without its best",
+        [(BUILD, "    def measure(self, sums):\n        return {'loss': 1.0}\n\n    def build_model(self):")],
+        ["it lacks accuracy"],
+        2,
+    ),
+    (
+        "an exception in the middle",
+        [
+            (
+                BUILD,
+                LOSSES.format(
+                    "(_ for _ in ()).throw(ValueError('mine')) if model.training and drawn[0] > 2 else super().losses(model, batch, None)"
+                ).replace(
+                    "    def losses",
+                    "    def draw(self, seed, step, size):\n        return torch.full((size,), float(step))\n\n    def losses",
+                ),
+            )
+        ],
+        ["in step 4", "ValueError: mine", "broken.py"],
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words", "status"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, changes, words, status):
+    name = write(tmp_path / "broken.py", SANE, *changes)
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), expect=status)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text
+    assert all(word in errors[0] for word in words), errors
+    assert "Traceback" not in text
+    if "while it was imported" in errors[0] or "in load" in errors[0] or "losses" in words[0]:
+        assert not (tmp_path / "run").exists()
+
+
+def test_tied_weights_are_trained_saved_and_read(tmp_path):
+    tied = "model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2))\n        model[2].weight = model[0].weight"
+    name = write(tmp_path / "tied.py", SANE, (f"return {SEQUENTIAL}", f"{tied}\n        return model"))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2", *SHORT]), 2)
+    (tmp_path / "run/result.json").unlink()
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+    assert evaluate.main([str(tmp_path / "run"), "--task", name]) == 0
+
+
+def test_a_lambda_is_no_obstacle_to_workers(tmp_path):
+    lambdas = "return Data(*(type('L', (Dataset,), {'f': staticmethod(lambda i: (inputs[i], i % 2)), '__len__': lambda s: 60, "
+    lambdas += "'__getitem__': lambda s, i: s.f(i)})() for _ in range(2)))"
+    name = write(tmp_path / "lambdas.py", SANE, (DATA, lambdas))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--workers", "2", "--run_dir", str(tmp_path / "run"), *SHORT]))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "no_such_module", "no/such/file.py", "a b", "x" * 5000, "mnist_dist.config", "os", "a..b", "../x", "classification"]
+)
+def test_a_name_that_means_no_task_is_one_message(name):
+    with pytest.raises(UserError) as caught:
+        find_task(name)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 800
+
+
+def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = write(tmp_path / "mine.py")
+    config = parse_command_line(["--task", "mine.py", "--width", "5", "--label-smoothing=0.2", "--lr", "0.5"])
+    assert (config.task.name, config.task.width, config.learning_rate, config.run_dir) == (name, 5, 0.5, "runs/mine")
+    assert config.recipe() | {"task": "mine", "width": 5, "label_smoothing": 0.2} == config.recipe()
+    (tmp_path / "recipe.yaml").write_text("task: mine.py\nwidth: 7\n")
+    assert parse_command_line(["--config", "recipe.yaml"]).task.width == 7
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert parse_command_line(["--config", "again.yaml"]) == config
+    with pytest.raises(SystemExit):
+        parse_command_line(["--task", "mine.py", "--help"])
+    assert "width of the hidden layer" in capsys.readouterr().out
+    for wrong, words in ((["--width", "0"], "at least 1"), (["--rotation", "3"], "no option .--rotation"), (["--widht", "3"], "'width'")):
+        with pytest.raises(UserError, match=words):
+            parse_command_line(["--task", "mine.py", *wrong])
+    assert make_config(config.values()) == config
+
+
+def test_jobs_and_sweeps_take_a_task(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = write(tmp_path / "mine.py")
+    assert submit.main(["--task", "mine.py", "--width", "5", "--dry_run", "--run_dir", "runs/x"]) == 0
+    assert sweep.main(["--task", "mine.py", "width=2,3", "--cluster", "local", "--parallel", "2", *SHORT]) == 0
+    text = capfd.readouterr().out
+    assert "test accuracy" in text
+    for width in (2, 3):
+        folder = tmp_path / f"runs/sweep/width={width}"
+        assert f"task: {name}" in (folder / "config.yaml").read_text()
+        assert json.loads((folder / "result.json").read_text())["test/samples"] == 20
+    assert jobs.main(["runs"]) == 0
+    assert "accuracy" in capfd.readouterr().out
+    # A module is found where the job was submitted from, also by `python -P`.
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path / "module_of_mine.py")
+    assert submit.main(["--task", "module_of_mine", "--cluster", "local", "--run_dir", "runs/module", *SHORT]) == 0
+
+
+def test_a_run_folder_of_somebody_else_runs_no_code(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    evil = SANE + f"\nopen({str(tmp_path / 'ran')!r}, 'a').write('x')\n"
+    name = write(tmp_path / "mine.py", evil)
+    run = str(tmp_path / "run")
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", run, *SHORT]), environ={"XDG_STATE_HOME": str(tmp_path / "theirs")})
+    (tmp_path / "ran").unlink()
+    assert jobs.main([str(tmp_path)]) == 0
+    assert report.main([run]) == 0
+    assert "whose code" in capfd.readouterr().err or "has not been named" in (tmp_path / "run/report.html").read_text()
+    for program in (lambda: evaluate.main([run]), lambda: export.main([run, str(tmp_path / "x.pt2")])):
+        assert program() == 2
+        assert "add --task" in capfd.readouterr().err
+    assert evaluate.main([f"{run}/model.safetensors"]) == 2
+    assert not (tmp_path / "ran").exists()
+    # Named by the user, once; from then on their own runs of it need no more.
+    assert evaluate.main([run, "--task", name]) == 0
+    assert (tmp_path / "ran").exists()
+    assert evaluate.main([run]) == 0
+    assert "accuracy" in capfd.readouterr().out
+    assert export.main([run, str(tmp_path / "x.pt2")]) == 0
+
+
+def test_the_code_of_a_task_is_part_of_the_run(tmp_path):
+    name = write(tmp_path / "mine.py", "from beside import WIDTH\n" + SANE)
+    (tmp_path / "beside.py").write_text("WIDTH = 8\n")
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    run_ranks(tmp_path / "logs", Train([*arguments, "--checkpoint_every", "2"]))
+    start = json.loads((tmp_path / "run/starts.jsonl").read_text())
+    assert "mine.py" in start["source"]
+    assert "beside.py" in start["source"]
+    (tmp_path / "run/result.json").unlink()
+    text = run_ranks(tmp_path / "logs", Train(arguments))
+    assert "the code of task" not in text
+    (tmp_path / "run/result.json").unlink()
+    (tmp_path / "beside.py").write_text("WIDTH = 9\n")
+    text = run_ranks(tmp_path / "logs", Train(arguments))
+    assert text.count("the code of task") == 1
+    assert "beside.py changed" in text
+    assert find_changed("a.py 1, b.py 2", "a.py 1, b.py 3, c.py 4") == ["b.py", "c.py"]
+
+
+@dataclass(frozen=True)
+class TrainOwnFile:
+    """A rank whose node has a file of its own."""
+
+    folder: str
+
+    def __call__(self):
+        return Train(["--task", f"{self.folder}/{os.environ['RANK']}/mine.py", "--run_dir", f"{self.folder}/run", *SHORT])()
+
+
+def test_ranks_with_another_code_are_refused(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        write(tmp_path / rank / "mine.py", SANE + f"# the file of node {rank}\n")
+    text = run_ranks(tmp_path / "logs", TrainOwnFile(str(tmp_path)), 2, expect=None)
+    assert "this rank has other options than rank zero (the source of the task)" in text
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,127 @@
+"""Data that are not in memory: the same samples wherever they are read, and a worker that fails is named."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Train, run_ranks, start_ranks
+from safetensors.torch import load_file
+
+TASK = str(Path(__file__).with_name("noisy_task.py"))
+NOISY = ["--task", TASK, "--batch_size", "12", "--steps", "10", "--evaluate_every", "5", "--log_every", "1", "--checkpoint_every", "0"]
+NOISY += [
+    "--learning_rate",
+    "0.01",
+    "--optimizer",
+    "sgd",
+    "--momentum",
+    "0.9",
+    "--precision",
+    "fp32",
+    "--report",
+    "false",
+    "--wandb",
+    "disabled",
+]
+
+
+def read(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if not name.startswith("health/") and name != "train/images_per_s"} for row in rows]
+    return rows, load_file(folder / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+
+
+def test_samples_are_the_same_at_any_number_of_workers_and_after_any_stop(tmp_path):
+    runs = {}
+    # Two threads in the process that reads for itself: in a worker there is one.
+    for workers in (0, 1, 3):
+        run_ranks(tmp_path, Train([*NOISY, "--threads", "2", "--workers", str(workers), "--run_dir", str(tmp_path / str(workers))]))
+        runs[workers] = read(tmp_path / str(workers))
+    assert_same(runs[1], runs[0])
+    assert_same(runs[3], runs[0])
+    # Stopped by a real signal somewhere in the middle, and resumed with another number of workers.
+    arguments = [*NOISY, "--threads", "2", "--run_dir", str(tmp_path / "stopped")]
+    [rank] = start_ranks(tmp_path, Train([*arguments, "--workers", "2", "--slow_s", "0.02"]))
+    rank.wait_for(lambda: (tmp_path / "stopped/metrics.jsonl").exists() and '"step": 2' in (tmp_path / "stopped/metrics.jsonl").read_text())
+    rank.kill(signal.SIGTERM)
+    assert rank.wait() == 143, rank.text
+    run_ranks(tmp_path, Train([*arguments, "--workers", "1"]))
+    assert 2 <= json.loads((tmp_path / "stopped/starts.jsonl").read_text().splitlines()[1])["step"] < 10
+    assert_same(read(tmp_path / "stopped"), runs[0])
+
+
+def test_samples_are_the_same_on_any_number_of_ranks(tmp_path):
+    rows, weights = {}, {}
+    for world in (1, 2, 4):
+        run_ranks(tmp_path, Train([*NOISY, "--threads", "1", "--workers", "1", "--run_dir", str(tmp_path / str(world))]), world)
+        rows[world], weights[world] = read(tmp_path / str(world))
+    for world in (2, 4):
+        for one, other in zip(rows[1], rows[world], strict=True):
+            assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+            assert ("test/loss" in one) == ("test/loss" in other)
+            assert other.get("test/loss") == (pytest.approx(one["test/loss"], rel=1e-5) if "test/loss" in one else None)
+        assert all(float((value - weights[world][name]).abs().max()) < 1e-5 for name, value in weights[1].items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_sample_names_its_index_and_the_line(tmp_path, workers):
+    arguments = [*NOISY, "--workers", str(workers), "--fault", "raises", "--fault_at", "71", "--run_dir", str(tmp_path / "run")]
+    text = run_ranks(tmp_path, Train(arguments), expect=1)
+    assert "sample 71 of the training data cannot be read" in text
+    assert "noisy_task.py:" in text
+    assert "ValueError: this picture is torn" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("fault", "words"), [("dies", "died"), ("hangs", "gave no samples for 2 s")])
+def test_a_worker_that_dies_or_hangs_is_named(tmp_path, fault, words):
+    arguments = [*NOISY, "--workers", "2", "--fault", fault, "--fault_at", "71", "--timeout_s", "2", "--run_dir", str(tmp_path / "run")]
+    start = time.monotonic()
+    [rank] = start_ranks(tmp_path, Train(arguments))
+    assert rank.wait(60) == 1, rank.text
+    assert time.monotonic() - start < 40
+    assert words in rank.text
+    assert "of 2 (process" in rank.text
+    assert "was at sample 71" in rank.text
+    assert "Traceback" not in rank.text
+
+
+def list_children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["to all processes", "killed"])
+def test_a_signal_to_all_processes_saves_and_a_killed_run_leaves_no_worker(tmp_path, to_all):
+    folder = tmp_path / "run"
+    [rank] = start_ranks(tmp_path, Train([*NOISY, "--workers", "2", "--slow_s", "0.02", "--run_dir", str(folder)]))
+    rank.wait_for(lambda: (folder / "metrics.jsonl").exists() and '"step": 3' in (folder / "metrics.jsonl").read_text())
+    workers = list_children(rank.process.pid)
+    assert len(workers) >= 2
+    if to_all:  # as scancel and Ctrl-C do
+        for pid in (*workers, rank.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert rank.wait() == 143, rank.text
+        assert "saved" in rank.text
+    else:
+        rank.kill(signal.SIGKILL)
+        assert rank.wait() == -signal.SIGKILL
+    end = time.monotonic() + 10
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
