@@ -230,12 +230,14 @@ def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
         if isinstance(batch, _Failure):
             raise UserError(batch.reason)
         samples = batch.samples
-    return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
+    with explaining(config.task.name, "in draw"):
+        return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
 
 
 def draw(config: Config, step: int, size: int, rows: slice) -> Any:
     """Some rows of what the task draws for a batch of `size` samples; None where it draws nothing. Raises `UserError`."""
-    drawn = config.task.draw(config.seed, step, size)
+    with explaining(config.task.name, f"in draw for step {step + 1}", RunError):
+        drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
         return None
     if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:
