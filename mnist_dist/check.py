@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse.Namespace]:
-    task, recipe = find_given_task(arguments)
+    task, recipe = find_given_task(arguments, "mnist_dist.check")
     listed = "; ".join(f"{name}: {what}" for name, what in CHECKS.items())
     parser = Parser(
         "mnist_dist.check",

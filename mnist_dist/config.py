@@ -230,7 +230,7 @@ class Config(Options):
 
     def replace(self, **values: Any) -> "Config":
         """The config with some options changed. Raises `UserError`."""
-        config = make_config(self.values() | values, task=type(self.task))
+        config = make_config(self.values() | values, task=type(self.task)).with_facts(self.task.facts)
         return config.with_sizes(self._sizes) if self._sizes is not None and not config.has_sizes else config
 
     @classmethod
@@ -328,12 +328,12 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
     return config.replace(**defaults) if defaults else config
 
 
-def find_given_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
+def find_given_task(arguments: Sequence[str] | None, program: str = "mnist_dist.train") -> tuple[type[Task], dict[str, Any]]:
     """The task that a command line names, itself or in the file of --config, and the options in that file. Raises `UserError`.
 
     Looked for first, since the task's own options are part of the command line.
     """
-    parser = Parser("mnist_dist", "", add_help=False)
+    parser = Parser(program, "", add_help=False)
     _add_sources(parser)
     known, _ = parser.parse_known_args(arguments)
     recipe = read_recipe(known.config)

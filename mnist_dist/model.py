@@ -21,6 +21,9 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(

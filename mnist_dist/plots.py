@@ -21,7 +21,7 @@ from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, calm, make_figure, render
+from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, make_figure, render
 from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
@@ -150,15 +150,18 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
             panels += _render(config.task.draw_report(data, model, read_on(data.evaluated, config, torch.device(device)), measures))
     except (UserError, RunError) as error:
         left_out.append(f"what the task draws of its data: {error}")
-    for panel in panels:
-        if panel.figure is not None and not PICTURE_NAME.fullmatch(f"{panel.name}.png"):
-            raise UserError(f"task {config.task.name}: a panel is called {panel.name!r:.80}; allowed: small letters, digits, _ and -")
     return Drawing(panels, left_out)
 
 
 def _render(panels: Sequence[Panel]) -> list[Panel]:
-    """The panels with the files of their figures: a figure that is rendered again is laid out a little otherwise."""
-    return [panel if panel.figure is None else replace(panel, figure=render(panel.figure)) for panel in panels]
+    """The panels with the files of their figures: a figure that is rendered again is laid out a little otherwise. Raises `UserError`."""
+    rendered = [panel if panel.figure is None else replace(panel, figure=render(panel.figure)) for panel in panels]
+    for panel in rendered:
+        if panel.figure is not None and not PICTURE_NAME.fullmatch(f"{panel.name}.png"):
+            raise UserError(f"a panel is called {panel.name!r:.80}; allowed: small letters, digits, _ and -")
+        if panel.figure is not None and not panel.figure.startswith(PNG_START):
+            raise UserError(f"the figure of panel {panel.name} is neither matplotlib's nor the bytes of a PNG file")
+    return rendered
 
 
 def _describe_curves(config: Config) -> str:

@@ -29,7 +29,6 @@ from mnist_dist.record import (
     CONFIG_FILE,
     ENDS_FILE,
     METRICS_FILE,
-    PLOTS,
     RESULT_FILE,
     STARTS_FILE,
     WEIGHTS_FILE,
@@ -288,8 +287,8 @@ class RunFolder:
                     from mnist_dist.report import write_report  # matplotlib is imported only now
 
                     # The task in hand draws, with the data in hand.
-                    _log.info("report: %s", write_report(self.path, self.group.device, self.config, data))
-                    pictures = sorted((self.path / PLOTS).glob("*.png"))
+                    page, *pictures = write_report(self.path, self.group.device, self.config, data)
+                    _log.info("report: %s", page)
             except Exception as error:
                 _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
             self.show_evaluation(result["step"], data, evaluation, most=100)

@@ -436,7 +436,7 @@ def test_what_comes_from_files_is_text_in_the_report(run_dir):
 
 
 def test_the_same_run_gives_the_same_report(run_dir, finished):
-    html = report.write_report(run_dir).read_text()
+    html = report.write_report(run_dir)[0].read_text()
     assert html.replace(str(run_dir), str(finished)) == (finished / "report.html").read_text()
 
 

@@ -109,6 +109,18 @@ WRONG = [
     ("losses that are not finite", [(BUILD, LOSSES.format("model(batch[0]).sum(1) / 0"))], ["expected finite numbers"], 2),
     ("a parameter without a gradient", [(BUILD, LOSSES.format("model[0](batch[0]).sum(1)"))], ["2.weight, 2.bias get no gradient"], 2),
     (
+        "extra state",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.__class__ = type('Odd', (nn.Sequential,), "
+                "{'get_extra_state': lambda s: 1, 'set_extra_state': lambda s, x: None})\n        return model",
+            )
+        ],
+        ["_extra_state", "expected tensors alone"],
+        2,
+    ),
+    (
         "draw with other rows",
         [(BUILD, "    def draw(self, seed, step, size):\n        return torch.zeros(3)\n\n    def build_model(self):")],
         ["draw returned [3]"],
