@@ -1,4 +1,4 @@
-"""Does a task keep the promises of mnist_dist/task.py? `python -m mnist_dist.check --task my_task.py` says so in seconds, on a CPU.
+"""Does a task keep the promises of mnist_dist/task.py? `python -m mnist_dist.check --task my_task.py` tells in seconds, on a CPU.
 
 One line for each check, `PASS` or `FAIL`; the checks themselves are in mnist_dist/promises.py, imported once the options are right.
 """
@@ -34,7 +34,7 @@ CHECKS = {
     "gradients": "every parameter gets a gradient, on every rank",
     "model": "the initial weights are the same, here and in another process",
     "data": "a sample is the same whenever and wherever it is read",
-    "state": "another process goes on from state_dict as this one does",
+    "state": "another process continues from state_dict as this one does",
     "two processes": "they train as one does",
     "evaluation": "two processes count as one does",
     "resume": "killed and resumed is as never stopped",

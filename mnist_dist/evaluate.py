@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import print_answer
+from mnist_dist.program import make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world

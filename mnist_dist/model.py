@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
+from mnist_dist.program import make_table
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
 from mnist_dist.task import Task

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_printable, print_answer
+from mnist_dist.program import make_printable, make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.source import BUILT_IN
 from mnist_dist.tasks.mnist.digit import FORMATS, prepare_image

@@ -206,13 +206,13 @@ def _check_state(subject: Subject) -> Found:
         raise Broken(f"no step can be made: {subject.state}")
     there = subject.found["state"]
     if isinstance(there, str):
-        raise Broken(f"another process cannot go on from the state_dict: {there}")
+        raise Broken(f"another process cannot continue from the state_dict: {there}")
     changed = f"{subject.changed[0]} changes in a step and is not in state_dict" if subject.changed else ""
     if subject.state != there:
         differing = next(name for name in subject.state if subject.state[name] != there.get(name))
         cause = changed or "something outside of the model's attributes changes in a step"
         raise Broken(
-            f"{differing} is another in a process that goes on from the state_dict: {cause}; keep it in a buffer (register_buffer)"
+            f"{differing} is another in a process that continues from the state_dict: {cause}; keep it in a buffer (register_buffer)"
         )
     note = f"; {changed}: harmless while no step depends on it" if changed else ""
     return f"another process makes the same step from it{note}", {}

@@ -234,6 +234,10 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             importlib.import_module("mnist_dist.config").parse_command_line([*words, "--print_config"])
         assert ended.value.code == 0
+    elif program == "mnist_dist.check":
+        monkeypatch.setattr(module, "resolve_config", stop_here)
+        with pytest.raises(ParsedError):
+            module.main(words)
     else:
         monkeypatch.setattr(Parser, "parse_known_args", stop)
         with pytest.raises(ParsedError):

@@ -52,7 +52,7 @@ CASES = {
     "image_folder": Case(
         ["--task", f"{ROOT}/examples/image_folder.py", "--arch", "mobilenet_v3_small", "--side", "32", "--data_dir", "$PICTURES"], 15, False
     ),
-    "noisy": Case(["--task", f"{ROOT}/tests/noisy.py"], 31, False),
+    "noisy": Case(["--task", f"{ROOT}/tests/noisy_task.py", "--norm", "--dropout", "0.3"], 31, False),
 }
 ANY_WORLD = [name for name, case in CASES.items() if case.is_any_world]
 THIS_WORLD = [name for name, case in CASES.items() if not case.is_any_world]
