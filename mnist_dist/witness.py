@@ -132,7 +132,7 @@ def build(config: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _look(config: Config, folder: Path, job: Row) -> None:
-    """Build the model, read the data, go on from a saved state; and leave the digests of what comes of it."""
+    """Build the model, read the data, continue from a saved state; and leave the digests of what comes of it."""
     found: dict[str, Any] = {"model": digest_each(build_model(config.task, config.seed).state_dict())}
     config, data = load_data(config)
     found["data"] = digest_data(config, data)
