@@ -75,8 +75,12 @@ class TreeSum:
         nodes = [node for subtrees in self.subtrees for node in subtrees]
         known = dict(zip(nodes, received.view(-1, segment), strict=True))
         total = torch.empty(size * segment, dtype=sent.dtype, device=sent.device)
-        dist.all_gather_into_tensor(total, add_up((0, self.shards), known.get))
+        _gather(total, add_up((0, self.shards), known.get))
         return total[:length]
+
+
+# Its old name is deprecated since torch 2.14.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Flat:
