@@ -16,6 +16,7 @@ from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
+from mnist_dist.machine import find_processor
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
@@ -85,6 +86,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             "parameters": state.count_parameters(),
             "tier": ANY_WORLD if state.is_any_world else THIS_WORLD,
             "best": task.best,
+            "processor": find_processor(),
+            "torch": torch.__version__,
             **config.name_sizes(),
         }
         run.start(state.step, facts | noted, recorded)
