@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,12 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def find_processor() -> str:
+    """The model of this machine's processor, on which the rounding of sums depends."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -47,6 +47,9 @@ from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, ope
 if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
 
+# What the rounding of sums depends on, of the facts of a start.
+_BIT_NAMES = ("processor", "device", "precision", "threads", "torch")
+
 _log = logging.getLogger(__name__)
 
 
@@ -136,13 +139,12 @@ class RunFolder:
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
-        source = self.config.task.source
-        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": source}
+        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": self.config.task.source}
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.cut_back(step, promised_rows)
-            self._compare_source(source)
+            self._compare(start)
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
@@ -165,16 +167,19 @@ class RunFolder:
         )
         self._trackers.append(mirror)
 
-    def _compare_source(self, source: str) -> None:
-        """Warn where this start has another code of its task than the one before."""
-        before = next((start["source"] for start in reversed(read_starts(self.path)) if isinstance(start.get("source"), str)), source)
-        changed = find_changed(before, source)
+    def _compare(self, start: Row) -> None:
+        """Warn where this start computes with other things than the one before."""
+        before = next(reversed(read_starts(self.path)), {})
+        changed = find_changed(str(before.get("source", start["source"])), start["source"])
         if changed:
             _log.warning(
                 "the code of task %s is another than at the last start: %s changed; what follows is computed with the new one",
                 self.config.task.name,
                 ", ".join(changed),
             )
+        differing = [f"{name} {before[name]}, now {start[name]}" for name in _BIT_NAMES if before.get(name, start[name]) != start[name]]
+        if self.config.shards and differing:
+            _log.warning("shards give the same bits only where these are the same; the last start had %s", "; ".join(differing))
 
     def _sync(self) -> None:
         assert self._lock is not None

@@ -95,7 +95,7 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
     kept = Seeded(split, config.task, config.seed, what)
     places = sorted({number * (count - 1) // (_READ - 1) for number in range(_READ)})
     order = reversed(places) if backwards else places
-    return {place: digest(_get(kept, Share(0, torch.tensor([place]), range(place, place + 1)))) for place in order}
+    return {place: digest(_get(kept, Share(0, torch.tensor([place]), (range(place, place + 1),)))) for place in order}
 
 
 def _get(kept: InMemory | Seeded, share: Share) -> Any:
@@ -110,7 +110,7 @@ def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int =
     split = data.train
     kept = InMemory(split, torch.device("cpu")) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "training")
     share = next(iter(StepSampler(split, config, rank, size, step)))
-    return _get(kept, share), draw(config, step, config.batch_size, slice(rank, None, size))
+    return _get(kept, share), draw(config, step, config.batch_size, share.parts)
 
 
 def take_step(config: Config, data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
