@@ -24,6 +24,7 @@ from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 from mnist_dist.record import CONFIG_FILE
 from mnist_dist.task import Evaluation
+from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.world import find_world
 
 _GIVEN = ("data_dir", "device", "precision", "threads", "workers")
@@ -54,6 +55,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    size, alone = find_size(os.environ)
+    if alone:
+        return start_ranks(size)
     world = find_world(os.environ)
     from mnist_dist.data import load_data
     from mnist_dist.distributed import join_group

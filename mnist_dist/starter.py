@@ -41,10 +41,6 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
     """
     signals = signals or StopSignals().install()
     command = [sys.executable, *sys.orig_argv[1:]]
-    with contextlib.suppress(OSError):
-        print(
-            f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself", file=sys.stderr, flush=True
-        )
     port, ranks, starting = _find_free_port(), list[subprocess.Popen[bytes]](), threading.Lock()
 
     def hand_on(number: int) -> None:
@@ -52,7 +48,6 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
             for rank in ranks:
                 rank.send_signal(number)
 
-    signals.hand_on = hand_on
     libc, parent = ctypes.CDLL(None), os.getpid()
 
     def die_with_parent() -> None:
@@ -61,6 +56,13 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
             os._exit(1)
 
     with starting:
+        signals.hand_on = hand_on
+        with contextlib.suppress(OSError):
+            print(
+                f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself",
+                file=sys.stderr,
+                flush=True,
+            )
         # Signals that come before a rank has its handlers wait for them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
