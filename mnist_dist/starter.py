@@ -25,8 +25,13 @@ _EXPECTED = {0, *(stop.exit_code for stop in Stop)}
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def find_size(environ: Mapping[str, str]) -> tuple[int, bool]:
-    """How many processes the run has, and whether this one must start them. Raises `UserError` as `find_world` does."""
+def find_size(environ: Mapping[str, str], is_program: bool = True) -> tuple[int, bool]:
+    """How many processes the run has, and whether this one must start them. Raises `UserError` as `find_world` does.
+
+    Only where this process's command line is the program's own (`is_program`) may that be started again.
+    """
+    if not is_program:
+        return find_world(environ).size, False
     asked = count_asked(environ)
     alone = read_world(environ)
     if alone.size == 1 and asked.processes > 1 and asked.machines == 1 and alone.launcher != "mpirun" and not environ.get("RANK"):

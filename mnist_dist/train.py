@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mnist_dist.starter import find_size, start_ranks
 
         config = parse_command_line(arguments)
-        size, alone = find_size(os.environ)
+        size, alone = find_size(os.environ, is_program=arguments is None)
         config.check_world(size)
         if alone:
             return start_ranks(size, signals)

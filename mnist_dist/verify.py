@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         from mnist_dist.starter import find_size, start_ranks
 
-        size, alone = find_size(os.environ)
+        size, alone = find_size(os.environ, is_program=arguments is None)
         if alone:
             return start_ranks(size)
         return verify(*(None if name is None else Path(name) for name in (options.reference, options.record)))

@@ -268,6 +268,15 @@ def test_a_mistake_in_the_options_is_one_message(tmp_path, probe):
         assert (done.returncode, done.stderr.count("error: "), done.stderr.count(words)) == (2, 1, 1), done.stderr
 
 
+def test_a_program_that_calls_ours_is_not_started_again(tmp_path, probe):
+    (tmp_path / "mine.py").write_text(
+        "import sys\nfrom mnist_dist.train import main\nprint('begun', flush=True)\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    done = run([*accelerate(tmp_path, "--cpu", "--num_processes", 2), str(tmp_path / "mine.py"), *TINY])
+    assert (done.returncode, done.stdout.count("begun")) == (2, 1)
+    assert "asked for 2 processes but started one" in done.stderr
+
+
 def list_mpi(kind):
     if shutil.which(MPI[kind][0]) is None:
         pytest.skip(f"{MPI[kind][0]} is not installed")
