@@ -26,7 +26,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.preemption import Stop
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
-from mnist_dist.world import TORCH_VARIABLES
+from mnist_dist.world import MPI_VARIABLES, TORCH_VARIABLES
 
 _LOST = 1  # status of a job that has not noted how it ended
 
@@ -258,7 +258,7 @@ def _make_private(folder: Path, job_id: str) -> None:
 
 def _prepare_environment(group: str, task: type[Task]) -> None:
     """The environment of jobs on this machine: what an outer job or launcher left in it would mislead them."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in TORCH_VARIABLES]:
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in TORCH_VARIABLES + MPI_VARIABLES]:
         del os.environ[name]
     os.environ["SUBMITIT_LOG_LEVEL"] = "WARNING"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*_find_paths(task), os.environ.get("PYTHONPATH"))))

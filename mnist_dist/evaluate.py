@@ -22,6 +22,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
+from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world
 
@@ -30,7 +31,7 @@ _GIVEN = ("data_dir", "device", "precision", "threads", "workers")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 counted, 2 a user's mistake, 1 the rest."""
-    return print_answer(lambda: _evaluate(_parse(arguments)))
+    return print_answer(lambda: _evaluate(_parse(arguments), is_program=arguments is None))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +53,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
+    size, alone = find_size(os.environ, is_program)
+    if alone:
+        return start_ranks(size)
     world = find_world(os.environ)
     from mnist_dist.data import load_data
     from mnist_dist.distributed import join_group

@@ -8,6 +8,7 @@ import enum
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 
 class Stop(enum.IntEnum):
@@ -51,6 +52,7 @@ class StopSignals:
         self.received = Stop.NONE
         self._deferred = False
         self._announced = True
+        self.hand_on: Callable[[int], None] | None = None  # where other processes do the work: they are sent the signals
 
     def install(self) -> "StopSignals":
         """Take over the stop signals of this process (main thread only)."""
@@ -65,6 +67,7 @@ class StopSignals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
         return self
 
     def defer(self, announced: bool) -> None:
@@ -77,6 +80,9 @@ class StopSignals:
     def _watch(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
             for number in numbers:
+                if self.hand_on is not None:
+                    self.hand_on(number)
+                    continue
                 stop = _STOP_OF_SIGNAL.get(number, Stop.NONE)
                 again = stop == self.received == Stop.INTERRUPT
                 self.received = max(self.received, stop)

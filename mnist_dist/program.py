@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.world import find_world
 
 
@@ -19,6 +20,7 @@ def end_on_interrupt() -> None:
     A program calls this before its other imports: they take a second, in which Ctrl-C would end in a traceback.
     """
     signal.signal(signal.SIGINT, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
 
 
 def _end(*_: object) -> None:

@@ -20,10 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import os
 
         from mnist_dist.config import parse_command_line
-        from mnist_dist.world import find_world
+        from mnist_dist.starter import find_size, start_ranks
 
         config = parse_command_line(arguments)
-        config.check_world(find_world(os.environ).size)
+        size, alone = find_size(os.environ, is_program=arguments is None)
+        config.check_world(size)
+        if alone:
+            return start_ranks(size, signals)
         from mnist_dist.loop import train
 
         return train(config, signals).stop.exit_code

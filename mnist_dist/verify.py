@@ -110,6 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choice.add_argument("--reference", metavar="FILE", type=path_argument, help="the curve to compare with (default: the shipped one)")
         choice.add_argument("--record", metavar="FILE", type=path_argument, help="write the curve into a new file instead")
         options = parser.parse_args(arguments)
+        from mnist_dist.starter import find_size, start_ranks
+
+        size, alone = find_size(os.environ, is_program=arguments is None)
+        if alone:
+            return start_ranks(size)
         return verify(*(None if name is None else Path(name) for name in (options.reference, options.record)))
 
     return print_answer(run)

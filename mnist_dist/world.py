@@ -1,21 +1,31 @@
 """Which process of the run is this one: read from the variables of its launcher, without importing torch.
 
-Ranks come from torchrun and `accelerate launch` (RANK and its companions), from srun (SLURM_*), from submitit's local executor, or there is
-one process. What could make two processes train alone, each believing that it is the whole world, is refused here.
+Ranks come from torchrun and `accelerate launch` (RANK and its companions), from mpirun, from srun (SLURM_*), from submitit's local
+executor, or there is one process. A world that is smaller than any of these was asked for is refused here: it would train, and be wrong.
 """
 
 import contextlib
-import itertools
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mnist_dist.asked import count_asked, list_ancestors, read_command
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_file
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Of each kind of MPI: rank, size, and both on this host.
+_MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),  # MVAPICH
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+)
+MPI_VARIABLES = tuple(name for names in _MPI_VARIABLES for name in names)
+_INTERACTIVE_STEP = "4294967290"  # the number of the step in which LaunchParameters=use_interactive_step runs salloc's shell
+_HOST_FILE_BYTES_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,52 +57,175 @@ class World:
 
 
 def find_world(environ: Mapping[str, str]) -> World:
-    """Read this process's place from its launcher's variables. Raises `UserError` for a half-set or contradictory environment."""
-    if environ.get("RANK") or environ.get("WORLD_SIZE"):
-        missing = [name for name in TORCH_VARIABLES if not environ.get(name)]
-        if missing:
-            given = [name for name in TORCH_VARIABLES if environ.get(name)]
-            raise UserError(
-                f"the environment has {', '.join(given)} but not {', '.join(missing)}: "
-                "start with torchrun, accelerate launch or srun, or unset these variables"
-            )
-        rank, size, local_rank, local_size, port = (
-            _read_int(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    """Read this process's place from its launcher's variables.
+
+    Raises `UserError` for a half-set or contradictory environment, and for a world smaller than what any launcher was asked for.
+    """
+    world = read_world(environ)
+    asked = count_asked(environ)
+    if asked.machines > 1 and world.size < asked.processes:
+        raise UserError(
+            f"accelerate launch was asked for {asked.processes} processes on {asked.machines} machines but started one here, as it does "
+            "without GPUs: use torchrun or srun"
         )
-        return World(rank, size, local_rank, local_size, "torchrun", environ["MASTER_ADDR"], port)
-    if environ.get("SLURM_STEP_NUM_TASKS") and environ.get("SLURM_STEP_NODELIST"):
-        return _find_srun_world(environ)
-    if environ.get("SUBMITIT_LOCAL_GLOBALID"):
+    if asked.processes > world.size:
+        raise UserError(
+            f"accelerate launch was asked for {asked.processes} processes but started {'one' if world.size == 1 else world.size}: "
+            f"use torchrun --nproc-per-node {asked.processes}"
+        )
+    if not asked.processes and world.size == 1:
+        raise UserError(
+            "accelerate launch was asked for several processes but started one, and how many cannot be read from its command line or its "
+            "config file: use torchrun --nproc-per-node N"
+        )
+    return world
+
+
+def read_world(environ: Mapping[str, str]) -> World:
+    """The world as `find_world` reads it, whatever `accelerate launch` was asked for. Raises `UserError` as that does."""
+    has_rank = environ.get("RANK") or environ.get("WORLD_SIZE")
+    world = _read_torch_world(environ) if has_rank else _read_mpi_world(environ)
+    if world is None and environ.get("SUBMITIT_LOCAL_GLOBALID"):
         rank, size, local_rank = (_read_int(environ, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS", "LOCALID"))
         return World(rank, size, local_rank, size, "submitit", port=_choose_port(environ.get("SUBMITIT_LOCAL_JOB_ID", "")))
-    for name in _MPI_SIZES:
-        if environ.get(name, "1") != "1":
-            raise UserError(f"{name} is {environ[name]}: starting with mpirun is not supported; use torchrun, accelerate launch or srun")
-    if environ.get("SLURM_JOB_ID") and _read_int(environ, "SLURM_NTASKS", 1) > 1:
-        raise UserError(
-            f"this Slurm job has {environ['SLURM_NTASKS']} tasks, but this process is not one of them: "
-            "start it with srun (slurm/train.sh does), which starts one process for each task"
+    in_step = _is_in_step(environ)
+    if world is None and in_step:
+        world = _read_srun_world(environ)
+        _check_whole(world, _count_job(environ), "this Slurm job", "start it with srun, without --preserve-env and --interactive")
+    elif world is None:
+        world = World()
+        _check_whole(world, _count_job(environ), "this Slurm job", "start it with srun (slurm/train.sh does)")
+    elif in_step:
+        tasks = _read_int(environ, "SLURM_STEP_NUM_TASKS")
+        _check_whole(
+            world, tasks, "this Slurm job step", f"unset what {world.launcher} left in the environment, or start the program alone"
         )
-    asked = _find_asked_processes()
-    if asked > 1:
-        raise UserError(
-            f"accelerate launch was asked for {asked} processes but started one, as it does without GPUs: "
-            f"use torchrun --nproc-per-node {asked} -m mnist_dist.train"
-        )
-    return World()
+    for _, name, *_ in _MPI_VARIABLES:
+        if environ.get(name) and world.launcher != "mpirun":
+            _check_whole(world, _read_int(environ, name), f"mpirun ({name})", "unset what others left in the environment, and start")
+    return world
 
 
-def _find_srun_world(environ: Mapping[str, str]) -> World:
+def _check_whole(world: World, asked: int, by: str, remedy: str) -> None:
+    """Raise `UserError` where `asked` processes were asked for, and there are fewer."""
+    if world.size < asked:
+        who = "this process is not one of them" if world.launcher == "python" else f"{world.launcher} says that there are {world.size}"
+        raise UserError(f"{by} has {asked} tasks, but {who}: {remedy}, one process for each task")
+
+
+def _read_torch_world(environ: Mapping[str, str]) -> World:
+    missing = [name for name in TORCH_VARIABLES if not environ.get(name)]
+    if missing:
+        given = [name for name in TORCH_VARIABLES if environ.get(name)]
+        raise UserError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}: "
+            "start with torchrun, accelerate launch, mpirun or srun, or unset these variables"
+        )
+    rank, size, local_rank, local_size, port = (
+        _read_int(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    )
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environ else "torchrun"
+    return World(rank, size, local_rank, local_size, launcher, environ["MASTER_ADDR"], port)
+
+
+def _read_mpi_world(environ: Mapping[str, str]) -> World | None:
+    for names in _MPI_VARIABLES:
+        if not environ.get(names[1]):
+            continue
+        if names[0] == "PMI_RANK" and _is_in_step(environ) and not environ.get("MPI_LOCALRANKID"):
+            return None  # srun speaks PMI itself (--mpi=pmi2)
+        rank, size, local_rank, local_size = (_read_int(environ, name) for name in names)
+        if size == 1:
+            return World(launcher="mpirun")
+        address, port = _read_meeting(environ)
+        job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid", "")
+        if local_size != size:
+            missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port or job)) if not value]
+            if missing:
+                raise UserError(
+                    f"mpirun starts {size} processes on several hosts, and {' and '.join(missing)} must say where they meet: "
+                    "give all of them the name of rank zero's host (Open MPI: mpirun -x MASTER_ADDR; MPICH: mpirun -genv MASTER_ADDR HOST)"
+                )
+        if not port:
+            port = _choose_port(str(zlib.crc32(job.encode())) if job else str(_find_mpi_proxy()))
+        return World(rank, size, local_rank, local_size, "mpirun", address or "127.0.0.1", port)
+    return None
+
+
+def _find_mpi_proxy() -> int:
+    """The process of MPI that all ranks of this host descend from: the parent, but for what a script puts between."""
+    for pid in list_ancestors():
+        if re.search("hydra|pmi|mpi|orted|prte", Path(os.fsdecode((read_command(pid) or [b""])[0])).name):
+            return pid
+    return os.getppid()
+
+
+def _read_meeting(environ: Mapping[str, str]) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT; empty and 0 where nobody chose them: `accelerate launch` then sets ones that suit one run at a time."""
+    address, port = environ.get("MASTER_ADDR", ""), _read_int(environ, "MASTER_PORT", 0)
+    if environ.get("MASTER_PORT") and not 1 <= port < 65_536:
+        raise UserError(f"the port at which the processes meet is {port}; allowed: 1 to 65535 (see MASTER_PORT)")
+    return ("", 0) if "ACCELERATE_MIXED_PRECISION" in environ and (address, port) == ("127.0.0.1", 29_500) else (address, port)
+
+
+def _is_in_step(environ: Mapping[str, str]) -> bool:
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID")
+    return bool(environ.get("SLURM_STEP_NUM_TASKS") and environ.get("SLURM_STEP_NODELIST")) and step != _INTERACTIVE_STEP
+
+
+def _count_job(environ: Mapping[str, str]) -> int:
+    # At least one task for each node. In a step both are the step's own, but for what srun --preserve-env, or a batch script that was
+    # submitted from within a job, has inherited.
+    if not environ.get("SLURM_JOB_ID"):
+        return 1
+    return max(_read_int(environ, name, 1) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
+
+
+def _read_srun_world(environ: Mapping[str, str]) -> World:
     rank, size, local_rank = (_read_int(environ, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    if _read_int(environ, "SLURM_HET_SIZE", 1) > 1:
+        # Its variables do not say where rank zero is, nor how many tasks a node has; and srun alone runs the first component only.
+        raise UserError(
+            f"this Slurm job is heterogeneous (SLURM_HET_SIZE is {environ['SLURM_HET_SIZE']}): submit one of a single component"
+        )
+    if size > 1 and _is_typed_in_task(environ):
+        raise UserError(
+            f"this is a shell of task {rank} of {size} (srun --pty), and the other tasks do not train: start the program with srun"
+        )
     node = _read_int(environ, "SLURM_NODEID", 0)
     local_size = _read_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), node, size)
-    one_node = local_size == size
-    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else first_host(environ["SLURM_STEP_NODELIST"]))
-    if environ.get("MASTER_PORT"):
-        port = _read_int(environ, "MASTER_PORT")
-    else:
+    address, port = _read_meeting(environ)
+    if not address:
+        address = "127.0.0.1" if local_size == size else _find_host_of_rank_zero(environ, rank, node)
+    if not port:
         port = _choose_port(f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}")
     return World(rank, size, local_rank, local_size, "srun", address, port, _read_int(environ, "SLURM_CPUS_PER_TASK", 0))
+
+
+def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
+    """Whether the task of this step is a shell that somebody types into."""
+    task = environ.get("SLURM_TASK_PID", "")
+    if not environ.get("SLURM_PTY_PORT") or not task.isdigit() or int(task) == os.getpid():
+        return False
+    name, *options = [os.fsdecode(word) for word in read_command(int(task))] or [""]
+    return name.endswith("sh") and all(re.fullmatch("-[il]+|--login|--norc", option) for option in options)
+
+
+def _find_host_of_rank_zero(environ: Mapping[str, str], rank: int, node: int) -> str:
+    host = first_host(environ["SLURM_STEP_NODELIST"])
+    if environ.get("SLURM_DISTRIBUTION") == "arbitrary":
+        # Slurm's list of nodes is sorted; the order of the tasks is that of the user's file.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = read_file(environ.get("SLURM_HOSTFILE", ""), _HOST_FILE_BYTES_MAX).decode().splitlines()
+            host = next((first_host(line.strip()).partition("*")[0] for line in lines if re.match(r"\s*[^\s#]", line)), "")
+            if host and (rank or host == environ.get("SLURMD_NODENAME", host)):
+                return host
+    elif rank or not node:
+        return host
+    place = environ.get("SLURMD_NODENAME", "here")
+    raise UserError(
+        f"srun was told where each task runs, and rank zero's place is not known to all (rank {rank} is on {place}): set MASTER_ADDR"
+    )
 
 
 def _read_int(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -125,14 +258,3 @@ def _choose_port(job: str) -> int:
     # From the job, so that all ranks agree and two jobs on a node differ; below 32768, where the ports of outgoing connections begin.
     numbers = [int(part) for part in re.findall(r"\d+", job)]
     return 15_000 + (numbers[0] if numbers else 0) * 7 % 15_000 + (numbers[1] if len(numbers) > 1 else 0) % 7
-
-
-def _find_asked_processes() -> int:
-    """The `--num_processes` of a parent `accelerate launch`; 1 where there is none. It leaves no other trace (Linux only)."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().replace("=", "\0").split("\0")
-        launches = re.search(r"(^|[/\0])accelerate([-.]|/commands/|\0)(commands\.)?launch(\.py)?\0", "\0".join(words[:4]) + "\0")
-        for option, value in itertools.pairwise(words):
-            if launches and option in ("--num_processes", "--num-processes") and value.isdigit():
-                return int(value)
-    return 1

@@ -35,7 +35,8 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 # Slurm runs a copy of this script from a folder of its own; only the controller knows the original, and shows it with its arguments.
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p') || script=
+job=$(scontrol --details show job "$SLURM_JOB_ID") || job=
+script=$(sed -n 's/^ *Command=//p' <<<"$job" | head -n 1)
 [[ $script == /* ]] || script=$SLURM_SUBMIT_DIR/$script
 checkout=${script%%/slurm/train.sh*}
 [[ -f $checkout/mnist_dist/train.py ]] || checkout=$SLURM_SUBMIT_DIR
@@ -72,9 +73,39 @@ python=$(find_python)
 # may go on when the others have finished.
 steps=(--kill-on-bad-exit=0 --wait=120 --export=ALL)
 
-if [[ -z ${SLURM_NTASKS:-} && ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
+# A job that was submitted from within another one inherits that one's variables, and srun takes them for options. So what this job was
+# given comes from the controller where it says so.
+read_field() { grep -Eo "\b$1=[^ ]*" <<<"$job" | head -n 1 | cut -d= -f2 || true; }
+tasks=$(read_field NumTasks)
+cpus=$(read_field CPUs/Task)
+if [[ -n $(read_field HetJobId) ]]; then
+    say "job $SLURM_JOB_ID is heterogeneous, and srun would start its first component only: submit a job of a single component"
+    exit 2
+fi
+if [[ $tasks =~ ^[0-9]+$ && $cpus =~ ^[0-9]+$ ]]; then
+    [[ ${SLURM_NTASKS:-$tasks} == "$tasks" ]] || unset SLURM_NTASKS
+    [[ ${SLURM_CPUS_PER_TASK:-$cpus} == "$cpus" ]] || SLURM_CPUS_PER_TASK=$cpus
+    grep -Eq '\b(TresPer[A-Za-z]+|JOB_GRES)=[^ ]*gpu' <<<"$job" || unset SLURM_GPUS_ON_NODE
+    steps+=(--nodes="$SLURM_NNODES")
+else
+    tasks=${SLURM_NTASKS:-} # an odd controller: the environment will do
+fi
+if [[ -n ${SLURM_STEP_NODELIST:-} ]]; then
+    unset SLURM_DISTRIBUTION SLURM_HOSTFILE SLURM_HET_SIZE # those of a step: this job was submitted in it
+fi
+gpus=$((${SLURM_GPUS_ON_NODE:-0} * SLURM_NNODES))
+if [[ -n ${SLURM_NTASKS:-} && $(read_field NtasksPerN:B:S:C) == 0:* && $SLURM_NTASKS -lt $gpus ]]; then
+    say "$SLURM_NTASKS tasks would leave some of the $gpus GPUs idle: say sbatch --ntasks-per-node, $SLURM_GPUS_ON_NODE for one task for each"
+    exit 2
+fi
+# What other launchers may have left in the environment is not about this job.
+for name in $(compgen -e); do
+    [[ ! $name =~ ^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|OMPI_COMM_.*|MV2_COMM_.*|PMI_.*|MPI_LOCAL.*)$ ]] || unset "$name"
+done
+
+if [[ -z ${SLURM_NTASKS:-} && $gpus -gt 0 ]]; then
     # GPUs asked for, and no number of tasks: one for each GPU, which share the node's CPUs.
-    steps+=(--ntasks-per-node="$SLURM_GPUS_ON_NODE" --ntasks="$((SLURM_GPUS_ON_NODE * SLURM_NNODES))")
+    steps+=(--ntasks-per-node="$SLURM_GPUS_ON_NODE" --ntasks="$gpus")
     cpus=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))
     if ((cpus == 0)); then
         say "$SLURM_GPUS_ON_NODE tasks share $SLURM_CPUS_ON_NODE CPUs on a node: sbatch --cpus-per-gpu N would give each its own"
@@ -82,8 +113,11 @@ if [[ -z ${SLURM_NTASKS:-} && ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
     else
         steps+=(--cpus-per-task="$cpus")
     fi
-elif [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    steps+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun inherits it only before Slurm 22.05
+else
+    [[ -z $tasks ]] || steps+=(--ntasks="$tasks")
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+        steps+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun inherits it only before Slurm 22.05
+    fi
 fi
 
 # scancel, requeue and preemption send TERM to this shell, too; it stays to hear how the training ended.

@@ -37,7 +37,7 @@ def test_ranks_come_from_the_launcher():
     assert (srun.rank, srun.size, srun.local_rank, srun.local_size, srun.address) == (3, 5, 1, 2, "gpu07")
     assert find_world(SRUN | {"SLURM_NODEID": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "0"}).local_size == 1
     assert find_world(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "6"}).address == "b"
-    assert find_world(SRUN | TORCHRUN).launcher == "torchrun"  # torchrun inside a job step
+    assert find_world(SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | TORCHRUN).launcher == "torchrun"  # one for each of two nodes
     submitit = find_world(SUBMITIT)
     assert (submitit.rank, submitit.size, submitit.local_rank, submitit.local_size) == (1, 2, 1, 2)
 
@@ -99,7 +99,8 @@ def test_the_first_host_of_slurms_compressed_list(nodes, first):
         (SRUN | {"SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE"),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "start it with srun"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun is not supported"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is ''"),
+        (SRUN | TORCHRUN, "5 tasks, but torchrun says that there are 4"),
     ],
 )
 def test_a_half_set_or_contradictory_environment_is_refused(environ, words):
@@ -245,15 +246,13 @@ def test_torchrun_starts_two_ranks_of_one_run(tmp_path):
     assert "[rank 1]" not in done.stderr
 
 
-def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_path):
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_path, size):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    done, folder = launch(tmp_path, *command, "--num_processes", "2", "-m")
-    assert "was asked for 2 processes but started one" in done.stderr
-    assert done.returncode != 0
-    assert not folder.exists()
-    done, folder = launch(tmp_path, *command, "--num_processes", "1", "-m")
+    done, folder = launch(tmp_path, *command, "--num_processes", str(size), "-m")
     assert done.returncode == 0, done.stderr
-    assert '"world_size": 1' in (folder / "result.json").read_text()
+    assert f'"world_size": {size}' in (folder / "result.json").read_text()
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("port", ["0", "99999", "65536", "x", "-1"])

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -141,3 +143,109 @@ def test_checkout_and_folder_with_spaces(cluster, tmp_path):
     job = Job(cluster, tmp_path / "a b", "", script=script, CONDA_PREFIX=str(ROOT / ".venv"))  # as `conda activate` leaves it
     job.wait_state("COMPLETED")
     assert f"with {python}" in job.log
+
+
+SAY_WORLD = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from mnist_dist.errors import UserError
+from mnist_dist.world import find_world
+try:
+    world = find_world(os.environ)
+except UserError as error:
+    print("refused:", error, flush=True)
+    sys.exit(2)
+print(f"rank {{world.rank}} of {{world.size}} local {{world.local_rank}} of {{world.local_size}} at {{world.address}}", flush=True)
+"""
+
+
+@pytest.fixture
+def start(cluster, tmp_path):
+    """Runs one of Slurm's commands on a program that says its world; what is said, sorted."""
+    (tmp_path / "world.py").write_text(SAY_WORLD)
+    python = f"{sys.executable} {tmp_path / 'world.py'}"
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+    def run(command, **variables):
+        words = shlex.split(command.format(python=python))
+        done = subprocess.run(words, env={**cluster, **root, **variables}, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+        return sorted(re.findall("^(?:rank|refused).*$", done.stdout, re.MULTILINE))
+
+    return run
+
+
+def list_ranks(size, said):
+    """The ranks of a world of `size` that were said, where they are all of it."""
+    return [int(line.split()[1]) for line in said if f" of {size} local" in line]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_srun_is_asked_for_and_starts_as_many(start, size):
+    for command in (f"srun -n {size} {{python}}", f"salloc -n {size} srun {{python}}", f"salloc -n 4 srun -n {size} {{python}}"):
+        said = start(command)
+        assert list_ranks(size, said) == list(range(size)), said
+
+
+@pytest.mark.parametrize(
+    "command", ["salloc -n 2 {python}", "salloc -N 2 {python}", "salloc -n 2 srun --interactive --preserve-env {python}"]
+)
+def test_one_process_of_a_larger_job_is_refused(start, command):
+    said = start(command)
+    assert len(said) == 1
+    assert "2 tasks, but this process is not one of them" in said[0]
+
+
+@pytest.mark.parametrize("command", ["srun -n 1 {python} : -n 1 {python}", "salloc -n 1 : -n 1 srun {python}"])
+def test_a_heterogeneous_job_is_refused(start, command):
+    said = start(command)
+    assert said
+    assert all("heterogeneous" in line for line in said)
+
+
+def test_rank_zero_is_where_slurm_put_it(start, tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.3\n127.0.0.1\n127.0.0.3\n127.0.0.2\n")
+    said = start("srun -n 4 -m arbitrary {python}", SLURM_HOSTFILE=str(tmp_path / "hosts"))
+    assert said == [f"rank {rank} of 4 local {rank // 2 if rank == 2 else 0} of {1 + (rank in (0, 2))} at 127.0.0.3" for rank in range(4)]
+    said = start("srun -n 3 -m arbitrary -w 127.0.0.3,127.0.0.1,127.0.0.2 {python}")  # only srun knows the order
+    assert len(said) == 3
+    assert all("set MASTER_ADDR" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["openmpi", "mpich"])
+def test_mpirun_in_an_allocation(start, kind):
+    if shutil.which(f"mpirun.{kind}") is None:
+        pytest.skip(f"mpirun.{kind} is not installed")
+    assert list_ranks(2, start(f"salloc -N 1 -n 2 mpirun.{kind} {{python}}")) == [0, 1]
+    said = start(f"salloc -N 2 -n 2 mpirun.{kind} {{python}}")
+    assert all("several hosts, and MASTER_ADDR" in line for line in said)
+    assert said
+
+
+@pytest.mark.parametrize(
+    ("outer", "options", "size"),
+    [
+        ("-n 1", "--nodes=2", 2),
+        ("-n 1", "--nodes=2 --ntasks-per-node=2", 4),
+        ("-n 1", "--nodes=2 --gpus-per-node=2", 4),
+        ("-n 2 -N 2", "--nodes=1", 1),
+        ("-n 2 -N 2", "--nodes=2 --gpus-per-node=2", 0),
+        ("-n 1 -c 2", "--nodes=2 --ntasks-per-node=2", 4),
+        ("-n 1", "-n 1 : -n 1", 0),
+    ],
+)
+def test_a_job_submitted_from_within_a_job_is_its_own(cluster, tmp_path, outer, options, size):
+    checkout = tmp_path / "co"
+    for name in ("mnist_dist", "slurm"):
+        shutil.copytree(ROOT / name, checkout / name)
+    (checkout / "mnist_dist/train.py").write_text(SAY_WORLD)
+    script = checkout / "slurm/train.sh"
+    submit = f"[ $SLURM_PROCID != 0 ] || sbatch --wait --output=inner.out {options} {script}"
+    if ":" in options:
+        submit = f"sbatch --wait --output=inner.out {options} {script}"
+    subprocess.run(["srun", *outer.split(), "bash", "-c", submit], env={**cluster, "PYTHON": sys.executable}, cwd=tmp_path, timeout=90)
+    log = (tmp_path / "inner.out").read_text()
+    if size:
+        assert list_ranks(size, sorted(re.findall("^rank.*$", log, re.MULTILINE))) == list(range(size)), log
+    else:
+        assert "rank" not in log
+        assert len(re.findall("would leave some|is heterogeneous", log)) == 1, log
