@@ -218,7 +218,8 @@ def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
         if isinstance(batch, _Failure):
             raise UserError(batch.reason)
         samples = batch.samples
-    return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
+    with explaining(config.task.name, "in draw"):
+        return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
 
 
 def draw(config: Config, step: int, size: int, rows: slice) -> Any:

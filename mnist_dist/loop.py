@@ -21,7 +21,7 @@ from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
-from mnist_dist.source import explaining, note_named
+from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Evaluation
 from mnist_dist.weights import encode_weights
@@ -77,19 +77,22 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
         saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
-        note_named(task.name)
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
         noted = {"parameters": state.count_parameters(), "tier": state.tier.name, "best": task.best, **config.name_sizes()}
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier)
-        run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
+
+        def draw_step(rows: slice) -> Any:
+            with explaining(task.name, f"in draw for step {state.step + 1}", RunError):
+                return draw(config, state.step, config.batch_size, rows)
 
         def compute(samples: Any, drawn: Any) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
                 return state.train_on(samples, drawn, meter.note_forward)
 
+        run.show_samples(data, draw_step(slice(None)))
         state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
@@ -112,7 +115,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                drawn = draw(config, state.step, config.batch_size, slice(group.rank, None, group.size))
+                drawn = draw_step(slice(group.rank, None, group.size))
                 drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
                 state.seed_generators()
                 meter.begin_step()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
@@ -20,6 +21,16 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(
+                f"task {task.name}: {name} of its model has no shape yet; give the sizes of lazy layers, or call it once in build_model"
+            )
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise UserError(
+                f"task {task.name}: {name} of its model is {parameter.dtype} on {parameter.device}; expected torch.float32 on the CPU: "
+                "the training chooses device and precision"
+            )
     return model
 
 

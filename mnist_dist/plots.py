@@ -25,7 +25,7 @@ from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, calm, make_figure, ren
 from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
+from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
 from mnist_dist.source import Unknown, explaining
 from mnist_dist.task import Data, Panel, format_measure
 from mnist_dist.weights import load_model
@@ -119,7 +119,7 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
     """
     config, panels, left_out = run.config, [], []
     if run.rows:
-        panels.append(Panel("Curves", "curves", figure=draw_curves(run.rows, config), caption=_describe_curves(config)))
+        panels.append(Panel("Curves", CURVES, figure=draw_curves(run.rows, config), caption=_describe_curves(config)))
     else:
         left_out.append("curves: metrics.jsonl has no rows yet")
     if isinstance(config.task, Unknown):

@@ -42,7 +42,7 @@ from mnist_dist.record import (
     read_starts,
     remove_temporary_files,
 )
-from mnist_dist.source import find_changed
+from mnist_dist.source import find_changed, note_named
 from mnist_dist.task import Data, Evaluation, Panel
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
@@ -151,6 +151,7 @@ class RunFolder:
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
+        note_named(self.config.task.name)  # by this user, who has started it
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))

@@ -100,7 +100,8 @@ def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str 
 
 def encode_weights(model: nn.Module, config: Config) -> bytes:
     """The file of weights."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # A copy of each: two names may share one tensor, as tied embeddings do, which safetensors refuses.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     return safetensors.torch.save(tensors, make_header(config.task))
 
 

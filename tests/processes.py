@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.task import Task
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
 
@@ -106,6 +109,46 @@ class Train:
         from mnist_dist.train import main
 
         return main(self.arguments)
+
+
+class TrainTask(Train):
+    """The program with some arguments, and with a task of the test's own in the place of the built-in one."""
+
+    def make_task(self) -> type[Task]:
+        """That task: a subclass of the built-in one which does something else."""
+        raise NotImplementedError
+
+    def make_signals(self) -> StopSignals:
+        """What asks the training to stop."""
+        return StopSignals().install()
+
+    def __call__(self) -> int:
+        from mnist_dist.config import make_config, parse_command_line
+        from mnist_dist.loop import train
+        from mnist_dist.program import run_program
+
+        signals = self.make_signals()
+        values, task = parse_command_line(self.arguments).values(), self.make_task()
+        task.name = values["task"]
+        return run_program(lambda: train(make_config(values, task=task), signals).stop.exit_code)
+
+
+class StopAt(StopSignals):
+    """A signal that comes in the course of one step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.asked = step, 0
+
+    @property
+    def received(self) -> Stop:
+        """Asked for once in each step."""
+        self.asked += 1
+        return Stop.REQUEUE if self.asked >= self.step else Stop.NONE
+
+    @received.setter
+    def received(self, _: Stop) -> None:
+        pass
 
 
 def find_free_ports(count: int) -> list[int]:
