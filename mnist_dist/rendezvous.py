@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import re
-import reprlib
 import secrets
 import selectors
 import socket
@@ -37,6 +36,7 @@ _PAUSE_S = 0.2
 _BANNER = b'{"mnist_dist": 1}\n'
 _GREETING_S, _GREETING_BYTES = 10.0, 8192  # of one rank, or stranger
 _ANSWER_BYTES = 4 << 20
+_BAD_MESSAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what it may come to, with whatever a stranger sends
 _STRANGERS = 128  # that may be half-way through a greeting
 _SHOWN_HOSTS = 8
 _LOOPBACK = "127.0.0.1"
@@ -235,7 +235,7 @@ class _Host:
             else:
                 try:
                     self._attend(key.data, events)
-                except (OSError, ValueError):
+                except _BAD_MESSAGE:
                     self._part_with(key.data)
         for guest in self._guests():
             if guest.rank is None and time.monotonic() > guest.end:
@@ -279,9 +279,10 @@ class _Host:
         if not (isinstance(run, dict) and isinstance(rank, int) and isinstance(host, str)):
             raise ValueError("not a greeting")
         differing = sorted(name for name in {*run, *self._run} if run.get(name) != self._run.get(name))
-        visitor = f"rank {rank} on host {reprlib.repr(host)[1:-1]}"
+        host = _show(host, 64)
+        visitor = f"rank {rank} on host {host}"
         if differing:
-            what = ", ".join(name if name in self._run else "what it is made of" for name in differing)
+            what = ", ".join(name for name in differing if name in self._run) or "what they are"
             self._warn(f"{visitor} came to port {self._port}, belongs to another run ({what} differ) and was refused")
             return {"refused": f"another run meets there ({what} differ)", "own": False}
         if not 0 < rank < self._world.size:
@@ -291,7 +292,7 @@ class _Host:
             self._warn(f"a second {visitor} came to port {self._port} and was refused")
             return {"refused": f"rank {rank} has come already, from host {self._hosts[rank]}: is this the same command twice?", "own": True}
         guest.rank = rank
-        self._came[rank], self._hosts[rank] = guest, host[:64]
+        self._came[rank], self._hosts[rank] = guest, host
         return {"accepted": True}
 
     @property
@@ -319,7 +320,7 @@ class _Host:
             text += f"{'; ' if text else ''}{name_with_hosts(left, self._hosts)} came and left"
         text += f"; {came} came"
         if nodes := os.environ.get("SLURM_STEP_NODELIST") if self._world.launcher == "srun" else None:
-            text += f" (the job step has the hosts {reprlib.repr(nodes)[1:-1]})"
+            text += f" (the job step has the hosts {_show(nodes, 200)})"
         if not _is_here(self._world.address):
             text += f"; no address of this host is MASTER_ADDR, {self._world.address}, where the others look for rank zero"
         return text
@@ -413,7 +414,7 @@ class _Visitor:
                 greeting = {"run": self._run, "rank": self._world.rank, "host": platform.node()}
                 connection.sendall(json.dumps(greeting).encode() + b"\n")
                 answer = reader.read(_GREETING_S)
-            except (OSError, ValueError):
+            except _BAD_MESSAGE:
                 raise _RefusalError("by another program, which does not answer as rank zero of a run does") from None
             if "refused" in answer:
                 if answer.get("own") is True:
@@ -428,7 +429,7 @@ class _Visitor:
                 hosts, is_local = tuple(_show(host, 64) for host in answer["hosts"]), answer["is_local"] is True
                 address = str(answer["address"]) if _is_loopback(own) or own == store else own
                 return Place(hosts, address, is_local, _LOOPBACK if is_local else store, int(answer["port"]), str(answer["secret"]))
-            except (OSError, ValueError, KeyError, TypeError):
+            except _BAD_MESSAGE:
                 raise RunError(
                     f"rank {self._world.rank} of {self._world.size} was left by rank zero at {self._host}:{self._port} "
                     "while both waited for the others: its log has the reason"
