@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -150,7 +151,18 @@ def load_data(config: Config) -> tuple[Config, Data]:
         )
     with explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
+    _check_facts(task, facts)
     return config.with_facts(facts), data
+
+
+def _check_facts(task: Task, facts: Any) -> None:
+    """Raise `UserError` unless a file gives the facts back as they are; else it would fail only once the training is done."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        if isinstance(facts, dict) and json.loads(json.dumps(facts, allow_nan=False)) == facts:
+            return
+    raise UserError(
+        f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
+    )
 
 
 def _count(task: Task, split: Any, what: str) -> int:
@@ -224,7 +236,8 @@ def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
 
 def draw(config: Config, step: int, size: int, rows: slice) -> Any:
     """Some rows of what the task draws for a batch of `size` samples; None where it draws nothing. Raises `UserError`."""
-    drawn = config.task.draw(config.seed, step, size)
+    with explaining(config.task.name, f"in draw for step {step + 1}", RunError):
+        drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
         return None
     if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:

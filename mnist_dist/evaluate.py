@@ -22,7 +22,7 @@ from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import CONFIG_FILE
+from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world
 
@@ -61,6 +61,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mnist_dist.weights import load_model
 
     trained = load_model(options.run, options.task)
+    if os.path.isdir(options.run):
+        read_config(Path(options.run))  # without it, nobody knows on which samples the run was trained
     config, data = load_data(_make_config(options, trained.config))
     config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:

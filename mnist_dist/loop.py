@@ -83,16 +83,12 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier)
-
-        def draw_step(rows: slice) -> Any:
-            with explaining(task.name, f"in draw for step {state.step + 1}", RunError):
-                return draw(config, state.step, config.batch_size, rows)
+        run.show_samples(state.step, data, draw(config, state.step, config.batch_size, slice(None)))
 
         def compute(samples: Any, drawn: Any) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
                 return state.train_on(samples, drawn, meter.note_forward)
 
-        run.show_samples(data, draw_step(slice(None)))
         state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
@@ -115,7 +111,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                drawn = draw_step(slice(group.rank, None, group.size))
+                drawn = draw(config, state.step, config.batch_size, slice(group.rank, None, group.size))
                 drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
                 state.seed_generators()
                 meter.begin_step()
@@ -130,7 +126,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     if evaluate_now:
                         evaluation = evaluate_model()
                         row |= evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
-                        run.show_evaluation(data, evaluation)
+                        run.show_evaluation(state.step, data, evaluation)
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)
@@ -160,12 +156,12 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:
     elapsed_s, config = state.elapsed_s, state.config
     return {
+        **config.task.facts,  # first: a fact may be called as one of the others
         "step": state.step,
         "epoch": state.step / config.steps_per_epoch,
         **evaluation.name_values(config.evaluated_split),
         "elapsed_s": round(elapsed_s, 3),
         "images_per_s": round(state.step * config.batch_size / elapsed_s, 1),
-        **config.task.facts,
         "versions": describe_versions(),
     }
 

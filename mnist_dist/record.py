@@ -320,7 +320,8 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
     good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= find_last_step(config))
     if config is not None:
         good[config.best] = is_number(result.get(config.best))
-        wrong = config.task.check_measures(pick_measures(result, split))
+        task = config.task.with_facts(result)  # among whose values they are
+        wrong = task.check_measures(pick_measures(result, split))
         good |= {} if wrong is None else {f"{split}/{wrong}": False}
     for name in good:
         if not good[name]:

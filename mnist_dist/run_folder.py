@@ -155,6 +155,7 @@ class RunFolder:
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))
+        split, task = self.config.evaluated_split, self.config.task
         mirror = open_tracker(
             self.config.wandb,
             self.path,
@@ -162,9 +163,10 @@ class RunFolder:
             project=self.config.wandb_project,
             facts={**start, "versions": describe_versions()},
             job_type="train",
-            tags=[str(self.config.values().get("dataset", self.config.task.short_name)), self.config.optimizer],
+            tags=[str(self.config.values().get("dataset", task.short_name)), self.config.optimizer],
             notes=f"{self.path.absolute()} on {platform.node()}",
             system_metrics=self.config.system_metrics,
+            best={"train/loss": "min", f"{split}/loss": "min", self.config.best: "max" if task.higher_is_better else "min"},
         )
         self._trackers.append(mirror)
 
@@ -217,22 +219,22 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.log(row)
 
-    def show_samples(self, data: Data, drawn: object) -> None:
-        """Send the trackers what is trained on; `drawn` is what the next step draws for it."""
-        self._show(lambda: self.config.task.draw_samples(data, drawn))
+    def show_samples(self, step: int, data: Data, drawn: object) -> None:
+        """Send the trackers what is trained on; `drawn` is what the step after `step` draws for it."""
+        self._show(step, lambda: self.config.task.draw_samples(data, drawn))
 
-    def show_evaluation(self, data: Data, evaluation: Evaluation, most: int = 20) -> None:
-        """Send the trackers what an evaluation found, with at most `most` examples."""
+    def show_evaluation(self, step: int, data: Data, evaluation: Evaluation, most: int = 20) -> None:
+        """Send the trackers what the evaluation after `step` found, with at most `most` examples."""
         chosen = dataclasses.replace(evaluation, examples=evaluation.examples[:most])
-        self._show(lambda: self.config.task.draw_evaluation(data, chosen))
+        self._show(step, lambda: self.config.task.draw_evaluation(data, chosen))
 
-    def _show(self, draw: Callable[[], list[Panel]]) -> None:
+    def _show(self, step: int, draw: Callable[[], list[Panel]]) -> None:
         """Draw panels for the trackers that take pictures. What fails on the way to them is a warning."""
         trackers = [tracker for tracker in self._trackers if tracker.takes_pictures]
         try:
             panels = draw() if trackers else []
             for tracker in trackers:
-                tracker.log_panels(self._step, panels)
+                tracker.log_panels(step, panels)
         except Exception as error:
             _log.warning("pictures for the trackers are left out: %s", error)
 
@@ -294,7 +296,7 @@ class RunFolder:
                     pictures = sorted((self.path / PLOTS).glob("*.png"))
             except Exception as error:
                 _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
-            self.show_evaluation(data, evaluation, most=100)
+            self.show_evaluation(result["step"], data, evaluation, most=100)
             for tracker in self._trackers:
                 tracker.log_images(result["step"], {f"images/{path.stem}": path for path in pictures})
                 if self.config.wandb_model:

@@ -218,8 +218,12 @@ class Task(Options):
         """What an evaluation of `data.evaluated` found, for the trackers. Takes milliseconds."""
         return []
 
+    def draw_measures(self, measures: Row, on: str) -> list[Panel]:
+        """What the report shows of the `measures` of the finished run's evaluation, `on` its `test` or `held-out` samples; without data."""
+        return []
+
     def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:
-        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) makes of them.
+        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) does with them.
 
         `batches`: the samples of `data.evaluated` in their order, on the model's device. `measures`: of the finished run's evaluation.
         """

@@ -1,6 +1,7 @@
 """Real processes for the tests: each rank is one, started in milliseconds by a server that has imported torch already."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import secrets
@@ -109,6 +110,19 @@ class Train:
         from mnist_dist.train import main
 
         return main(self.arguments)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs of this package, each its name and its arguments, one after the other in one process, until one fails."""
+
+    lines: Sequence[Sequence[str]]
+
+    def __call__(self) -> int:
+        for program, *arguments in self.lines:
+            if code := importlib.import_module(f"mnist_dist.{program}").main(arguments):
+                return int(code)
+        return 0
 
 
 class TrainTask(Train):
