@@ -27,6 +27,7 @@ WEIGHTS_FILE, REPORT_FILE = "model.safetensors", "report.html"
 CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", re.compile(r"step_(\d{8,18})-([0-9a-f]{16})\.pt")  # its step, its SHA-256's beginning
 PLOTS, CURVES = "plots", "curves"  # the picture that every run has
 PICTURE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
+STACKS, STACK_NAME = "stacks", re.compile(r"rank\d{1,7}\.txt")  # of the ranks, when one of them was silent
 _FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, ENDS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
 
 _RECORD_BYTES_MAX = 256 << 20
@@ -208,13 +209,18 @@ def _check_folder(run_dir: Path, config: Config) -> None:
         there = read_config(run_dir, type(config.task)).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
     elif not is_run(run_dir):
-        for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir))):
+        for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir)), *list_stacks(run_dir)):
             path = run_dir / name
             if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
                 raise UserError(
                     f"run_dir {run_dir} holds {name} but no {CONFIG_FILE}, so it is not a run, and {name} would be overwritten: "
                     "use another run_dir, or move that file away"
                 )
+
+
+def list_stacks(run_dir: Path) -> list[str]:
+    """The names, in a folder, of the files of stacks there."""
+    return sorted(f"{STACKS}/{path.name}" for path in (run_dir / STACKS).glob("*.txt") if STACK_NAME.fullmatch(path.name))
 
 
 def list_pictures(run_dir: Path) -> list[Path]:
@@ -240,6 +246,9 @@ def remove_temporary_files(run_dir: Path) -> None:
     paths = [run_dir / f"{name}{TEMPORARY_SUFFIX}" for name in _FILES]
     # Any other picture's is written over by the next report that draws it: what a task calls its pictures, a user may call a file.
     paths.append(run_dir / PLOTS / f"{CURVES}.png{TEMPORARY_SUFFIX}")
+    paths += [
+        path for path in (run_dir / STACKS).glob(f"*{TEMPORARY_SUFFIX}") if STACK_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX))
+    ]
     for path in (run_dir / CHECKPOINTS).glob(f"step_*{TEMPORARY_SUFFIX}"):
         if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
             paths.append(path)

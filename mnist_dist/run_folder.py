@@ -30,6 +30,7 @@ from mnist_dist.record import (
     ENDS_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    STACKS,
     STARTS_FILE,
     WEIGHTS_FILE,
     Record,
@@ -77,6 +78,8 @@ class RunFolder:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and is_loss(error) and self.group.size > 1:
+            self.group.explain(error)  # before anything that takes its time: the others wait for this rank's answer
         if self._writer is not None:
             self._writer.close()  # before the lock goes: another job may take the folder then
             self._note_end(error)
@@ -135,6 +138,7 @@ class RunFolder:
         `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
         """
         self.group.on_main(lambda: self._start(step, facts, promised_rows))
+        self.group.keep_stacks_in(self.path / STACKS)
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
@@ -193,9 +197,9 @@ class RunFolder:
         elif self._stop:
             why = f"stopped by {self._stop.cause}, saved"
         else:
-            lines = str(error).strip().splitlines()
-            lost = isinstance(error, Exception) and is_loss(error)
-            why = f"failed: {'another rank was lost' if lost else (lines[0] if lines else type(error).__name__)[:300]}"
+            lost = error is not None and is_loss(error) and self.group.size > 1
+            lines = (self.group.explain(error) if lost and error is not None else str(error).strip()).splitlines()
+            why = f"failed: {(lines[0] if lines else type(error).__name__)[:300]}"
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy
+from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy, worlds
 from mnist_dist.config import configure, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.program import run_program
@@ -20,7 +20,7 @@ from mnist_dist.tasks.mnist.model import CNN
 # What time_to_accuracy makes of a command line without options.
 OPTIONS = argparse.Namespace(config="fast", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
 TINY = {"dataset": "synthetic", "steps": 3, "batch_size": 4, "train_size": 20, "test_size": 5, "report": False, "wandb": "disabled"}
-PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy]
+PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy, worlds]
 
 
 def test_the_operations_of_a_training_step_are_counted_right():

@@ -10,7 +10,7 @@ from processes import TINY, find_free_port, run_ranks, start_ranks
 
 from mnist_dist import distributed, machine
 from mnist_dist.config import configure
-from mnist_dist.distributed import Group, join_group
+from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.machine import count_usable_cores
 from mnist_dist.world import World, find_world, first_host
@@ -60,15 +60,6 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
     with pytest.raises(UserError, match="2 processes on this node share 1 GPUs"):
         machine.choose_device(configure(), find_world(SUBMITIT))
-
-
-def test_what_nccl_says_is_not_taken_for_a_lost_rank_alone():
-    group = object.__new__(Group)
-    group._board = None
-    group._read_cause = lambda causes: None
-    error = torch.distributed.DistBackendError("NCCL error: invalid usage\nmore")
-    assert group._explain_loss(error).endswith("or it is this: NCCL error: invalid usage")
-    assert group._explain_loss(RuntimeError("[gloo] Connection closed by peer")).endswith("its node went down)")
 
 
 def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():

@@ -245,7 +245,11 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
 
 
 def test_a_command_that_is_wrong_is_found(monkeypatch, tmp_path, capsys):
-    for command in ("python -m mnist_dist.evaluate", "python -m launch.submit --config smoke --batch_size 2 --nodes 3", "python -m launch.jobs --jsn"):
+    for command in (
+        "python -m mnist_dist.evaluate",
+        "python -m launch.submit --config smoke --batch_size 2 --nodes 3",
+        "python -m launch.jobs --jsn",
+    ):
         with pytest.raises((AssertionError, pytest.fail.Exception, UserError)):
             test_every_command_is_understood(command, monkeypatch, tmp_path, capsys)
         monkeypatch.undo()
