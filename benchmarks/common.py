@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
 from mnist_dist.loop import Turns, train
-from mnist_dist.machine import count_usable_cores, has_native_bfloat16
+from mnist_dist.machine import count_usable_cores, find_processor, has_native_bfloat16
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.tasks.mnist import Mnist
@@ -74,7 +74,7 @@ def name_recipe(config: str) -> str:
 def describe_machine() -> Row:
     """Facts that belong beside every number. No host name and no path."""
     facts: Row = {
-        "cpu": _read_cpu_model(),
+        "cpu": find_processor(),
         "cores": count_usable_cores(),
         "bfloat16": has_native_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -99,14 +99,6 @@ def find_mnist(config: Config) -> Mnist:
 def describe_origin() -> Row:
     """When, and with which code, a row was measured."""
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": _read_commit()}
-
-
-def _read_cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _read_commit() -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.futures import Future
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import common
@@ -33,11 +34,14 @@ from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError
+from mnist_dist.exchange import Flat, TreeSum
+from mnist_dist.optimization import build_optimizer
 from mnist_dist.program import run_program
 from mnist_dist.tasks.mnist.model import PARAMETERS
 
 _WARM_UP_STEPS = 3
 _SMALL_BATCH = 8  # beside the whole batch: tells what a step costs whatever its batch
+_SHARDS = (2, 4, 8)
 _ANSWER_S = 600.0
 
 # Variants of DDP beside our own choice, which is gradient_as_bucket_view and torch's default buckets.
@@ -102,6 +106,7 @@ class Worker:
             yield next(batches)
         self.pipe.send({"precision": common.name_precision(accelerator), "threads": torch.get_num_threads(), **_read_memory()})
         steps, unsupported = self._make_steps(accelerator, size)
+        steps |= self._make_sharded_steps(group)
         for step in list(steps.values()) * 2:
             step()
         self.pipe.send({"unsupported": unsupported})
@@ -186,6 +191,36 @@ class Worker:
             steps[f"all-reduce {name}"] = _make_all_reduce(torch.zeros(PARAMETERS, dtype=dtype, device=accelerator.device))
         steps["all-reduce of one number"] = _make_all_reduce(torch.zeros(1, device=accelerator.device))
         return steps, unsupported
+
+    def _make_sharded_steps(self, group: Group) -> dict[str, Step]:
+        """Steps whose gradients are added up along the tree of some shards, as --shards does."""
+        accelerator, batch_size = group.accelerator, self.config.batch_size
+        smoothing = self.config.values()["label_smoothing"]
+
+        def make_step(shards: int) -> Step:
+            model = common.make_model(accelerator)
+            parameters = list(model.parameters())
+            optimizer = build_optimizer(parameters, self.config, common.name_precision(accelerator))
+            tree, flat = TreeSum(shards, group), Flat(parameters, extra=1)
+            images = torch.randn(batch_size // shards, 1, 28, 28, device=accelerator.device)
+            labels = torch.arange(len(images), device=accelerator.device) % 10
+
+            def compute(_: int) -> Tensor:
+                with accelerator.autocast():
+                    logits = model(images)
+                loss = functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / batch_size
+                return flat.pack(torch.autograd.grad(loss, parameters), [loss.detach()])
+
+            def step() -> None:
+                total = tree(compute)
+                for parameter, gradient in zip(parameters, flat.views(total), strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+
+            return step
+
+        counts = sorted({group.size, *_SHARDS})
+        return {f"{shards} shards": make_step(shards) for shards in counts if group.size <= shards <= batch_size}
 
 
 def _make_all_reduce(tensor: Tensor) -> Step:
@@ -330,6 +365,8 @@ def format_row(row: Row, options: argparse.Namespace) -> str:
     sizes = [str(size) for size in settings["worlds"] if size > 1]
     if sizes:
         text.append(_format_variants(row, sizes))
+    if any(name.endswith(" shards") for name in rounds[0]["worlds"]["1"]):  # older rows have none
+        text.append(_format_shards(row))
     text.append(_format_paper(row, options.paper_batches, options.paper_step_us))
     return "\n\n".join(text)
 
@@ -362,10 +399,26 @@ def _format_worlds(row: Row) -> str:
     return common.format_table(header, lines)
 
 
+def _format_shards(row: Row) -> str:
+    """How fast shards are: times the step of DDP on as many processes, or on one process the bare step."""
+    sizes = [str(size) for size in row["settings"]["worlds"]]
+    first = row["rounds"][0]["worlds"]
+    names = sorted({name for size in sizes for name in first[size] if name.endswith(" shards")}, key=lambda name: int(name.split()[0]))
+    lines = []
+    for name in names:
+        cells = []
+        for size in sizes:
+            plain = "alone" if size == "1" else "ddp"
+            cells.append(common.compare(_times_s(row, size, plain), _times_s(row, size, name)) if name in first[size] else "-")
+        lines.append([name, *cells])
+    return common.format_table(["speed, times a step without shards", *(f"{size} process{'es' * (size != '1')}" for size in sizes)], lines)
+
+
 def _format_variants(row: Row, sizes: Sequence[str]) -> str:
     """Each variant's time against our own choice, in the same rounds."""
     first = row["rounds"][0]["worlds"][sizes[0]]
-    names = [name for name in first if name not in ("loop", "ddp", "no exchange", "copies") and not name.startswith("all-reduce")]
+    own = ("loop", "ddp", "no exchange", "copies")
+    names = [name for name in first if name not in own and not name.startswith("all-reduce") and not name.endswith(" shards")]
     lines = [[name, *(common.compare(_times_s(row, size, name), _times_s(row, size, "ddp")) for size in sizes)] for name in names]
     for name in row["unsupported"][sizes[0]]:
         lines.append([name, *("not supported" for _ in sizes)])
