@@ -1,10 +1,11 @@
 # make train   train the default recipe on the embedded MNIST     make test   the unit tests
 # make check   lint, format and types                             make slow-test   long tests and timings
 # make help    the options of a training                          make slurm-test  the job script on a real Slurm of three small nodes
+#                                                                 make hosts-test  several hosts, as network namespaces (root, iproute2)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow-test slurm-test check help clean
+.PHONY: train test slow-test slurm-test hosts-test check help clean
 
 train: .venv/.installed
 	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
@@ -21,6 +22,9 @@ slow-test: .venv/.installed-dev
 
 slurm-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slurm $(OPTIONS)
+
+hosts-test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m hosts $(OPTIONS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -14,12 +14,13 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
-from mnist_dist.config import Config, read_recipe, resolve_config
-from mnist_dist.distributed import choose_precision
+from mnist_dist.config import Config, configure, read_recipe, resolve_config
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.machine import choose_precision
 from mnist_dist.options import Parser
 from mnist_dist.program import run_program
 from mnist_dist.record import read_result
+from mnist_dist.tasks.mnist import Mnist
 
 # Student's t for 95 %, by degrees of freedom from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -29,14 +30,17 @@ def make_config(recipe: str, training: Sequence[str]) -> Config:
     """The config of a recipe with the options of the training over it. Raises `UserError`."""
     parser = Parser("benchmarks.accuracy ... --", "Options of the training.")
     parser.add_options(Config)
-    return resolve_config(parser.parse(training), read_recipe(recipe))
+    parser.add_options(Mnist)
+    config = resolve_config(parser.parse(training), read_recipe(recipe))
+    common.find_mnist(config)
+    return config
 
 
 def train(settings: Row, config: Config) -> Row:
     """Train in a process of its own; the row. Raises `RunError` if it fails."""
     with common.temporary_folder() as folder:
         file, run_dir = folder / "config.yaml", folder / "run"
-        file.write_text(config.model_copy(update={"run_dir": str(run_dir), "report": False, "wandb": "disabled"}).to_yaml())
+        file.write_text(config.replace(run_dir=str(run_dir), report=False, wandb="disabled").to_yaml())
         # Its progress stays on the screen, out of the way of the table.
         status = subprocess.run([sys.executable, "-m", "mnist_dist.train", "--config", str(file)], stdout=2, check=False).returncode
         result = read_result(run_dir, config)
@@ -73,7 +77,7 @@ def measure(options: argparse.Namespace, training: Sequence[str]) -> None:
             if _identify({"seed": seed, **wanted}) in done:
                 common.tell(f"{settings['config']}, seed {seed}: is in the results")
             else:
-                common.append_row(options.results, train(settings, config.model_copy(update={"seed": seed})))
+                common.append_row(options.results, train(settings, config.replace(seed=seed)))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -93,7 +97,7 @@ def _name(row: Row) -> str:
     try:
         now = common.describe_recipe(make_config(name, ()))
     except UserError:  # a file of one's own
-        now = common.describe_recipe(Config())
+        now = common.describe_recipe(configure())
     differing = [f"{key}={value}" for key, value in recipe.items() if now.get(key) != value and key != "holdout"]
     return " ".join([name, *differing])
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import logging
 import math
 import os
 import platform
@@ -15,24 +16,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from mnist_dist import loop
 from mnist_dist.config import Config
-from mnist_dist.data import Batch
-from mnist_dist.distributed import count_usable_cores, has_native_bfloat16
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import UserError
+from mnist_dist.loop import Turns, train
+from mnist_dist.machine import count_usable_cores, has_native_bfloat16
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
+from mnist_dist.tasks.mnist import Mnist
 
 Row = dict[str, Any]
 Step = Callable[[], None]
-Turns = Callable[[Iterator[Batch], Accelerator], Iterator[Batch]]
 
 ROOT = Path(__file__).resolve().parents[1]
 # Floating-point operations of one training step of the CNN, for one image: forward, and backward without the gradient of the input.
@@ -86,8 +85,15 @@ def describe_machine() -> Row:
 
 
 def describe_recipe(config: Config) -> Row:
-    """The options that decide what is trained, but for the seed."""
-    return {name: value for name, value in config.recipe().items() if name != "seed"}
+    """The options that decide what is trained, but for the seed, and for the task: it is the built-in one."""
+    return {name: value for name, value in config.recipe().items() if name not in ("seed", "task")}
+
+
+def find_mnist(config: Config) -> Mnist:
+    """The built-in task with its options. Raises `UserError` for the config of another one."""
+    if not isinstance(config.task, Mnist):
+        raise UserError(f"task is {config.task.name}; the benchmarks measure the built-in one: leave task out")
+    return config.task
 
 
 def describe_origin() -> Row:
@@ -154,13 +160,14 @@ def name_precision(accelerator: Accelerator) -> str:
 def make_step(model: nn.Module, config: Config, accelerator: Accelerator, batch_size: int) -> Step:
     """Forward, backward and optimizer step of `model` on one fixed batch, in the precision of the loop."""
     optimizer = build_optimizer(model.parameters(), config, name_precision(accelerator))
+    label_smoothing = find_mnist(config).label_smoothing
     images = torch.randn(batch_size, 1, 28, 28, device=accelerator.device)
     labels = torch.arange(batch_size, device=accelerator.device) % 10
 
     def step() -> None:
         with accelerator.autocast():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -170,30 +177,21 @@ def make_step(model: nn.Module, config: Config, accelerator: Accelerator, batch_
 
 def make_model(accelerator: Accelerator) -> nn.Module:
     """The CNN in the layout of the loop, on the device."""
-    return build_model(0).to(accelerator.device).to(memory_format=torch.channels_last)
+    return build_model(Mnist(), 0).to(accelerator.device)
 
 
-def run_loop(config: Config, turns: Turns, **replaced: Any) -> None:
-    """Run the real training loop with `turns` between it and its loader; `replaced`: other names of `mnist_dist.loop`.
+def run_loop(config: Config, turns: Turns) -> None:
+    """Run the real training loop with `turns` between it and its loader; of what it logs, only warnings are shown.
 
-    `turns` gets the loop's batches and its Accelerator, hands the batches on, and may measure something else in between. The loop asks
+    `turns` gets the loop's batches and its group, hands the batches on, and may measure something else in between. The loop asks
     for a batch when all of the step before is done. After the last step it does not ask again.
     """
-    make_loader = getattr(loop, "make_loader", None)
-
-    def make_turns(*arguments: Any) -> Iterator[Batch]:
-        assert make_loader is not None, "checked below"
-        accelerator = next(value for value in arguments if isinstance(value, Accelerator))
-        return turns(iter(make_loader(*arguments)), accelerator)
-
-    replaced = {"set_up_logging": lambda *_: None, "make_loader": make_turns} | replaced
-    missing = [name for name in replaced if not hasattr(loop, name)]
-    if missing:
-        raise RunError(f"mnist_dist.loop has no {', '.join(missing)} any more: this benchmark has to be brought up to date")
-    with contextlib.ExitStack() as stack:
-        for name, value in replaced.items():
-            stack.enter_context(mock.patch.object(loop, name, value))
-        loop.train(config)
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        train(config, turns=turns)
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -29,11 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import common
 from benchmarks.common import Row, Step
-from mnist_dist.config import Config, read_recipe, resolve_config
+from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
+from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError
-from mnist_dist.model import PARAMETERS
 from mnist_dist.program import run_program
+from mnist_dist.tasks.mnist.model import PARAMETERS
 
 _WARM_UP_STEPS = 3
 _SMALL_BATCH = 8  # beside the whole batch: tells what a step costs whatever its batch
@@ -93,10 +94,10 @@ class Worker:
         self.config = config
         self.pipe = pipe
 
-    def take_turns(self, batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+    def take_turns(self, loaded: Iterable[Batch], group: Group) -> Iterator[Batch]:
         """The loop's batches, each block of them when the parent asks for it."""
-        size = accelerator.num_processes
-        device = accelerator.device
+        batches, accelerator = iter(loaded), group.accelerator
+        size, device = group.size, group.device
         for _ in range(_WARM_UP_STEPS):
             yield next(batches)
         self.pipe.send({"precision": common.name_precision(accelerator), "threads": torch.get_num_threads(), **_read_memory()})
@@ -209,9 +210,10 @@ def _read_memory() -> Row:
     return found
 
 
-def _work(variables: dict[str, str], config: Config, pipe: Connection) -> None:
+def _work(variables: dict[str, str], values: Row, pipe: Connection) -> None:
     """What a rank's process does."""
     os.environ.update(variables)
+    config = make_config(values)
 
     def run() -> int:
         try:
@@ -237,7 +239,8 @@ class Ranks:
             here, there = context.Pipe()
             variables: Row = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size} if size > 1 else {}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if size > 1 else {}
-            work = context.Process(target=_work, args=({name: str(value) for name, value in variables.items()}, config, there), daemon=True)
+            told = ({name: str(value) for name, value in variables.items()}, config.values(), there)
+            work = context.Process(target=_work, args=told, daemon=True)
             work.start()
             there.close()
             self.processes.append(work)

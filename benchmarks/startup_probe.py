@@ -7,16 +7,16 @@ import time
 
 _BEGIN_S = time.monotonic()
 
-import contextlib  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Iterable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
 
 _WAIT_S = 60.0  # how long W&B's process may take to say that it is there
 
@@ -34,17 +34,6 @@ def _import(part: str, name: str) -> Any:
     return module
 
 
-def _timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        start_s = time.monotonic()
-        try:
-            return function(*arguments, **named)
-        finally:
-            _note(part, start_s)
-
-    return call
-
-
 class _Said(logging.Handler):
     """Knows whether W&B's process has said how the run is mirrored."""
 
@@ -56,24 +45,55 @@ class _Said(logging.Handler):
 
 
 def main() -> int:
-    """Run the training program with the arguments of this one; its exit status."""
+    """Train with the arguments of this program, as the training program does; its exit status."""
     command_s = float(os.environ.pop("BENCHMARK_COMMAND_S"))
     answer = Path(os.environ.pop("BENCHMARK_ANSWER"))
     _spent_s["launcher and interpreter"] = _BEGIN_S - command_s
-    program = _import("import of options", "mnist_dist.train")
+    options = _import("import of options", "mnist_dist.config")
     _import("import torch", "torch")
     _import("import accelerate", "accelerate")
     loop = _import("import of the loop", "mnist_dist.loop")
-    run_folder: Any = importlib.import_module("mnist_dist.run_folder")
+    program, preemption, run_folder, mnist = (
+        importlib.import_module(f"mnist_dist.{name}") for name in ("program", "preemption", "run_folder", "tasks.mnist")
+    )
 
     said, first_step_s = _Said(), 0.0
     trackers: list[tuple[Any, float]] = []
     logging.getLogger("mnist_dist.tracking").addHandler(said)
-    make_loader, open_tracker, join_group = loop.make_loader, run_folder.open_tracker, loop.join_group
+    open_tracker = run_folder.open_tracker
+    since_s = 0.0  # when the last part of those that follow each other was over
 
-    def take_turns(batches: Iterator[Any]) -> Iterator[Any]:
+    def end_part(name: str) -> None:
+        nonlocal since_s
+        _note(name, since_s)
+        since_s = time.monotonic()
+
+    class TimedMnist(mnist.Mnist):  # type: ignore[misc, name-defined]
+        """The built-in task, which notes when it is asked for data and model."""
+
+        def load(self) -> Any:
+            end_part("process group")
+            return super().load()
+
+        def build_model(self) -> Any:
+            end_part("data")
+            model = super().build_model()
+            end_part("model")
+            return model
+
+    def open_noted(*arguments: Any, **named: Any) -> Any:
+        nonlocal since_s
+        end_part("optimizer and run folder")
+        start_s = since_s
+        tracker = open_tracker(*arguments, **named)
+        end_part("start of W&B's process")
+        if type(tracker).__name__ != "NoTracker":
+            trackers.append((tracker, start_s))
+        return tracker
+
+    def take_turns(loaded: Iterable[Any], _: Any) -> Iterator[Any]:
         nonlocal first_step_s
-        start_s = time.monotonic()
+        batches, start_s = iter(loaded), time.monotonic()
         yield next(batches)
         _note("first step", start_s)
         first_step_s = time.monotonic()
@@ -85,31 +105,14 @@ def main() -> int:
         _spent_s["W&B ready, in the background"] = time.monotonic() - trackers[0][1] if trackers and said.heard else 0.0
         yield next(batches)
 
-    def open_noted(*arguments: Any, **named: Any) -> Any:
-        start_s = time.monotonic()
-        tracker = open_tracker(*arguments, **named)
-        _note("start of W&B's process", start_s)
-        if type(tracker).__name__ != "NoTracker":
-            trackers.append((tracker, start_s))
-        return tracker
+    def run() -> int:
+        nonlocal since_s
+        config = options.make_config(options.parse_command_line(sys.argv[1:]).values(), task=TimedMnist)
+        since_s = time.monotonic()
+        return int(loop.train(config, preemption.StopSignals().install(), take_turns).stop.exit_code)
 
-    @contextlib.contextmanager
-    def join_noted(*arguments: Any) -> Iterator[Any]:
-        start_s = time.monotonic()
-        with join_group(*arguments) as group:
-            _note("process group", start_s)
-            yield group
-
-    replaced = {
-        "make_loader": lambda *arguments: take_turns(iter(make_loader(*arguments))),
-        "join_group": join_noted,
-        "load_dataset": _timed("data", loop.load_dataset),
-        "TrainingState": _timed("model and optimizer", loop.TrainingState),
-    }
-    for name, value in replaced.items():
-        setattr(loop, name, value)
-    run_folder.open_tracker = open_noted
-    status = program.main(sys.argv[1:])
+    with mock.patch.object(run_folder, "open_tracker", open_noted):
+        status = program.run_program(run)
     total_s = first_step_s - command_s
     background_s = _spent_s.pop("W&B ready, in the background", 0.0)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from mnist_dist.config import Config
-from mnist_dist.model import CNN
+from mnist_dist.tasks.mnist.augment import Limits
+from mnist_dist.tasks.mnist.model import CNN
 
 MEAN, STD = 0.1307, 0.3081
 
@@ -24,18 +24,18 @@ def write_files(folder: Path) -> None:
     """Write the embedded MNIST to `folder` in the form in which torchvision keeps it."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for file in (resources.files("mnist_dist") / "mnist").iterdir():
+    for file in (resources.files("mnist_dist.tasks.mnist") / "files").iterdir():
         if file.name.endswith(".xz"):
             (raw / file.name.removesuffix(".xz")).write_bytes(lzma.decompress(file.read_bytes()))
 
 
-def make_augmentation(config: Config) -> transforms.RandomAffine:
+def make_augmentation(limits: Limits) -> transforms.RandomAffine:
     """The loop's augmentation in torchvision's words: the same ranges."""
     return transforms.RandomAffine(
-        degrees=config.rotation,
-        translate=(config.shift / 28, config.shift / 28),
-        scale=(1 - config.scale, 1 + config.scale),
-        shear=config.shear,
+        degrees=limits.rotation,
+        translate=(limits.shift / 28, limits.shift / 28),
+        scale=(1 - limits.scale, 1 + limits.scale),
+        shear=limits.shear,
     )
 
 

@@ -4,32 +4,31 @@
 """
 
 import argparse
-import contextlib
 import itertools
 import math
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks import common, stock
 from benchmarks.common import Row
-from mnist_dist import loop
-from mnist_dist.augment import STEPS_AT_ONCE
-from mnist_dist.config import Config, read_recipe, resolve_config
+from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
+from mnist_dist.distributed import Group
 from mnist_dist.errors import UserError
-from mnist_dist.model import CNN
 from mnist_dist.program import run_program
-from mnist_dist.state import TrainingState
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
+from mnist_dist.tasks.mnist.model import CNN
 
 _WARM_UP_STEPS = 10
 _WARM_UP_BATCHES = 2  # of the stock loader: its workers must have filled their queues
@@ -40,36 +39,82 @@ _TRIALS = 2  # of each setting of the stock loader, to find the best
 
 
 class PartTimer:
-    """Where the time of the loop's steps goes, by clocks around what it calls."""
+    """Where the time of the loop's steps goes: by clocks in its task, and in torch's hooks around the optimizer's step."""
 
     def __init__(self) -> None:
         self.on = False
         self.spent_s: dict[str, float] = defaultdict(float)
         self.device = torch.device("cpu")
-        self._augmented_s = 0.0
+        self._losses_end_s: float | None = None
+        self._optimizer_s = 0.0
 
     def read_clock(self) -> float:
         """The time, when the device has done what it was given."""
         common.wait_for_device(self.device)
         return time.perf_counter()
 
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with its time added to `part` while the timer is on."""
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of a block to `part` while the timer is on."""
+        start_s = self.read_clock() if self.on else 0.0
+        yield
+        if self.on:
+            self.spent_s[part] += self.read_clock() - start_s
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            if not self.on:
-                return function(*arguments, **named)
-            start = self.read_clock()
-            # What lies between the augmentation and the backward pass is the forward pass and the loss.
-            if part == "backward" and self._augmented_s:
-                self.spent_s["forward"] += start - self._augmented_s
-            result = function(*arguments, **named)
-            end = self.read_clock()
-            self.spent_s[part] += end - start
-            self._augmented_s = end if part == "augment" else 0.0
-            return result
+    @contextmanager
+    def timed_forward(self) -> Iterator[None]:
+        """Add the time of the losses to the forward pass, but for their inputs; from their end on, it is the backward pass."""
+        self._end_backward()
+        start_s, inputs_s = self.read_clock() if self.on else 0.0, self.spent_s["augment"]
+        yield
+        if self.on:
+            self._losses_end_s = self.read_clock()
+            self.spent_s["forward"] += self._losses_end_s - start_s - (self.spent_s["augment"] - inputs_s)
 
-        return call
+    def _end_backward(self) -> None:
+        if self.on and self._losses_end_s is not None:
+            self.spent_s["backward"] += self.read_clock() - self._losses_end_s
+        self._losses_end_s = None
+
+    @contextmanager
+    def timed_optimizers(self) -> Iterator[None]:
+        """Add the time of each optimizer's step."""
+
+        def begin(*_: Any) -> None:
+            self._end_backward()
+            self._optimizer_s = self.read_clock() if self.on else 0.0
+
+        def end(*_: Any) -> None:
+            if self.on:
+                self.spent_s["optimizer"] += self.read_clock() - self._optimizer_s
+
+        hooks = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def make_task(self) -> type[Mnist]:
+        """The built-in task with clocks in it."""
+        timer = self
+
+        class TimedMnist(Mnist):
+            """Draws, augments and computes as the built-in task does."""
+
+            def draw(self, seed: int, step: int, size: int) -> Tensor:
+                with timer.timed("augment"):
+                    return super().draw(seed, step, size)
+
+            def make_inputs(self, batch: Any, drawn: Any = None) -> tuple[Tensor, Tensor]:
+                with timer.timed("augment"):
+                    return super().make_inputs(batch, drawn)
+
+            def losses(self, model: nn.Module, batch: Any, drawn: Any) -> Tensor:
+                with timer.timed_forward():
+                    return super().losses(model, batch, drawn)
+
+        return TimedMnist
 
 
 class Session:
@@ -88,9 +133,10 @@ class Session:
         self._batches: Iterator[Batch] = iter(())
         self._device = torch.device("cpu")
 
-    def take_turns(self, batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+    def take_turns(self, loaded: Iterable[Batch], group: Group) -> Iterator[Batch]:
         """The loop's batches, and all measuring between them."""
-        self._batches, self._device, self.timer.device = batches, accelerator.device, accelerator.device
+        batches, accelerator = iter(loaded), group.accelerator
+        self._batches, self._device, self.timer.device = batches, group.device, group.device
         self.precision, self.threads = common.name_precision(accelerator), torch.get_num_threads()
         bare_step = common.make_step(common.make_model(accelerator), self.config, accelerator, self.config.batch_size)
         for _ in range(_WARM_UP_STEPS):
@@ -145,7 +191,7 @@ class Session:
 
     def _time_stock(self, kind: str, workers: int, threads: int, batches: int) -> float:
         """Seconds an image of the stock way."""
-        augmentation = stock.make_augmentation(self.config) if kind == "stock" else None
+        augmentation = stock.make_augmentation(common.find_mnist(self.config).limits) if kind == "stock" else None
         loader = stock.make_loader(
             self.folder, train=True, batch_size=self.options.stock_batch_size, workers=workers, augmentation=augmentation
         )
@@ -193,17 +239,9 @@ def measure(options: argparse.Namespace) -> Row:
         limits = {"steps": steps, "evaluate_every": steps, "test_size": 100, "report": False, "wandb": options.wandb}
         config = resolve_config(given | limits | {"run_dir": str(folder / "run")}, read_recipe(options.config))
         session = Session(options, config, folder)
-        timed = session.timer.timed
-
-        def make_state(*arguments: Any) -> TrainingState:
-            state = TrainingState(*arguments)
-            state.optimizer.step = timed("optimizer", state.optimizer.step)  # type: ignore[method-assign]
-            return state
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(Accelerator, "backward", timed("backward", Accelerator.backward)))
-            replaced = {name: timed("augment", getattr(loop, name)) for name in ("draw_transforms", "make_inputs") if hasattr(loop, name)}
-            common.run_loop(config, session.take_turns, TrainingState=make_state, **replaced)
+        config = make_config(config.values(), task=session.timer.make_task())
+        with session.timer.timed_optimizers():
+            common.run_loop(config, session.take_turns)
     return {
         "benchmark": "throughput",
         "settings": {

@@ -14,22 +14,24 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import common, stock
 from benchmarks.common import Row
-from mnist_dist import loop
-from mnist_dist.config import Config, read_recipe, resolve_config
+from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
+from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.model import CNN
 from mnist_dist.program import run_program
+from mnist_dist.task import Tally
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.model import CNN
 
 _NAMES = {
     "ours": "the loop",
@@ -55,27 +57,28 @@ class Clock:
 
     def stop(self) -> float:
         """Stand still, once the device has done its work; the seconds so far."""
-        assert self._since_s is not None
-        common.wait_for_device(self.device)
-        self._spent_s += time.perf_counter() - self._since_s
-        self._since_s = None
+        if self._since_s is not None:
+            common.wait_for_device(self.device)
+            self._spent_s += time.perf_counter() - self._since_s
+            self._since_s = None
         return self._spent_s
 
 
-def make_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
+def make_our_config(options: argparse.Namespace, seed: int, run_dir: str) -> Config:
     """The options of the loop: the recipe, evaluated several times an epoch, with its record and no mirror."""
     given: Row = {"seed": seed, "run_dir": run_dir, "report": False, "wandb": "disabled"}
     given |= {name: getattr(options, name) for name in ("train_size", "test_size", "epochs") if getattr(options, name) is not None}
     config = resolve_config(given, read_recipe(options.config))
     if getattr(config, "holdout", 0):
         raise UserError(f"the recipe {options.config} holds training images out; expected one that is evaluated on the test images")
-    return config.model_copy(update={"evaluate_every": max(1, config.steps_per_epoch // options.evaluations)})
+    common.find_mnist(config)
+    return config.replace(evaluate_every=max(1, config.steps_per_epoch // options.evaluations))
 
 
 def describe_settings(entry: str, options: argparse.Namespace) -> Row:
     """What decides about an entry's rows, beside seed and machine."""
     if entry == "ours":
-        recipe = common.describe_recipe(make_config(options, 0, "unused"))  # it has the sizes
+        recipe = common.describe_recipe(make_our_config(options, 0, "unused"))  # it has the sizes
         return {"config": common.name_recipe(options.config), "evaluations": options.evaluations, "recipe": recipe}
     epochs, batch_size = _STOCK_RECIPES[entry]
     return {
@@ -89,28 +92,33 @@ def describe_settings(entry: str, options: argparse.Namespace) -> Row:
 
 def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
     """Train by the loop. What it took and reached."""
-    config = make_config(options, seed, str(folder / "run"))
     clock, step, precision = Clock(), 0, ""
     evaluations: list[Row] = []
-    evaluate = getattr(loop, "evaluate", None)
 
-    def take_turns(batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+    class OffTheClock(Mnist):
+        """The built-in task; the clock stands still while a split is counted."""
+
+        def tally(self, model: nn.Module, batch: Any) -> Tally:
+            clock.stop()  # where it stands already, it stays so
+            return super().tally(model, batch)
+
+        def measure(self, sums: Tensor) -> Row:
+            measures = super().measure(sums)
+            evaluations.append({"epoch": step / config.steps_per_epoch, "time_s": clock.stop(), "accuracy": measures["accuracy"]})
+            clock.start()
+            return measures
+
+    config = make_config(make_our_config(options, seed, str(folder / "run")).values(), task=OffTheClock)
+
+    def take_turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
         nonlocal step, precision
-        precision = common.name_precision(accelerator)
+        precision = common.name_precision(group.accelerator)
         clock.start()
         for batch in batches:
             step += 1
             yield batch
 
-    def evaluate_off_the_clock(*arguments: Any, **named: Any) -> Any:
-        assert evaluate is not None
-        time_s = clock.stop()
-        evaluation = evaluate(*arguments, **named)
-        evaluations.append({"epoch": step / config.steps_per_epoch, "time_s": time_s, "accuracy": evaluation.accuracy})
-        clock.start()
-        return evaluation
-
-    common.run_loop(config, take_turns, evaluate=evaluate_off_the_clock)
+    common.run_loop(config, take_turns)
     return {"precision": precision, "evaluations": evaluations}
 
 

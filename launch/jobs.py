@@ -18,10 +18,10 @@ from pathlib import Path
 
 from launch import cluster
 from launch.runs import RunState, find_runs, find_saved_step, is_run, read_own_note, read_state
-from mnist_dist.console import format_duration, make_table
+from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import print_answer
+from mnist_dist.program import make_table, print_answer
 from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")

@@ -35,7 +35,7 @@ def _submit(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.submit", "Submit a training as a job, by submitit.", usage="[--config FILE] [--option of the job or the training value ...]"
     )
-    task, recipe = find_given_task(arguments)
+    task, recipe = find_given_task(arguments, "launch.submit")
     parser.add_options(Request)
     add_config_options(parser, task)
     given = parser.parse(arguments)

@@ -30,10 +30,9 @@ from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from launch.submit import collect_mistakes, compare_with_cluster, read_request, say
 from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
-from mnist_dist.console import make_table
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, explain_unknown, find_by_initials, make_options, option, path_argument, read_options_file
-from mnist_dist.program import print_answer
+from mnist_dist.program import make_table, print_answer
 from mnist_dist.record import check_folder
 from mnist_dist.source import BUILT_IN, find_task
 from mnist_dist.task import Task, format_measure

@@ -71,6 +71,13 @@ class Config(Options):
     epochs: int = _option("The training", 3, "passes over the training samples", ge=1, le=_STEPS_MAX)
     steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
+    shards: int | None = _option(
+        "The training",
+        None,
+        "fixed parts of a batch whose gradients are added up in a fixed order: the same bits on 1 to N processes; none: summed by DDP",
+        ge=1,
+        le=65_536,
+    )
     optimizer: Literal["muon", "sgd", "adamw"] = _option(
         "The training", "muon", "optimizer; muon: orthogonal updates, AdamW for the biases"
     )
@@ -117,6 +124,10 @@ class Config(Options):
         self._sizes = self.task.sizes
         if self.holdout and self.test_size is not None:
             raise ValueError("test_size has no use with holdout, which evaluates on training samples: leave one of them out")
+        if self.shards is not None and self.shards > self.batch_size:
+            raise ValueError(f"shards is {self.shards}, more than the {self.batch_size} samples of a batch; at most that many are allowed")
+        if self.shards is not None and self.cuda_graph:
+            raise ValueError("cuda_graph cannot record the shards of a batch: leave one of them out")
         if self._sizes is not None:
             self._check_sizes()
         return self
@@ -204,13 +215,10 @@ class Config(Options):
                 f"world_size is {world_size}, but {self.world_size} was asked for: this program was started "
                 f"{world_size} time(s) as one group (torchrun --nproc-per-node {self.world_size} starts {self.world_size} on one machine)"
             )
-        if self.batch_size % world_size:
-            below = self.batch_size - self.batch_size % world_size
-            near = " or ".join(str(size) for size in (below, below + world_size) if size)
-            raise UserError(
-                f"batch_size is {self.batch_size}, which {world_size} processes cannot share equally; "
-                f"allowed: multiples of {world_size}, such as {near}"
-            )
+        if world_size > self.batch_size:
+            raise UserError(f"batch_size is {self.batch_size}, less than the {world_size} processes: allowed is one for each sample")
+        if self.shards is not None and world_size > self.shards:
+            raise UserError(f"shards is {self.shards}, less than the {world_size} processes: allowed is one for each shard")
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide what is trained: two starts of one run must agree on them. One without effect has its default."""
@@ -230,7 +238,7 @@ class Config(Options):
 
     def replace(self, **values: Any) -> "Config":
         """The config with some options changed. Raises `UserError`."""
-        config = make_config(self.values() | values, task=type(self.task))
+        config = make_config(self.values() | values, task=type(self.task)).with_facts(self.task.facts)
         return config.with_sizes(self._sizes) if self._sizes is not None and not config.has_sizes else config
 
     @classmethod
@@ -328,12 +336,12 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
     return config.replace(**defaults) if defaults else config
 
 
-def find_given_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
+def find_given_task(arguments: Sequence[str] | None, program: str = "mnist_dist.train") -> tuple[type[Task], dict[str, Any]]:
     """The task that a command line names, itself or in the file of --config, and the options in that file. Raises `UserError`.
 
     Looked for first, since the task's own options are part of the command line.
     """
-    parser = Parser("mnist_dist", "", add_help=False)
+    parser = Parser(program, "", add_help=False)
     _add_sources(parser)
     known, _ = parser.parse_known_args(arguments)
     recipe = read_recipe(known.config)

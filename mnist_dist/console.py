@@ -3,10 +3,9 @@
 import contextlib
 import logging
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -110,18 +109,3 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
-    texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell) for cell in row] for row in rows]
-    columns = [index for index in range(len(header)) if any(row[index] for row in texts)]
-    lines = []
-    for line in (header, *texts):
-        cells = []
-        for index in columns:
-            width = max(len(text) for text in (header[index], *(row[index] for row in texts)))
-            is_number = all(re.fullmatch(r"[-+]?[\d.,]+%?|-|\.|", row[index]) for row in texts)
-            cells.append(line[index].rjust(width) if is_number else line[index].ljust(width))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

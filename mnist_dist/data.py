@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import itertools
+import json
 import os
 import random
 import re
@@ -27,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, is_lost_worker
+from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
@@ -38,11 +41,11 @@ _PROBED = 4  # samples by which a data set is known, and a model is tried
 
 
 class Share(NamedTuple):
-    """What one rank takes of one step: int64 `indices` into a split, and for each sample its place in the global batch."""
+    """What one rank takes of one step: int64 `indices` into a split, and of each of its parts the samples' places in the global batch."""
 
     step: int
     indices: Tensor
-    places: range
+    parts: tuple[range, ...]
 
 
 class Batch(NamedTuple):
@@ -51,6 +54,7 @@ class Batch(NamedTuple):
     step: int
     indices: Tensor
     samples: Any
+    parts: tuple[range, ...] = ()
 
 
 class _Failure(NamedTuple):
@@ -72,7 +76,7 @@ class InMemory:
         """A DataLoader calls this once for each batch."""
         where = share.indices.to(self.tensors[0].device, non_blocking=True)
         # Whole samples are copied; by tensor[where] it would be a number at a time, which on a CPU takes six times as long.
-        return Batch(share.step, share.indices, tuple(tensor.index_select(0, where) for tensor in self.tensors))
+        return Batch(share.step, share.indices, tuple(tensor.index_select(0, where) for tensor in self.tensors), share.parts)
 
 
 class Seeded:
@@ -100,7 +104,7 @@ class Seeded:
             # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
             first = derive_seed(self.seed, self.what, share.step)
             samples = []
-            for index, place in zip(share.indices.tolist(), share.places, strict=True):
+            for index, place in zip(share.indices.tolist(), itertools.chain(*share.parts), strict=True):
                 at[1] = index
                 seed_generators((first + place * 0x9E3779B97F4A7C15) % 2**63)
                 try:
@@ -108,7 +112,7 @@ class Seeded:
                 except Exception as error:
                     return self._fail(f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}")
             try:
-                return Batch(share.step, share.indices, self.task.collate(samples))
+                return Batch(share.step, share.indices, self.task.collate(samples), share.parts)
             except Exception as error:
                 return self._fail(
                     f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
@@ -150,7 +154,18 @@ def load_data(config: Config) -> tuple[Config, Data]:
         )
     with explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
+    _check_facts(task, facts)
     return config.with_facts(facts), data
+
+
+def _check_facts(task: Task, facts: Any) -> None:
+    """Raise `UserError` unless a file gives the facts back as they are; else it would fail only once the training is done."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        if isinstance(facts, dict) and json.loads(json.dumps(facts, allow_nan=False)) == facts:
+            return
+    raise UserError(
+        f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
+    )
 
 
 def _count(task: Task, split: Any, what: str) -> int:
@@ -197,7 +212,7 @@ def fingerprint(data: Data, task: Task) -> str:
         return digest.hexdigest()[:16]
     count = len(data.train)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
-    batch = Seeded(data.train, task, 0, "training").__getitems__(Share(0, torch.tensor(places), range(len(places))))
+    batch = Seeded(data.train, task, 0, "training").__getitems__(Share(0, torch.tensor(places), (range(len(places)),)))
     if isinstance(batch, _Failure):
         raise UserError(batch.reason)
     buffer = io.BytesIO()
@@ -210,7 +225,7 @@ def fingerprint(data: Data, task: Task) -> str:
 def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
     """A few samples, and what is drawn for them, by which a model is tried. On the CPU."""
     places = [place % len(split) for place in range(_PROBED)]  # type: ignore[arg-type]
-    share = Share(0, torch.tensor(places), range(_PROBED))
+    share = Share(0, torch.tensor(places), (range(_PROBED),))
     if isinstance(split, TensorDataset):
         samples: Any = InMemory(split, torch.device("cpu")).__getitems__(share).samples
     else:
@@ -218,18 +233,20 @@ def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
         if isinstance(batch, _Failure):
             raise UserError(batch.reason)
         samples = batch.samples
-    return samples, draw(config, 0, max(_PROBED, config.batch_size), slice(_PROBED))
+    return samples, draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
 
 
-def draw(config: Config, step: int, size: int, rows: slice) -> Any:
-    """Some rows of what the task draws for a batch of `size` samples; None where it draws nothing. Raises `UserError`."""
-    drawn = config.task.draw(config.seed, step, size)
+def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: type[UserError] | type[RunError] = RunError) -> Any:
+    """What the task draws for some places of a batch of `size` samples; None where it draws nothing. Raises `kind` where its code fails."""
+    with explaining(config.task.name, f"in draw for step {step + 1}", kind):
+        drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
         return None
     if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:
         shown = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
         raise UserError(f"task {config.task.name}: draw returned {shown}; expected a tensor of {size} rows, one for each sample, or None")
-    return drawn[rows]
+    rows = [drawn[part.start : part.stop : part.step] for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def list_tensors(samples: Any) -> list[Tensor]:
@@ -245,29 +262,39 @@ class StepSampler(DistributedSampler[Any]):
 
     Over all ranks, step k of an epoch trains on `permutation[k*B : (k+1)*B]`, where B is the global batch size and the permutation is a
     function of (seed, epoch): the batch does not depend on the number of ranks. What is left of an epoch after its last whole batch is
-    left out, the same in every world.
+    left out, the same in every world. The batch is dealt out to the ranks, or to the shards of which each rank has some: two parts differ
+    by at most one sample, where their number does not divide B.
     """
 
     def __init__(self, split: Any, config: Config, rank: int, world_size: int, start_step: int) -> None:
-        assert config.batch_size % world_size == 0, "Config.check_world checks this"
-        super().__init__(split, num_replicas=world_size, rank=rank, shuffle=True, drop_last=True)
+        self.dealt_to = config.shards or world_size
+        super().__init__(split, num_replicas=self.dealt_to, rank=rank, shuffle=True, drop_last=False)
         self.config = config
         self.start_step = start_step
-        self.local_batch_size = config.batch_size // world_size
+        self.mine = range(*split_shards(config.shards, rank, world_size)) if config.shards else range(rank, rank + 1)
 
     def __len__(self) -> int:
         return self.config.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[Share]:
-        indices, shuffled_epoch = torch.empty(0), -1
-        places = range(self.rank, self.config.batch_size, self.num_replicas)
+        orders, shuffled_epoch, size = [torch.empty(0)], -1, self.config.batch_size
         for step in range(self.start_step, self.config.total_steps):
             epoch, batch = divmod(step, self.config.steps_per_epoch)
             if epoch != shuffled_epoch:
-                # DistributedSampler shuffles by seed + epoch. The hash replaces that sum; the rest (this rank's share) is its own work.
+                # DistributedSampler shuffles by seed + epoch. The hash replaces that sum; the rest (a part's share) is its own work.
                 self.seed, self.epoch = derive_seed(self.config.seed, "order", epoch) >> 1, 0
-                indices, shuffled_epoch = torch.tensor(list(super().__iter__())), epoch
-            yield Share(step, indices[batch * self.local_batch_size : (batch + 1) * self.local_batch_size], places)
+                orders, shuffled_epoch = [self._order(part) for part in self.mine], epoch
+            # Of the whole permutation a part has the places part, part + dealt_to ...; of those, the ones within this batch.
+            indices, places = [], []
+            for part, order in zip(self.mine, orders, strict=True):
+                first, end = (-(-(limit - part) // self.dealt_to) for limit in (batch * size, (batch + 1) * size))
+                indices.append(order[first:end])
+                places.append(range(part + first * self.dealt_to - batch * size, size, self.dealt_to))
+            yield Share(step, indices[0] if len(indices) == 1 else torch.cat(indices), tuple(places))
+
+    def _order(self, part: int) -> Tensor:
+        self.rank = part
+        return torch.tensor(list(super().__iter__()))
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: Accelerate calls this with its own count of epochs, but here the epoch follows from the step."""
@@ -278,14 +305,14 @@ def list_shares(count: int, group: Group) -> list[Share]:
     mine = torch.arange(count)[group.rank :: group.size]
     parts = torch.split(mine, _EVALUATED_AT_ONCE) if len(mine) else ()
     # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
-    return [Share(0, part, range(int(part[0]), int(part[-1]) + 1, group.size)) for part in parts]
+    return [Share(0, part, (range(int(part[0]), int(part[-1]) + 1, group.size),)) for part in parts]
 
 
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = InMemory(split, device) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "test")
     for part in torch.split(torch.arange(len(kept)), _EVALUATED_AT_ONCE):
-        batch = kept.__getitems__(Share(0, part, range(int(part[0]), int(part[-1]) + 1)))
+        batch = kept.__getitems__(Share(0, part, (range(int(part[0]), int(part[-1]) + 1),)))
         if isinstance(batch, _Failure):
             raise RunError(batch.reason)
         yield send_to_device(batch.samples, device)

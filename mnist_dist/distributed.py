@@ -1,10 +1,9 @@
 """The Accelerator that joins this process to the others of its world, and what the processes say to each other."""
 
 import contextlib
+import itertools
 import os
-import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,21 +15,31 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, InitProcessGroupKwargs, patch_environment
 from torch import distributed as dist
 
+from mnist_dist.board import Board
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError, is_loss
-from mnist_dist.machine import check_graph, choose_device, choose_precision, choose_threads, keep_memory
+from mnist_dist.machine import (
+    check_graph,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    count_open_files,
+    keep_memory,
+    raise_file_limit,
+)
+from mnist_dist.rendezvous import Place, describe_run, find_interface, meet
 from mnist_dist.world import World
 
 T = TypeVar("T")
 
-_CAUSE = "cause"
-_READING_S = 2.0
+_CLOSING_S = 1.0
+_NCCL_EXTRA_S = 60.0
 
 
 class Group:
     """The processes of one run, once they have found each other."""
 
-    def __init__(self, accelerator: Accelerator, precision: str, world: World, timeout: timedelta) -> None:
+    def __init__(self, accelerator: Accelerator, precision: str, board: Board | None, timeout: timedelta) -> None:
         self.accelerator = accelerator
         self.precision = precision
         self.rank = accelerator.process_index
@@ -39,11 +48,8 @@ class Group:
         self.timeout = timeout
         # Small messages of the hosts (what to resume, whether to stop) go beside the GPUs' traffic and never wait for it.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
-        # The board on which a rank that fails leaves its reason. The server is the one that the ranks met at.
-        self._board: Any = None
-        if self.size > 1:
-            store = dist.TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-            self._board = dist.PrefixStore("mnist_dist", store)  # type: ignore[attr-defined]
+        self._board = board  # alone: none
+        self._reason = ""
 
     @property
     def is_main(self) -> bool:
@@ -96,38 +102,34 @@ class Group:
         try:
             yield
         except Exception as error:
+            assert self._board is not None
             if is_loss(error):
-                raise RunError(self._explain_loss(error)) from None
-            with contextlib.suppress(RuntimeError):
-                first_line = str(error).strip().split("\n")[0]
-                self._board.compare_set(_CAUSE, "", f"rank {self.rank} failed: {type(error).__name__}: {first_line}")
-                # The others learn of it when the connections close. Rank zero may be the one that serves the board: let them read it.
-                self.accelerator.end_training()
-                time.sleep(_READING_S)
+                raise RunError(self.explain(error)) from None
+            self._disconnect()  # the others learn of it when the connections close
+            self._board.blame_self(error)
             raise
 
-    def _read_cause(self, causes: list[str]) -> None:
-        with contextlib.suppress(RuntimeError):
-            end = time.monotonic() + _READING_S
-            while time.monotonic() < end:
-                if self._board.check([_CAUSE]):
-                    causes.append(self._board.get(_CAUSE).decode())
-                    return
-                time.sleep(0.05)
+    def keep_stacks_in(self, folder: Path) -> None:
+        """Where the Python stacks of the ranks go when one of them is silent. All ranks call it alike."""
+        if self._board is not None:
+            self._board.folder = folder
 
-    def _explain_loss(self, error: Exception) -> str:
-        causes: list[str] = []
-        # In a thread: the rank that serves the board may be the one that no longer answers.
-        reader = threading.Thread(target=self._read_cause, args=(causes,), daemon=True)
-        reader.start()
-        reader.join(_READING_S)
-        if causes:
-            return causes[0]
-        if re.search("[Tt]imed? ?out", str(error)):
-            return f"another rank was silent for {self.timeout.total_seconds():g} s (stopped, or its node is out of reach); see --timeout_s"
-        gone = "another rank is gone and left no reason (killed, or its node went down)"
-        # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
-        return gone if type(error) is RuntimeError else f"{gone}, or it is this: {str(error).strip().splitlines()[0]}"
+    def explain(self, error: BaseException) -> str:
+        """Why a collective has failed with `error`, in the same words on every rank; found once, and best as soon as it is known."""
+        assert isinstance(error, Exception)
+        assert self._board is not None
+        if not self._reason:
+            self._board.report_loss()
+            self._disconnect()
+            self._reason = self._board.explain(error)
+        return self._reason
+
+    def _disconnect(self) -> None:
+        """Close the connections, so that ranks that wait for this one notice at once."""
+        # In a thread: what is still on its way to a silent rank would hold it up.
+        closing = threading.Thread(target=self.accelerator.end_training, daemon=True)
+        closing.start()
+        closing.join(_CLOSING_S)
 
 
 class Agreement:
@@ -174,13 +176,19 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     if device == "cpu":
         keep_memory()
     timeout = timedelta(seconds=config.timeout_s)
+    place = _find_place(world, config) if world.size > 1 else None
     accelerator: Accelerator | None = None
-    with patch_environment(**_choose_variables(world, device, threads)):
+    board: Board | None = None
+    store: Any = None
+    with patch_environment(**_choose_variables(world, device, threads, place)):
         try:
             with _watchdog(world, config.timeout_s):
+                if place is not None:
+                    with _explaining_start(world, timeout):
+                        store, board = _start_group(world, place, device, timeout)
                 accelerator = _make_accelerator(world, device, precision, timeout)
                 _check_world(accelerator, world)
-                group = Group(accelerator, precision, world, timeout)
+                group = Group(accelerator, precision, board, timeout)
                 with group.sharing_failures():
                     _check_settings(group)
             with group.sharing_failures():
@@ -188,8 +196,67 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
         finally:
             if accelerator is not None:
                 accelerator.end_training()  # ranks that end without this may abort at exit
+            if dist.is_initialized():  # Accelerate leaves it where a notebook has forked this process
+                dist.destroy_process_group()
+            if board is not None:
+                board.close(store)
             # Accelerate keeps one state for each process; without this a second run in it, as in a notebook, would get the first's.
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _find_place(world: World, config: Config) -> Place:
+    """Meet the others, before anything of torch listens or waits for them."""
+    if dist.is_initialized():
+        raise UserError("this process is in a process group of torch already: leave it (destroy_process_group) before the training")
+    raise_file_limit(count_open_files(world))
+    run = describe_run(world, os.environ, config.run_dir)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return meet(world, run, config.timeout_s, None, None)
+    # torchrun itself serves a store at MASTER_PORT, so rank zero greets at another port, and leaves its number there.
+    timeout = timedelta(seconds=config.timeout_s)
+    with _explaining_start(world, timeout):
+        agent = dist.TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+        key = f"mnist_dist/greeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}/{next(_meetings)}"
+
+        def find_port(timeout_s: float) -> int:
+            agent.wait([key], timedelta(seconds=timeout_s))
+            return int(agent.get(key))
+
+        return meet(world, run, config.timeout_s, lambda port: agent.set(key, str(port)), find_port)
+
+
+_meetings = itertools.count()  # of this process: a script may train more than once
+
+
+def _start_group(world: World, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
+    """Make the process group over a store of its own, and the board beside it."""
+
+    def connect(**options: Any) -> Any:
+        store = dist.TCPStore(place.store, place.port, timeout=timeout, wait_for_workers=False, **options)  # type: ignore[attr-defined]
+        return dist.PrefixStore(place.secret, store)  # type: ignore[attr-defined]
+
+    store = connect(is_master=True, master_listen_fd=place.listener.detach()) if place.listener else connect(is_master=False)
+    board = Board(lambda: connect(is_master=False), world.rank, place.hosts, timeout)
+    # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
+    nccl = device == "cuda"
+    longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout
+    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=longer)
+    return store, board
+
+
+@contextlib.contextmanager
+def _explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
+    """Say what torch's own failures mean while the ranks connect."""
+    try:
+        yield
+    except Exception as error:
+        if not is_loss(error):
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"rank {world.rank} of {world.size} could not join the others at {world.address}:{world.port} within "
+            f"{timeout.total_seconds():g} s: {first_line}"
+        ) from error
 
 
 def _make_accelerator(world: World, device: str, precision: str, timeout: timedelta) -> Accelerator:
@@ -203,12 +270,9 @@ def _make_accelerator(world: World, device: str, precision: str, timeout: timede
             ],
         )
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_loss(error):
-            raise RunError(
-                f"rank {world.rank} of {world.size} could not join the others at {world.address}:{world.port} within "
-                f"{timeout.total_seconds():g} s: {first_line} (a port that is taken? set MASTER_PORT to a free one)"
-            ) from error
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         # Accelerate reads some forty variables, and each fails in its own way on a value that it does not know.
         variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
         if not variables:
@@ -242,14 +306,20 @@ def _give_up(world: World, timeout_s: float) -> None:
     os._exit(RunError.exit_code)
 
 
-def _choose_variables(world: World, device: str, threads: int) -> dict[str, str]:
+def _choose_variables(world: World, device: str, threads: int, place: Place | None = None) -> dict[str, str]:
     """What torch, Accelerate and their libraries read from the environment while the group lives."""
     # Launchers leave 1 thread here, whatever the machine has; where there is nothing, Accelerate would set a number of its own.
     variables = {"OMP_NUM_THREADS": str(threads)}
     if world.size > 1:
         variables |= world.variables()
-        if world.local_size == world.size and Path("/sys/class/net/lo").exists() and "GLOO_SOCKET_IFNAME" not in os.environ:
-            variables["GLOO_SOCKET_IFNAME"] = "lo"  # all on one machine, whatever its host name resolves to
+        # Gloo would connect each rank with every other at once.
+        variables["TORCH_GLOO_LAZY_INIT"] = os.environ.get("TORCH_GLOO_LAZY_INIT", "1")
+        interface = find_interface(place.address) if place is not None else None
+        if place is not None and interface is not None:
+            # They would offer what this host's name means here, which may be an address that only this host reaches.
+            variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or interface
+            if device == "cuda" and not place.is_local:
+                variables["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={interface}"
     if device == "cuda":
         # cuBLAS and cuDNN repeat their results only with a fixed workspace and fixed algorithms.
         variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import print_answer
-from mnist_dist.record import CONFIG_FILE
+from mnist_dist.program import make_table, print_answer
+from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world
@@ -65,6 +64,8 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     from mnist_dist.weights import load_model
 
     trained = load_model(options.run, options.task)
+    if os.path.isdir(options.run):
+        read_config(Path(options.run))  # without it, nobody knows on which samples the run was trained
     config, data = load_data(_make_config(options, trained.config))
     config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:

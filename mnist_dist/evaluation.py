@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mnist_dist.data import Reader, list_shares
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.record import is_measure
+from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
 
@@ -85,12 +85,19 @@ def _check_tally(task: Task, tally: Any, count: int) -> None:
 
 def _check_measures(task: Task, measures: Any) -> None:
     names: Row = measures if isinstance(measures, dict) else {}
-    wrong = [name for name, value in names.items() if not isinstance(name, str) or not is_measure(value)]
-    missing = [name for name in ("loss", task.best) if name not in names]
+    needed = ("loss", task.best)
+    # What passes here is read back without a complaint.
+    wrong = [
+        name
+        for name, value in names.items()
+        if not isinstance(name, str) or not is_measure(value, name) or (name in needed and not is_number(value))
+    ]
+    missing = [name for name in needed if name not in names]
     if missing or wrong:
         what = f"it lacks {missing[0]}" if missing else f"{wrong[0]} is {names[wrong[0]]!r:.80}"
         raise UserError(
-            f"task {task.name}: measure must return numbers, or lists of them, by their names, with loss and {task.best} among them; {what}"
+            f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
+            f"with the numbers loss and {task.best} among them; {what}"
         )
 
 

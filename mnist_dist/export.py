@@ -61,6 +61,8 @@ def _export(options: argparse.Namespace) -> int:
     if file.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)} (a .pt2 file needs none)")
 
+    import torch
+
     from mnist_dist.data import load_data
     from mnist_dist.files import write_atomically
     from mnist_dist.source import explaining
@@ -73,7 +75,7 @@ def _export(options: argparse.Namespace) -> int:
     with explaining(task.name, "in export"):
         exported = task.export(trained.model, data)
     _check_example(task.name, exported)
-    exported.module.eval()
+    exported.module.eval().to(memory_format=torch.contiguous_format)  # the layout in which everybody else has weights
     content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
     difference = check_export(exported.module, runner, exported.example)
     write_atomically(file, content)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d8dee4"
 BLUE, ORANGE, GREY = "#0969da", "#bc4c00", "#8c959f"
 DPI = 150
+PNG_START = b"\x89PNG\r\n\x1a\n"
 COLUMNS, SHOWN = 10, 50  # pictures in a row, and in all, of one grid
 _ZOOM = 3
 

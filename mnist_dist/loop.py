@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,16 @@ from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
+from mnist_dist.machine import find_processor
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
-from mnist_dist.source import explaining, note_named
+from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Evaluation
+from mnist_dist.tier import ANY_WORLD, THIS_WORLD
 from mnist_dist.weights import encode_weights
 from mnist_dist.world import find_world
 
@@ -77,18 +79,24 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
         saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
-        note_named(task.name)
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
-        noted = {"parameters": state.count_parameters(), "tier": state.tier.name, "best": task.best, **config.name_sizes()}
+        noted = {
+            "parameters": state.count_parameters(),
+            "tier": ANY_WORLD if state.is_any_world else THIS_WORLD,
+            "best": task.best,
+            "processor": find_processor(),
+            "torch": torch.__version__,
+            **config.name_sizes(),
+        }
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
-        _log.info("%s", state.tier)
-        run.show_samples(data, draw(config, state.step, config.batch_size, slice(None)))
+        _log.info("%s", state.describe_tier())
+        run.show_samples(state.step, data, draw(config, state.step, config.batch_size, (range(config.batch_size),)))
 
-        def compute(samples: Any, drawn: Any) -> Tensor:
+        def compute(samples: Any, drawn: Any, parts: Sequence[range]) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
-                return state.train_on(samples, drawn, meter.note_forward)
+                return state.train_on(samples, drawn, parts, meter.note_forward)
 
         state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
@@ -112,11 +120,10 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                drawn = draw(config, state.step, config.batch_size, slice(group.rank, None, group.size))
+                drawn = draw(config, state.step, config.batch_size, batch.parts)
                 drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
-                state.seed_generators()
                 meter.begin_step()
-                loss = train_step(batch.samples, drawn)
+                loss = train_step(batch.samples, drawn, batch.parts)
                 state.step += 1
                 meter.add(loss)
                 progress.advance()
@@ -127,7 +134,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                     if evaluate_now:
                         evaluation = evaluate_model()
                         row |= evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
-                        run.show_evaluation(data, evaluation)
+                        run.show_evaluation(state.step, data, evaluation)
                         meter.reset_clock()
                     run.append(row)
                     progress.report(row)
@@ -157,12 +164,12 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:
     elapsed_s, config = state.elapsed_s, state.config
     return {
+        **config.task.facts,  # first: a fact may be called as one of the others
         "step": state.step,
         "epoch": state.step / config.steps_per_epoch,
         **evaluation.name_values(config.evaluated_split),
         "elapsed_s": round(elapsed_s, 3),
         "images_per_s": round(state.step * config.batch_size / elapsed_s, 1),
-        **config.task.facts,
         "versions": describe_versions(),
     }
 

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import platform
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from mnist_dist.world import World
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+
+_FILES_ENOUGH = 65_536
 
 
 def count_usable_cores() -> int:
@@ -76,6 +80,27 @@ def has_native_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def count_open_files(world: World) -> int:
+    """How many files and connections a process of `world` may need at once, generously."""
+    # Of gloo's connections, each of three groups has some for each doubling of the world. Rank zero serves the store to the others: two
+    # connections for each, and for some moments a third when a rank is lost.
+    return 256 + 6 * world.size.bit_length() + (3 * world.size if world.rank == 0 else 0)
+
+
+def raise_file_limit(needed: int) -> None:
+    """Let this process have as many open files as it may. Raises `UserError` where that is less than it needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _FILES_ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < max(wanted, needed):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raise UserError(
+            f"this process may open {soft} files, and needs up to {needed} with so many ranks: raise the limit (ulimit -Hn {needed})"
+        )
+
+
 def keep_memory() -> None:
     """Let this process keep what a step frees for the next step. Where the C library is not glibc, nothing is done.
 
@@ -86,3 +111,12 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def find_processor() -> str:
+    """The model of this machine's processor, on which the rounding of sums depends."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

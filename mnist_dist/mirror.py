@@ -29,7 +29,6 @@ Message = dict[str, Any]
 
 _KILLED = 255  # the exit code of what someone ended, as W&B itself has it for Ctrl-C
 _FLUSH_S = 2.0  # how much of a run a SIGKILL of everything may cost
-_BEST = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
 # The settings whose variables are named otherwise.
 _SETTING_OF_VARIABLE = {
     "WANDB_DIR": "root_dir",
@@ -191,7 +190,7 @@ class Mirror:
         self._run.define_metric("*", step_metric="step")
         for name in ("step", "epoch"):  # what others are drawn over: no panels
             self._run.define_metric(name, hidden=True)
-        for name, best in _BEST.items():
+        for name, best in self._start["best"].items():
             self._run.define_metric(name, step_metric="step", summary=f"{best},last")
         # A server knows how far it got before a SIGKILL of this job or of the helper: what it has is not sent again.
         self._known_step = int(self._run.summary.get("step") or 0) if mode == "online" else 0

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
+from mnist_dist.program import make_table
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
 from mnist_dist.task import Task
@@ -20,6 +21,19 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(
+                f"task {task.name}: {name} of its model has no shape yet; give the sizes of lazy layers, or call it once in build_model"
+            )
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise UserError(
+                f"task {task.name}: {name} of its model is {parameter.dtype} on {parameter.device}; expected torch.float32 on the CPU: "
+                "the training chooses device and precision"
+            )
     return model
 
 

@@ -167,7 +167,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+        known, unknown = super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+        for action in self._actions:
+            if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`
+                raise UserError(f"{action.dest} needs a value")
+        return known, unknown
 
     def _spell_out(self, word: str) -> str:
         name, separator, value = word.partition("=")
@@ -209,9 +213,6 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             shown = unknown[0].split("=")[0]
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
-        for name, value in vars(known).items():
-            if value == [] and name in self._names:  # argparse's result for `--option=--`
-                raise UserError(f"{name} needs a value")
         return {name: None if value == "none" else value for name, value in vars(known).items()}
 
 

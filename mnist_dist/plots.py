@@ -9,7 +9,7 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,11 @@ from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, calm, make_figure, render
+from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, make_figure, render
 from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
+from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
 from mnist_dist.source import Unknown, explaining
 from mnist_dist.task import Data, Panel, format_measure
 from mnist_dist.weights import load_model
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a report shows of a run beside its numbers, and a sentence for each thing that could not be drawn."""
+    """What a report shows of a run beside its numbers, figures as PNG files; and a sentence for each thing that could not be drawn."""
 
     panels: list[Panel]
     left_out: list[str]
@@ -119,7 +119,7 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
     """
     config, panels, left_out = run.config, [], []
     if run.rows:
-        panels.append(Panel("Curves", "curves", figure=draw_curves(run.rows, config), caption=_describe_curves(config)))
+        panels += _render([Panel("Curves", CURVES, figure=draw_curves(run.rows, config), caption=_describe_curves(config))])
     else:
         left_out.append("curves: metrics.jsonl has no rows yet")
     if isinstance(config.task, Unknown):
@@ -133,6 +133,11 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
         trained = load_model(run.path, None if config.task.name == "mnist" else config.task.name)
         model, config = trained.model.to(device), config.with_facts(trained.task.facts)
         measures = pick_measures(run.result, config.evaluated_split)
+        try:
+            with explaining(config.task.name, "in draw_measures"):
+                panels += _render(config.task.draw_measures(measures, config.evaluated_on))
+        except UserError as error:
+            left_out.append(f"what the task draws of its measures: {error}")
     else:
         left_out.append("what the model makes of its samples: the run is not finished")
     try:
@@ -142,13 +147,21 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
             found, data = load_data(asked.replace(workers=0))
             config = found.with_facts(config.task.facts or found.task.facts)
         with explaining(config.task.name, "in draw_report"), torch.inference_mode():
-            panels += config.task.draw_report(data, model, read_on(data.evaluated, config, torch.device(device)), measures)
+            panels += _render(config.task.draw_report(data, model, read_on(data.evaluated, config, torch.device(device)), measures))
     except (UserError, RunError) as error:
         left_out.append(f"what the task draws of its data: {error}")
-    for panel in panels:
-        if panel.figure is not None and not PICTURE_NAME.fullmatch(f"{panel.name}.png"):
-            raise UserError(f"task {config.task.name}: a panel is called {panel.name!r:.80}; allowed: small letters, digits, _ and -")
     return Drawing(panels, left_out)
+
+
+def _render(panels: Sequence[Panel]) -> list[Panel]:
+    """The panels with the files of their figures: a figure that is rendered again is laid out a little otherwise. Raises `UserError`."""
+    rendered = [panel if panel.figure is None else replace(panel, figure=render(panel.figure)) for panel in panels]
+    for panel in rendered:
+        if panel.figure is not None and not PICTURE_NAME.fullmatch(f"{panel.name}.png"):
+            raise UserError(f"a panel is called {panel.name!r:.80}; allowed: small letters, digits, _ and -")
+        if panel.figure is not None and not panel.figure.startswith(PNG_START):
+            raise UserError(f"the figure of panel {panel.name} is neither matplotlib's nor the bytes of a PNG file")
+    return rendered
 
 
 def _describe_curves(config: Config) -> str:

@@ -11,14 +11,17 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_dist.console import make_table
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_printable, print_answer
+from mnist_dist.program import make_printable, make_table, print_answer
+from mnist_dist.record import CONFIG_FILE, read_config
+from mnist_dist.source import BUILT_IN
 from mnist_dist.tasks.mnist.digit import FORMATS, prepare_image
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ def _predict(options: argparse.Namespace) -> int:
     from mnist_dist.tasks.mnist import Mnist
     from mnist_dist.weights import load_model
 
+    if os.path.isfile(Path(options.run) / CONFIG_FILE) and (name := read_config(Path(options.run)).task.name) != BUILT_IN:
+        raise UserError(f"the weights of {options.run} were trained for task {name[:200]}; pictures of digits need those of {BUILT_IN}")
     trained = load_model(options.run)
     task = trained.task
     dataset = str(task.facts["dataset"]) if isinstance(task, Mnist) else f"task {task.name}"

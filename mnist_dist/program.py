@@ -1,11 +1,12 @@
-"""What the programs have in common: one-line errors, exit statuses. Imports no torch."""
+"""What the programs have in common: one-line errors, exit statuses, tables. Imports no torch."""
 
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError
@@ -92,3 +93,18 @@ class _Printable(io.TextIOBase):
 def make_printable(text: str, kept: str = "") -> str:
     """`text` without what could move a terminal's cursor or colour it: such characters, but for `kept` ones, become escapes."""
     return "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
+    texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell) for cell in row] for row in rows]
+    columns = [index for index in range(len(header)) if any(row[index] for row in texts)]
+    lines = []
+    for line in (header, *texts):
+        cells = []
+        for index in columns:
+            width = max(len(text) for text in (header[index], *(row[index] for row in texts)))
+            is_number = all(re.fullmatch(r"[-+]?[\d.,]+%?|-|\.|", row[index]) for row in texts)
+            cells.append(line[index].rjust(width) if is_number else line[index].ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

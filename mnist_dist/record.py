@@ -25,14 +25,16 @@ CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result
 STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
 WEIGHTS_FILE, REPORT_FILE = "model.safetensors", "report.html"
 CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", re.compile(r"step_(\d{8,18})-([0-9a-f]{16})\.pt")  # its step, its SHA-256's beginning
-PLOTS = "plots"
+PLOTS, CURVES = "plots", "curves"  # the picture that every run has
 PICTURE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.png")
+STACKS, STACK_NAME = "stacks", re.compile(r"rank\d{1,7}\.txt")  # of the ranks, when one of them was silent
 _FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, ENDS_FILE, RESULT_FILE, WEIGHTS_FILE, REPORT_FILE)
 
 _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
 _STEPS_MAX = 2**53
 _SMALL_BYTES_MAX = 1 << 20  # of a result, a lock, a note
+_LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
 
 Row = dict[str, Any]
@@ -207,13 +209,18 @@ def _check_folder(run_dir: Path, config: Config) -> None:
         there = read_config(run_dir, type(config.task)).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
     elif not is_run(run_dir):
-        for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir))):
+        for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir)), *list_stacks(run_dir)):
             path = run_dir / name
             if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
                 raise UserError(
                     f"run_dir {run_dir} holds {name} but no {CONFIG_FILE}, so it is not a run, and {name} would be overwritten: "
                     "use another run_dir, or move that file away"
                 )
+
+
+def list_stacks(run_dir: Path) -> list[str]:
+    """The names, in a folder, of the files of stacks there."""
+    return sorted(f"{STACKS}/{path.name}" for path in (run_dir / STACKS).glob("*.txt") if STACK_NAME.fullmatch(path.name))
 
 
 def list_pictures(run_dir: Path) -> list[Path]:
@@ -237,8 +244,10 @@ def check_same(there: Row, asked: Row, what: str) -> None:
 def remove_temporary_files(run_dir: Path) -> None:
     """Delete what a killed writer left behind: regular files under names that this program gives them, and nothing else. Raises OSError."""
     paths = [run_dir / f"{name}{TEMPORARY_SUFFIX}" for name in _FILES]
+    # Any other picture's is written over by the next report that draws it: what a task calls its pictures, a user may call a file.
+    paths.append(run_dir / PLOTS / f"{CURVES}.png{TEMPORARY_SUFFIX}")
     paths += [
-        path for path in (run_dir / PLOTS).glob(f"*{TEMPORARY_SUFFIX}") if PICTURE_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX))
+        path for path in (run_dir / STACKS).glob(f"*{TEMPORARY_SUFFIX}") if STACK_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX))
     ]
     for path in (run_dir / CHECKPOINTS).glob(f"step_*{TEMPORARY_SUFFIX}"):
         if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
@@ -311,7 +320,8 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
     good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= find_last_step(config))
     if config is not None:
         good[config.best] = is_number(result.get(config.best))
-        wrong = config.task.check_measures(pick_measures(result, split))
+        task = config.task.with_facts(result)  # among whose values they are
+        wrong = task.check_measures(pick_measures(result, split))
         good |= {} if wrong is None else {f"{split}/{wrong}": False}
     for name in good:
         if not good[name]:
@@ -334,7 +344,7 @@ def read_rows(run_dir: Path, config: Config, tail_bytes: int | None = None) -> l
     path = run_dir / METRICS_FILE
     rows: list[Row] = []
     for number, row in _read_lines(path, tail_bytes):
-        if not is_row(row):
+        if not is_row(row) or isinstance(row.get(config.best), list):
             raise UserError(f"{path} is damaged: line {number} is not a JSON object of numbers with a step")
         if row["step"] > find_last_step(config):
             raise UserError(f"{path} is damaged: line {number} is of step {row['step']}; the run has {config.total_steps}")
@@ -407,8 +417,10 @@ def parse_object(text: bytes) -> Row:
 
 
 def is_row(row: Row) -> bool:
-    """Whether `row` is one of metrics.jsonl: a step, and numbers or lists of them, some of which may not be known."""
-    return is_count(row.get("step")) and all(is_measure(value, name) for name, value in row.items())
+    """Whether `row` is one of metrics.jsonl: a step, and numbers, some of which may not be known; of an evaluation, lists of them, too."""
+    return is_count(row.get("step")) and all(
+        is_measure(value, name) and (not isinstance(value, list) or _LIST_NAME.fullmatch(name)) for name, value in row.items()
+    )
 
 
 def is_measure(value: object, name: str = "") -> bool:

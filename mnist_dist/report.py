@@ -91,8 +91,8 @@ $sections
 
 def write_report(
     run_dir: Path, device: torch.device | str = "cpu", config: Config | None = None, data: Data | None = None, task: str | None = None
-) -> Path:
-    """Write the pictures of a run into its folder `plots`, and `report.html` with all of them; the path of the latter.
+) -> list[Path]:
+    """Write `report.html` of a run, and its pictures into the folder `plots`: the paths of all, that of the page first.
 
     `config` and `data` may be at hand; `task` is the name by which the user names its code.
 
@@ -102,13 +102,13 @@ def write_report(
     drawing = draw_run(run, device, data)
     for sentence in drawing.left_out:
         _log.warning("left out %s", sentence)
-    save_figures(drawing.panels, run.path / PLOTS)
+    pictures = save_figures(drawing.panels, run.path / PLOTS)
     path = run.path / REPORT_FILE
     try:
         write_atomically(path, make_page(run, drawing.panels, drawing.left_out).encode(errors="replace"))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    return path
+    return [path, *pictures]
 
 
 def make_page(run: Run, panels: Sequence[Panel], left_out: Sequence[str]) -> str:
@@ -281,7 +281,7 @@ def _describe_result(run: Run) -> tuple[str, ...]:
 
 
 def _write(run_dirs: list[Path], task: str | None) -> list[Path]:
-    return [write_comparison(run_dirs) if run_dirs[1:] else write_report(run_dirs[0], task=task)]
+    return [write_comparison(run_dirs)] if run_dirs[1:] else write_report(run_dirs[0], task=task)[:1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

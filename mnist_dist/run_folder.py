@@ -29,8 +29,8 @@ from mnist_dist.record import (
     CONFIG_FILE,
     ENDS_FILE,
     METRICS_FILE,
-    PLOTS,
     RESULT_FILE,
+    STACKS,
     STARTS_FILE,
     WEIGHTS_FILE,
     Record,
@@ -41,12 +41,15 @@ from mnist_dist.record import (
     read_starts,
     remove_temporary_files,
 )
-from mnist_dist.source import find_changed
+from mnist_dist.source import find_changed, note_named
 from mnist_dist.task import Data, Evaluation, Panel
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
 if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
+
+# What the rounding of sums depends on, of the facts of a start.
+_BIT_NAMES = ("processor", "device", "precision", "threads", "torch")
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class RunFolder:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and is_loss(error) and self.group.size > 1:
+            self.group.explain(error)  # before anything that takes its time: the others wait for this rank's answer
         if self._writer is not None:
             self._writer.close()  # before the lock goes: another job may take the folder then
             self._note_end(error)
@@ -133,23 +138,25 @@ class RunFolder:
         `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
         """
         self.group.on_main(lambda: self._start(step, facts, promised_rows))
+        self.group.keep_stacks_in(self.path / STACKS)
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
-        source = self.config.task.source
-        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": source}
+        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": self.config.task.source}
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
             self._record.cut_back(step, promised_rows)
-            self._compare_source(source)
+            self._compare(start)
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
+        note_named(self.config.task.name)  # by this user, who has started it
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))
+        split, task = self.config.evaluated_split, self.config.task
         mirror = open_tracker(
             self.config.wandb,
             self.path,
@@ -157,22 +164,26 @@ class RunFolder:
             project=self.config.wandb_project,
             facts={**start, "versions": describe_versions()},
             job_type="train",
-            tags=[str(self.config.values().get("dataset", self.config.task.short_name)), self.config.optimizer],
+            tags=[str(self.config.values().get("dataset", task.short_name)), self.config.optimizer],
             notes=f"{self.path.absolute()} on {platform.node()}",
             system_metrics=self.config.system_metrics,
+            best={"train/loss": "min", f"{split}/loss": "min", self.config.best: "max" if task.higher_is_better else "min"},
         )
         self._trackers.append(mirror)
 
-    def _compare_source(self, source: str) -> None:
-        """Warn where this start has another code of its task than the one before."""
-        before = next((start["source"] for start in reversed(read_starts(self.path)) if isinstance(start.get("source"), str)), source)
-        changed = find_changed(before, source)
+    def _compare(self, start: Row) -> None:
+        """Warn where this start computes with other things than the one before."""
+        before = next(reversed(read_starts(self.path)), {})
+        changed = find_changed(str(before.get("source", start["source"])), start["source"])
         if changed:
             _log.warning(
                 "the code of task %s is another than at the last start: %s changed; what follows is computed with the new one",
                 self.config.task.name,
                 ", ".join(changed),
             )
+        differing = [f"{name} {before[name]}, now {start[name]}" for name in _BIT_NAMES if before.get(name, start[name]) != start[name]]
+        if self.config.shards and differing:
+            _log.warning("shards give the same bits only where these are the same; the last start had %s", "; ".join(differing))
 
     def _sync(self) -> None:
         assert self._lock is not None
@@ -186,9 +197,9 @@ class RunFolder:
         elif self._stop:
             why = f"stopped by {self._stop.cause}, saved"
         else:
-            lines = str(error).strip().splitlines()
-            lost = isinstance(error, Exception) and is_loss(error)
-            why = f"failed: {'another rank was lost' if lost else (lines[0] if lines else type(error).__name__)[:300]}"
+            lost = error is not None and is_loss(error) and self.group.size > 1
+            lines = (self.group.explain(error) if lost and error is not None else str(error).strip()).splitlines()
+            why = f"failed: {(lines[0] if lines else type(error).__name__)[:300]}"
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()
@@ -212,22 +223,22 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.log(row)
 
-    def show_samples(self, data: Data, drawn: object) -> None:
-        """Send the trackers what is trained on; `drawn` is what the next step draws for it."""
-        self._show(lambda: self.config.task.draw_samples(data, drawn))
+    def show_samples(self, step: int, data: Data, drawn: object) -> None:
+        """Send the trackers what is trained on; `drawn` is what the step after `step` draws for it."""
+        self._show(step, lambda: self.config.task.draw_samples(data, drawn))
 
-    def show_evaluation(self, data: Data, evaluation: Evaluation, most: int = 20) -> None:
-        """Send the trackers what an evaluation found, with at most `most` examples."""
+    def show_evaluation(self, step: int, data: Data, evaluation: Evaluation, most: int = 20) -> None:
+        """Send the trackers what the evaluation after `step` found, with at most `most` examples."""
         chosen = dataclasses.replace(evaluation, examples=evaluation.examples[:most])
-        self._show(lambda: self.config.task.draw_evaluation(data, chosen))
+        self._show(step, lambda: self.config.task.draw_evaluation(data, chosen))
 
-    def _show(self, draw: Callable[[], list[Panel]]) -> None:
+    def _show(self, step: int, draw: Callable[[], list[Panel]]) -> None:
         """Draw panels for the trackers that take pictures. What fails on the way to them is a warning."""
         trackers = [tracker for tracker in self._trackers if tracker.takes_pictures]
         try:
             panels = draw() if trackers else []
             for tracker in trackers:
-                tracker.log_panels(self._step, panels)
+                tracker.log_panels(step, panels)
         except Exception as error:
             _log.warning("pictures for the trackers are left out: %s", error)
 
@@ -285,11 +296,11 @@ class RunFolder:
                     from mnist_dist.report import write_report  # matplotlib is imported only now
 
                     # The task in hand draws, with the data in hand.
-                    _log.info("report: %s", write_report(self.path, self.group.device, self.config, data))
-                    pictures = sorted((self.path / PLOTS).glob("*.png"))
+                    page, *pictures = write_report(self.path, self.group.device, self.config, data)
+                    _log.info("report: %s", page)
             except Exception as error:
                 _log.warning("no report, but the run is finished: %s (python -m mnist_dist.report %s tries again)", error, self.path)
-            self.show_evaluation(data, evaluation, most=100)
+            self.show_evaluation(result["step"], data, evaluation, most=100)
             for tracker in self._trackers:
                 tracker.log_images(result["step"], {f"images/{path.stem}": path for path in pictures})
                 if self.config.wandb_model:

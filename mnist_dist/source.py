@@ -26,7 +26,7 @@ from mnist_dist.task import Task
 BUILT_IN = "mnist"
 
 _PACKAGE = "mnist_dist.tasks"
-_ALL_WRITE = ("load", "build_model", "losses", "tally", "measure")
+_ALL_WRITE = ("load", "build_model", "losses")
 _FILE_BYTES_MAX = 16 << 20
 _NAMED_BYTES_MAX = 1 << 20
 _found: dict[str, type[Task]] = {}
@@ -62,7 +62,8 @@ def resolve_name(name: str) -> str:
 
 def is_built_in(name: str) -> bool:
     """Whether `name` is a task of this package."""
-    return name.isidentifier() and importlib.util.find_spec(f"{_PACKAGE}.{name}") is not None and name != "classification"
+    spec = importlib.util.find_spec(f"{_PACKAGE}.{name}") if name.isidentifier() else None
+    return spec is not None and spec.submodule_search_locations is not None  # a package: the modules beside it are no tasks
 
 
 def _load(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -16,6 +17,7 @@ from mnist_dist.config import Config
 from mnist_dist.data import fingerprint, probe, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.exchange import Flat, TreeSum
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
@@ -39,7 +41,17 @@ class TrainingState:
         self.probe = probe(data.train, config)
         self.tier = find_tier(config.task, self.bare_model, *self.probe)
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
-        self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
+        self.tree: TreeSum | None = None
+        if config.shards:
+            # Its gradients are added up along the tree, not by DDP.
+            self.tree = TreeSum(config.shards, group)
+            self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
+            self.optimizer = group.accelerator.prepare_optimizer(optimizer)
+            self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+            self.averaged = [buffer for buffer in self.bare_model.buffers() if buffer.is_floating_point()]
+            self.flat = Flat([*self.trained, *self.averaged], extra=1)
+        else:
+            self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
         if config.cuda_graph:
             if not self.tier.is_any_world:
                 raise UserError(
@@ -64,46 +76,101 @@ class TrainingState:
                 self.config.task.losses(self.model, samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
-    def train_on(self, samples: Any, drawn: Any, note_forward: Callable[[], None]) -> Tensor:
-        """All that the device does in a step; this rank's part of the mean loss over the global batch, times the number of ranks.
+    def train_on(self, samples: Any, drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
+        """All that the device does in a step, on some parts of the global batch; a loss whose mean over the ranks is that of the batch.
 
-        The losses of all samples are added up and divided by the size of the global batch, here and by DDP's mean over the ranks, however
-        many samples a rank has, and however many of them it computes at once.
+        The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
+        many of them it computes at once.
         """
-        task, accelerator = self.config.task, self.group.accelerator
+        loss = (
+            self._add_gradients(samples, drawn, note_forward)
+            if self.tree is None
+            else self._add_up(self.tree, samples, drawn, parts, note_forward)
+        )
+        if self.config.clip_norm is not None:
+            self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        return loss
+
+    def _add_gradients(self, samples: Any, drawn: Any, note_forward: Callable[[], None]) -> Tensor:
+        """Leave the gradients of the global batch, by DDP's mean over the ranks."""
+        accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
-        count = check_count(samples) if self.config.micro_batch else 0
-        total: Tensor | None = None
-        parts = _cut(count, self.config.micro_batch)
-        for number, rows in enumerate(parts, start=1):
-            last = number == len(parts)
-            # Gradients are exchanged with the last part, once.
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                part, numbers = (samples, drawn) if len(parts) == 1 else (take(samples, rows), take(drawn, rows))
-                losses = task.losses(self.model, part, numbers)
-                loss = losses.sum() * (self.group.size / self.config.batch_size)
-                if last:
+        self._seed(f"model on rank {self.group.rank}")
+        pieces = self._cut(samples, drawn)
+        for number, (piece, numbers) in enumerate(pieces, start=1):
+            # Gradients are exchanged with the last piece, once.
+            with contextlib.nullcontext() if number == len(pieces) else accelerator.no_sync(self.model):
+                loss = self.config.task.losses(self.model, piece, numbers).sum() * (self.group.size / self.config.batch_size)
+                if number == len(pieces):
                     note_forward()
                 accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        if self.config.clip_norm is not None:
-            self._gradient_norm = accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        assert total is not None
-        return total
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def seed_generators(self) -> None:
-        """Seed what the model draws in the step that comes: a function of (seed, step, rank)."""
-        if self.tier.is_any_world:  # it draws nothing
-            return
-        seed = derive_seed(self.config.seed, f"model on rank {self.group.rank}", self.step)
-        seed_generators(seed)
-        if self.group.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+    def _add_up(self, tree: TreeSum, samples: Any, drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
+        """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
+        ends = list(itertools.accumulate(map(len, parts)))
+        before = [buffer.clone() for buffer in self.bare_model.buffers()]
+
+        def compute(shard: int) -> Tensor:
+            number = shard - tree.mine[0]
+            rows = slice(ends[number] - len(parts[number]), ends[number])
+            with torch.no_grad():  # each shard begins with the same statistics
+                for buffer, value in zip(self.bare_model.buffers(), before, strict=True):
+                    buffer.copy_(value)
+            self._seed(f"model on shard {shard}")
+            gradients: list[Tensor] = []
+            losses = []
+            for piece, numbers in self._cut(take(samples, rows), take(drawn, rows)):
+                loss = self.config.task.losses(self.model, piece, numbers).sum() / self.config.batch_size
+                found = torch.autograd.grad(loss, self.trained)
+                gradients = [one.add_(other) for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
+                losses.append(loss.detach())
+            if shard == tree.mine[1] - 1:
+                note_forward()  # what comes now waits for the other ranks
+            return self.flat.pack([*gradients, *self.averaged], [torch.stack(losses).sum()])
+
+        total = tree(compute)
+        views = self.flat.views(total)
+        for parameter, gradient in zip(self.trained, views, strict=False):
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in zip(self.averaged, views[len(self.trained) :], strict=True):
+                buffer.copy_(value / tree.shards)
+        return total[-1]
+
+    def _cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
+        """The pieces of some samples that are computed at once, and what is drawn for each."""
+        size = self.config.micro_batch
+        if size is None:
+            return [(samples, drawn)]
+        rows = [slice(start, start + size) for start in range(0, check_count(samples), size)]
+        return [(take(samples, piece), take(drawn, piece)) for piece in rows]
+
+    def _seed(self, purpose: str) -> None:
+        """Seed what the model draws in the pass that comes: a function of (seed, step) and the rank or the shard."""
+        if not self.tier.is_any_world:  # else it draws nothing
+            seed = derive_seed(self.config.seed, purpose, self.step)
+            seed_generators(seed)
+            if self.group.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+
+    @property
+    def is_any_world(self) -> bool:
+        """Whether the number of processes may change between two starts."""
+        return self.tier.is_any_world or self.tree is not None
+
+    def describe_tier(self) -> str:
+        """On which numbers of processes the run keeps its promises, and why, for the log."""
+        if self.tree is None:
+            return str(self.tier)
+        bits = f"any world: the same bits on 1 to {self.tree.shards} processes of as many threads, by {self.tree.shards} shards"
+        return bits if self.tier.is_any_world else f"{bits}, although {self.tier.reason}"
 
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""
-        if self.group.size > 1:
+        if self.group.size > 1 and self.tree is None:
             for buffer in self.bare_model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
@@ -138,7 +205,7 @@ class TrainingState:
             "data": self.fingerprint,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
-            "world": None if self.tier.is_any_world else self._describe_world(),
+            "world": None if self.is_any_world else self._describe_world(),
             "model": _copy(self.bare_model.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
         }
@@ -182,7 +249,7 @@ class TrainingState:
         world = state.get("world")
         if world is not None and not isinstance(world, str):
             raise RunError("it is damaged: its world is not a text")
-        if not self.tier.is_any_world and world not in (None, self._describe_world()):
+        if not self.is_any_world and world not in (None, self._describe_world()):
             raise UserError(
                 f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only on as "
                 f"many processes, because {self.tier.reason}: start as many, or use another run_dir"
@@ -214,11 +281,6 @@ class TrainingState:
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _cut(count: int, size: int | None) -> list[slice]:
-    """The rows of each part of `count` samples of which `size` are computed at once."""
-    return [slice(start, start + size) for start in range(0, count, size)] if size else [slice(None)]
 
 
 def _copy(value: Any) -> Any:

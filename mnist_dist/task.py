@@ -167,19 +167,23 @@ class Task(Options):
     def losses(self, model: "nn.Module", batch: Any, drawn: Any) -> "Tensor":
         """One loss per sample, [n], not their mean: the loop divides by the whole batch, wherever its samples are computed.
 
-        `batch` is on the device: the tensors of a `TensorDataset`, else what `collate` made. `drawn`: the rows of `draw` for its samples.
+        `batch` is on the device: the tensors of a `TensorDataset`, else what `collate` made. `drawn`: the rows of `draw` for its samples;
+        None in an evaluation.
         """
         raise NotImplementedError
 
+    # What a task may have.
+
     def tally(self, model: "nn.Module", batch: Any) -> Tally:
-        """Count what `model`, in evaluation mode, gets right and wrong in a batch of a test split."""
-        raise NotImplementedError
+        """Count what `model`, in evaluation mode, gets right and wrong in a batch of a test split; by default its losses."""
+        import torch
+
+        losses = self.losses(model, batch, None).double()
+        return Tally(torch.stack([losses.new_full((), len(losses)), losses.sum()]))
 
     def measure(self, sums: "Tensor") -> Row:
         """The measures (numbers, or lists of numbers) that the `sums` float64 [k] of a whole split mean; `loss` and `best` among them."""
-        raise NotImplementedError
-
-    # What a task may have.
+        return {"loss": float(sums[1] / sums[0])}
 
     def draw(self, seed: int, step: int, size: int) -> "Tensor | None":
         """Random numbers for the whole batch of `step`, on the CPU: row i of `size` rows is sample i's. A function of (seed, step)."""
@@ -218,8 +222,12 @@ class Task(Options):
         """What an evaluation of `data.evaluated` found, for the trackers. Takes milliseconds."""
         return []
 
+    def draw_measures(self, measures: Row, on: str) -> list[Panel]:
+        """What the report shows of the `measures` of the finished run's evaluation, `on` its `test` or `held-out` samples; without data."""
+        return []
+
     def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:
-        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) makes of them.
+        """What the report shows beside the curves: of the data, and of what `model` (None while the run goes on) does with them.
 
         `batches`: the samples of `data.evaluated` in their order, on the model's device. `measures`: of the finished run's evaluation.
         """

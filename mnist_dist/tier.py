@@ -154,12 +154,13 @@ def find_first_difference(whole: Trace, part: Trace, count: int) -> str | None:
             break
         if one.ndim and other.ndim and len(other) and len(one) % len(whole.losses) == 0:
             times = len(one) // len(whole.losses)  # a sample may be several rows
-            if one[: count * times].shape == other.shape and not _is_close(one[: count * times], other):
+            if one[: count * times].shape == other.shape and not is_close(one[: count * times], other):
                 return name
-    return None if _is_close(whole.losses[:count], part.losses) else "the losses"
+    return None if is_close(whole.losses[:count], part.losses) else "the losses"
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
     if one.shape != other.shape:
         return False
     one, other = one.detach().double(), other.detach().double()

@@ -36,8 +36,10 @@ from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
 from mnist_dist.task import Panel
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+Best = Mapping[str, Literal["min", "max"]]
 
 _DEFAULT_PROJECT = "mnist-dist"
+_BEST: Best = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
 _INIT_S = 5.0  # how long a server may take to accept the run, before the run is kept offline
 _ANSWER_S = 3.0  # how long a server may take to answer what W&B asks before it sends tables and weights
 _UPLOAD_S = 4.0  # how long a server may take for the rest, at the end
@@ -399,6 +401,7 @@ def open_tracker(
     tags: Sequence[str] = (),
     notes: str | None = None,
     system_metrics: bool = False,
+    best: Best = _BEST,
 ) -> NoTracker:
     """Begin or continue the mirror of the run in `run_dir`. Returns at once and never raises; what happens is logged.
 
@@ -406,6 +409,7 @@ def open_tracker(
     offline or disabled. `facts` join the config there, and win: they say what came of "auto". Before job type, group, tags and notes W&B's
     own variables have precedence (WANDB_JOB_TYPE, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES); the entity comes from WANDB_ENTITY alone, and
     the project from WANDB_PROJECT where `project` is None. `system_metrics` are W&B's own measurements of this process and its machine.
+    `best` says of metrics whether their lowest or their highest value is the best, which W&B then shows beside the last one.
 
     One folder is one run on W&B, over all its starts. Under `wandb agent`, a new folder is the run that the agent made for it.
     """
@@ -441,6 +445,7 @@ def open_tracker(
             "run": _describe_run(run_id, project, defaults) | ({"sweep_id": sweep} if in_sweep else {}),
             "config": _hide_secrets({**config, **(facts or {})}),
             "system_metrics": system_metrics,
+            "best": dict(best),
             "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
         }
         return WandbTracker(start, environ)

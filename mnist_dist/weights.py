@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
-from mnist_dist.record import WEIGHTS_FILE, parse_object, read_named_config
+from mnist_dist.record import CONFIG_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
 from mnist_dist.task import Task
 
@@ -46,7 +46,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
-    """The model of a run folder or a .safetensors file.
+    """The model of a run folder or a .safetensors file; a folder that holds nothing else serves as well.
 
     The code of its task is that which the user names by `task_name`, the built-in one, or that of a run whose task this user has trained
     before. Raises `UserError` where it is none of these, and for a file that is missing, damaged, of another model, or without its facts.
@@ -73,15 +73,11 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
             wanted = str(kind).removeprefix("torch.")
             raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
     model.load_state_dict(tensors)
-    try:
-        config.task.check_facts(header["facts"])
-    except ValueError as error:
-        raise UserError(f"{file} {error}") from error
-    return TrainedModel(model.eval(), config.with_facts(header["facts"]))
+    return TrainedModel(model.eval(), config)
 
 
 def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str | None) -> Config:
-    if path.is_dir():
+    if os.path.lexists(path / CONFIG_FILE):
         config = read_named_config(path, task_name)
     else:
         name = task_name or str(header["task"])
@@ -95,12 +91,18 @@ def _find_config(path: Path, file: Path, header: dict[str, Any], task_name: str 
             f"{path} is a run of task {config.task.name[:200]!r}, whose code you have not named on this account: "
             f"add --task {config.task.name[:200]} if you trust it"
         )
-    return config
+    # Before there is a model, which may depend on the facts: it has as many outputs as classes, or as words.
+    try:
+        config.task.check_facts(header["facts"])
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from error
+    return config.with_facts(header["facts"])
 
 
 def encode_weights(model: nn.Module, config: Config) -> bytes:
     """The file of weights."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # A copy of each: two names may share one tensor, as tied embeddings do, which safetensors refuses.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     return safetensors.torch.save(tensors, make_header(config.task))
 
 

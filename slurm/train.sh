@@ -74,7 +74,7 @@ python=$(find_python)
 steps=(--kill-on-bad-exit=0 --wait=120 --export=ALL)
 
 # A job that was submitted from within another one inherits that one's variables, and srun takes them for options. So what this job was
-# given comes from the controller where that can be asked.
+# given comes from the controller where it has that.
 read_field() { grep -Eo "\b$1=[^ ]*" <<<"$job" | head -n 1 | cut -d= -f2 || true; }
 tasks=$(read_field NumTasks)
 cpus=$(read_field CPUs/Task)

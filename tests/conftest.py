@@ -1,10 +1,15 @@
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from cluster import ROOT
+
+# Before anything starts a process: no test may write the user's own list of tasks that were named.
+_state = tempfile.TemporaryDirectory(prefix="mnist-dist-state-")
+os.environ["XDG_STATE_HOME"] = _state.name
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Draws pictures of MNIST digits as people take them, and pictures without a digit or with several.
+"""Draws pictures of MNIST digits as people take them, pictures without a digit or with several, and a folder of pictures by class.
 
 Sizes, pens, grey levels and light are drawn from one generator, so that a seed gives a picture.
 """
@@ -413,3 +413,16 @@ def draw(kind, index, images, seed=0):
     if kind in SEVERAL:
         return SEVERAL[kind](rng, images[numbers]), None
     return {**CLEAN, **EVERYDAY}[kind](rng, images[numbers[0]]), int(numbers[0])
+
+
+def write_classes(folder, counts=(("train", 16), ("test", 5)), names=("blue", "green", "red")):
+    """Noise with a tint, by which a class can be told, as PNG files in folder/SPLIT/CLASS; of many sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in counts:
+        for label, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 100, (40 + number, 36 + 2 * label, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return folder

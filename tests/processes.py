@@ -1,6 +1,7 @@
 """Real processes for the tests: each rank is one, started in milliseconds by a server that has imported torch already."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import secrets
@@ -12,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.task import Task
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
@@ -106,6 +110,59 @@ class Train:
         from mnist_dist.train import main
 
         return main(self.arguments)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs of this package, each its name and its arguments, one after the other in one process, until one fails."""
+
+    lines: Sequence[Sequence[str]]
+
+    def __call__(self) -> int:
+        for program, *arguments in self.lines:
+            if code := importlib.import_module(f"mnist_dist.{program}").main(arguments):
+                return int(code)
+        return 0
+
+
+class TrainTask(Train):
+    """The program with some arguments, and with a task of the test's own in the place of the built-in one."""
+
+    def make_task(self) -> type[Task]:
+        """That task: a subclass of the built-in one which does something else."""
+        raise NotImplementedError
+
+    def make_signals(self) -> StopSignals:
+        """What asks the training to stop."""
+        return StopSignals().install()
+
+    def __call__(self) -> int:
+        from mnist_dist.config import make_config, parse_command_line
+        from mnist_dist.loop import train
+        from mnist_dist.program import run_program
+
+        signals = self.make_signals()
+        values, task = parse_command_line(self.arguments).values(), self.make_task()
+        task.name = values["task"]
+        return run_program(lambda: train(make_config(values, task=task), signals).stop.exit_code)
+
+
+class StopAt(StopSignals):
+    """A signal that comes in the course of one step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.asked = step, 0
+
+    @property
+    def received(self) -> Stop:
+        """Asked for once in each step."""
+        self.asked += 1
+        return Stop.REQUEUE if self.asked >= self.step else Stop.NONE
+
+    @received.setter
+    def received(self, _: Stop) -> None:
+        pass
 
 
 def find_free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The benchmarks' own sums, their peers, and that the loop still has what they hook into. What they measure is not tested."""
+"""The benchmarks' own sums, their peers, and that each part of the loop is found. What they measure is not tested."""
 
 import argparse
 import itertools
@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy
-from mnist_dist import loop, run_folder
-from mnist_dist.config import Config
-from mnist_dist.data import load_dataset
+from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy, worlds
+from mnist_dist.config import configure, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.model import CNN
 from mnist_dist.program import run_program
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.model import CNN
 
 # What time_to_accuracy makes of a command line without options.
 OPTIONS = argparse.Namespace(config="fast", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
-PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy]
+TINY = {"dataset": "synthetic", "steps": 3, "batch_size": 4, "train_size": 20, "test_size": 5, "report": False, "wandb": "disabled"}
+PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy, worlds]
 
 
 def test_the_operations_of_a_training_step_are_counted_right():
@@ -33,32 +33,80 @@ def test_the_operations_of_a_training_step_are_counted_right():
 def test_the_loop_takes_its_batches_through_the_turns_of_a_benchmark(tmp_path):
     seen = []
 
-    def take_turns(batches, accelerator):
-        common.make_step(common.make_model(accelerator), config, accelerator, 4)()
+    def take_turns(batches, group):
+        common.make_step(common.make_model(group.accelerator), config, group.accelerator, 4)()
         for batch in batches:
             seen.append(batch.step)
             yield batch
 
-    config = Config(
-        dataset="synthetic", steps=3, batch_size=4, train_size=20, test_size=5, report=False, wandb="disabled", run_dir=str(tmp_path)
-    )
+    config = configure(**TINY, run_dir=str(tmp_path))
     common.run_loop(config, take_turns)
     assert seen == [0, 1, 2]
 
 
-def test_the_names_that_the_benchmarks_time_are_those_of_the_loop():
-    for name in ("make_loader", "evaluate", "draw_transforms", "make_inputs", "join_group", "load_dataset", "TrainingState"):
-        assert hasattr(loop, name)
-    assert hasattr(run_folder, "open_tracker")
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_time_of_a_step_is_shared_out_to_its_parts(tmp_path, monkeypatch, micro_batch):
+    timer, now_s, totals_s = throughput.PartTimer(), itertools.count(), []
+    monkeypatch.setattr(timer, "read_clock", lambda: float(next(now_s)))
+
+    def take_turns(batches, _):
+        timer.on = True
+        for batch in batches:
+            start_s = timer.read_clock()
+            yield batch
+            totals_s.append(timer.read_clock() - start_s)
+
+    config = make_config({**TINY, "optimizer": "sgd", "micro_batch": micro_batch, "run_dir": str(tmp_path)}, task=timer.make_task())
+    with timer.timed_optimizers():
+        common.run_loop(config, take_turns)
+    # By a clock that goes on by one whenever it is read: twice for each part, and for the backward pass once where the next begins.
+    passes = 3 * (2 if micro_batch else 1)
+    assert timer.spent_s["optimizer"] == 3
+    assert timer.spent_s["augment"] == 3 + passes + 1  # the last is the batch of the evaluation
+    assert timer.spent_s["backward"] == passes
+    assert timer.spent_s["forward"] == 2 * passes
+    assert sum(timer.spent_s.values()) < 3 * 20
+    assert len(totals_s) == 2  # the loop does not come back for more
+
+
+def test_the_start_of_a_training_is_told_part_by_part():
+    start = startup.measure_start("python -m", "smoke", "disabled")
+    parts = start["parts_s"]
+    assert {"process group", "data", "model", "optimizer and run folder", "start of W&B's process", "first step", "rest"} < {*parts}
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(start["total_s"])
+
+
+def test_the_clock_stands_still_while_the_loop_evaluates(tmp_path, monkeypatch):
+    now_s = 0.0
+    monkeypatch.setattr(time_to_accuracy.time, "perf_counter", lambda: now_s)
+
+    def tally(self, model, batch):
+        nonlocal now_s
+        now_s += 1000
+        return count(self, model, batch)
+
+    def losses(self, model, batch, drawn):
+        nonlocal now_s
+        now_s += 1
+        return compute(self, model, batch, drawn)
+
+    count, compute = Mnist.tally, Mnist.losses
+    monkeypatch.setattr(Mnist, "tally", tally)
+    monkeypatch.setattr(Mnist, "losses", losses)
+    options = argparse.Namespace(**{**vars(OPTIONS), "config": "smoke", "evaluations": 2, "epochs": 1, "train_size": 160, "test_size": 5})
+    monkeypatch.setattr(time_to_accuracy, "read_recipe", lambda _: {"dataset": "synthetic", "batch_size": 40})
+    evaluations = time_to_accuracy.train_ours(options, 0, tmp_path)["evaluations"]
+    assert [(row["epoch"], row["time_s"]) for row in evaluations] == [(0.5, 2), (1, 4)]
 
 
 def test_the_stock_loader_gives_the_embedded_images_as_the_loop_normalises_them(tmp_path):
     stock.write_files(tmp_path)
     images, labels = next(iter(stock.make_loader(tmp_path, train=False, batch_size=50, size=50)))
-    data = load_dataset(Config(test_size=50))
-    assert torch.equal(labels, data.test.labels)
-    assert torch.allclose(images[:, 0], (data.test.images / 255 - stock.MEAN) / stock.STD, atol=1e-5)
-    augmented = stock.make_loader(tmp_path, train=True, batch_size=8, size=8, augmentation=stock.make_augmentation(Config()))
+    ours, our_labels = Mnist().load().test[:50]
+    assert torch.equal(labels, our_labels)
+    assert torch.allclose(images[:, 0], (ours / 255 - stock.MEAN) / stock.STD, atol=1e-5)
+    augmented = stock.make_loader(tmp_path, train=True, batch_size=8, size=8, augmentation=stock.make_augmentation(Mnist().limits))
     assert next(iter(augmented))[0].shape == (8, 1, 28, 28)
 
 
@@ -72,7 +120,7 @@ def test_the_time_of_the_stock_way_is_that_of_the_images_after_the_warm_up(tmp_p
 
     monkeypatch.setattr(stock, "make_loader", lambda *_, **__: [(range(size), None) for size in (8, 8, 8, 8, 3)])
     monkeypatch.setattr(stock, "train_batch", train_batch)
-    session = throughput.Session(argparse.Namespace(stock_batch_size=8), Config(), tmp_path)
+    session = throughput.Session(argparse.Namespace(stock_batch_size=8), configure(), tmp_path)
     session.threads = torch.get_num_threads()
     monkeypatch.setattr(session.timer, "read_clock", lambda: now_s)
     assert session._time_stock("stock", 0, 1, batches) == 1.0
@@ -203,7 +251,7 @@ def test_accuracies_are_kept_by_recipe_and_seed_and_summed_up_with_an_interval(t
 def test_the_accuracy_of_a_recipe_of_ones_own_has_its_table(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     [row, *_] = common.read_rows(common.ROOT / "benchmarks/results/accuracy.jsonl")
-    row["settings"] = {"config": "mine", "recipe": common.describe_recipe(Config(epochs=7))}
+    row["settings"] = {"config": "mine", "recipe": common.describe_recipe(configure(epochs=7))}
     common.append_row(path, row)
     assert accuracy.main(["--table", "--results", str(path)]) == 0
     assert "| mine epochs=7 |" in capsys.readouterr().out

@@ -15,15 +15,16 @@ from processes import TINY, Train, run_ranks
 from mnist_dist import checkpoint, files, record
 from mnist_dist.errors import RunError, UserError
 
+ROOM = 1 << 20  # more than the weights below have bytes
 STATE = {"step": 1, "recipe": {"seed": 1}, "model": {"weight": torch.arange(1000.0)}}
 
 
 def content_of(step):
-    return checkpoint.encode({**STATE, "step": step})
+    return bytes(checkpoint.encode({**STATE, "step": step}))
 
 
 def newest_step(folder):
-    saved = checkpoint.read_newest(folder)
+    saved = checkpoint.read_newest(folder, ROOM)
     return None if saved is None else checkpoint.decode(saved.content)["step"]
 
 
@@ -139,7 +140,7 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         checkpoint.write(tmp_path, step, content_of(step), keep=9).write_bytes(b"")
     with pytest.raises(RunError, match=r"none of the 2 checkpoints .* is valid"):
-        checkpoint.read_newest(tmp_path)
+        checkpoint.read_newest(tmp_path, ROOM)
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_take_the_place_of_whole_ones(tmp_path):
@@ -159,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path):
     unreadable = tmp_path / whole.name.replace("step_00000001", "step_00000002")
     unreadable.mkdir()
     with pytest.raises(RunError, match=r"step_00000002-\w+.pt cannot be read \(it is a folder\)"):
-        checkpoint.read_newest(tmp_path)
+        checkpoint.read_newest(tmp_path, ROOM)
 
 
 class Evil:

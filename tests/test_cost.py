@@ -12,22 +12,24 @@ import pytest
 from processes import Train, run_ranks
 
 from benchmarks.common import make_model, make_step, run_loop
-from mnist_dist import loop, run_folder, tracking
-from mnist_dist.augment import STEPS_AT_ONCE
-from mnist_dist.config import Config
-from mnist_dist.distributed import count_usable_cores
+from mnist_dist import run_folder, tracking
+from mnist_dist.config import configure
+from mnist_dist.distributed import Agreement
+from mnist_dist.loop import train
+from mnist_dist.machine import count_usable_cores
+from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path):
     warm_up, blocks = 10, 3
-    config = Config(steps=warm_up + blocks * STEPS_AT_ONCE, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
+    config = configure(steps=warm_up + blocks * STEPS_AT_ONCE, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
     times = {"loop": [], "bare": []}
 
-    def take_turns(batches, accelerator):
+    def take_turns(batches, group):
         """After each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
-        bare_step = make_step(make_model(accelerator), config, accelerator, config.batch_size)
+        bare_step = make_step(make_model(group.accelerator), config, group.accelerator, config.batch_size)
         begin = time.perf_counter()
         for batch in batches:
             yield batch
@@ -56,7 +58,7 @@ def test_steps_use_the_memory_of_the_steps_before(tmp_path):
             yield batch
 
     # So large a batch that its tensors exceed what glibc may learn to keep.
-    run_loop(Config(batch_size=512, steps=10, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)), count_faults)
+    run_loop(configure(batch_size=512, steps=10, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)), count_faults)
     new_pages = statistics.median(after - before for before, after in itertools.pairwise(faults[4:]))
     assert new_pages < 1000  # tens of thousands, where the memory is given back
 
@@ -66,7 +68,7 @@ class TimeAgreement(Train):
     """A rank that measures how long it is held up by the agreement on stop signals."""
 
     def __call__(self):
-        exchange, spent, ends = loop.Agreement.exchange, [], []
+        exchange, spent, ends = Agreement.exchange, [], []
 
         def timed(agreement, value):
             start = time.perf_counter()
@@ -75,7 +77,7 @@ class TimeAgreement(Train):
             spent.append(ends[-1] - start)
             return agreed
 
-        loop.Agreement.exchange = timed
+        Agreement.exchange = timed
         code = super().__call__()
         steps = [end - begin for begin, end in itertools.pairwise(ends)]
         print(json.dumps({"agreement_s": statistics.median(spent), "step_s": statistics.median(steps)}))
@@ -116,12 +118,12 @@ def test_tracking_costs_a_default_run_less_than_a_second_or_one_percent(tmp_path
         return call
 
     monkeypatch.setattr(run_folder, "open_tracker", timed(run_folder.open_tracker))
-    for name in ("log", "log_images", "finish"):
+    for name in ("log", "log_images", "log_panels", "finish"):
         monkeypatch.setattr(tracking.WandbTracker, name, timed(getattr(tracking.WandbTracker, name)))
-    default, steps = Config(), 200
+    default, steps = configure(), 200
     log_every = steps // (default.total_steps // default.log_every)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    loop.train(Config(steps=steps, log_every=log_every, test_size=100, wandb="offline", run_dir=str(tmp_path)))
+    train(configure(steps=steps, log_every=log_every, test_size=100, wandb="offline", run_dir=str(tmp_path)))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # The mirror's process takes its time from the training's cores.
     stolen_s = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / count_usable_cores()

@@ -11,34 +11,56 @@ from pathlib import Path
 import pytest
 import torch
 
-import mnist_dist
-from mnist_dist import data
-from mnist_dist.augment import _make_grid, augment, draw_transforms, make_inputs
-from mnist_dist.config import Config, make_config
-from mnist_dist.data import StepSampler, load_dataset, make_loader
+from mnist_dist.config import configure
+from mnist_dist.data import Reader, StepSampler, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
+from mnist_dist.tasks.mnist import data
+from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
+from mnist_dist.tasks.mnist.data import measure_pixels
 from mnist_dist.world import World
 
-EMBEDDED = Path(mnist_dist.__file__).parent / "mnist"
+EMBEDDED = Path(data.__file__).parent / "files"
+
+
+def load(**values):
+    """The images and labels of the built-in task with some options: of what is trained on, and of what is tested on."""
+    _, loaded = load_data(configure(**values))
+    return loaded.train.tensors, loaded.test.tensors
+
+
+def fingerprint_of(config):
+    config, loaded = load_data(config)
+    return fingerprint(loaded, config.task)
+
+
+def draw(config, step):
+    return config.task.draw(config.seed, step, config.batch_size)
 
 
 @pytest.fixture(scope="module")
 def mnist():
-    return load_dataset(Config())
+    return load()
 
 
 def test_mnist_is_whole_and_quick_to_load(mnist):
     start = time.perf_counter()
-    load_dataset(Config())
+    load()
     assert time.perf_counter() - start < 5  # 0.7 s on an idle machine
-    assert mnist.train.images.shape == (60_000, 28, 28)
-    assert mnist.train.images.dtype == torch.uint8
-    assert mnist.test.labels.dtype == torch.int64
-    assert mnist.train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert mnist.test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert (round(mnist.mean, 4), round(mnist.std, 4)) == (0.1307, 0.3081)
-    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    (images, labels), (_, test_labels) = mnist
+    assert images.shape == (60_000, 28, 28)
+    assert images.dtype == torch.uint8
+    assert test_labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert [round(value, 4) for value in measure_pixels(images)] == [0.1307, 0.3081]
+    assert labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_a_config_knows_the_pixels_that_it_is_trained_on():
+    facts = [load_data(configure(dataset="synthetic", train_size=size))[0].task.facts for size in (100, 100, 200)]
+    assert facts[0] == facts[1] != facts[2]
+    assert facts[0]["dataset"] == "synthetic"
 
 
 def test_the_package_keeps_mnist_small_and_states_its_licence():
@@ -67,7 +89,7 @@ def test_a_damaged_embedded_file_is_refused(tmp_path, damage):
 
 
 def test_the_packing_script_makes_what_the_package_holds(tmp_path):
-    from mnist_dist.mnist import pack
+    from mnist_dist.tasks.mnist.files import pack
 
     tiny = {name: struct.pack(">II", 0x801, 3) + bytes([1, 2, index]) for index, name in enumerate(pack.NAMES)}
     for name, raw in tiny.items():
@@ -78,12 +100,13 @@ def test_the_packing_script_makes_what_the_package_holds(tmp_path):
 
 
 def test_subsets_and_the_synthetic_set():
-    small = load_dataset(Config(dataset="synthetic", train_size=100, test_size=7))
-    assert (len(small.train), len(small.test)) == (100, 7)
-    whole = load_dataset(Config(dataset="synthetic"))
-    assert torch.equal(whole.train.images[:100], small.train.images)
-    assert whole.fingerprint() != small.fingerprint()
-    assert small.fingerprint() == load_dataset(Config(dataset="synthetic", train_size=100)).fingerprint()
+    small = configure(dataset="synthetic", train_size=100, test_size=7)
+    _, loaded = load_data(small)
+    assert (len(loaded.train), len(loaded.test)) == (100, 7)
+    whole, _ = load(dataset="synthetic")
+    assert torch.equal(whole[0][:100], loaded.train.tensors[0])
+    assert fingerprint_of(configure(dataset="synthetic")) != fingerprint_of(small)
+    assert fingerprint_of(small) == fingerprint_of(configure(dataset="synthetic", train_size=100))
 
 
 # Files of torchvision's data sets, made here: nothing can be fetched in a test.
@@ -101,10 +124,10 @@ def write_idx_files(folder, train=60_000, test=10_000, mark=0):
 @pytest.mark.parametrize(("name", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
 def test_files_of_torchvision_data_sets_are_used(tmp_path, name, folder):
     write_idx_files(tmp_path / folder / "raw", mark=7)
-    dataset = load_dataset(make_config({"dataset": name, "data_dir": str(tmp_path)}))
-    assert dataset.train.images.shape == (60_000, 28, 28)
-    assert int(dataset.test.images[0, 0, 0]) == 7
-    assert dataset.test.labels[:12].tolist() == [*range(10), 0, 1]
+    (images, _), (test_images, test_labels) = load(dataset=name, data_dir=str(tmp_path))
+    assert images.shape == (60_000, 28, 28)
+    assert int(test_images[0, 0, 0]) == 7
+    assert test_labels[:12].tolist() == [*range(10), 0, 1]
 
 
 @pytest.mark.parametrize("folder", ["", "FashionMNIST", "FashionMNIST/raw"])
@@ -115,12 +138,12 @@ def test_files_are_found_as_people_have_them(tmp_path, folder, compressed):
     for path in (tmp_path / folder).glob("*-ubyte") if compressed else []:
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
         path.unlink()
-    dataset = load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
-    assert int(dataset.train.images[5, 3, 3]) == 3
-    assert dataset.train.labels.dtype == torch.int64
+    (images, labels), _ = load(dataset="fashion_mnist", data_dir=str(tmp_path))
+    assert int(images[5, 3, 3]) == 3
+    assert labels.dtype == torch.int64
     (tmp_path / folder / ("t10k-labels-idx1-ubyte" + ".gz" * compressed)).unlink()
     with pytest.raises(UserError) as error:
-        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+        load(dataset="fashion_mnist", data_dir=str(tmp_path))
     assert f"fashion_mnist lacks t10k-labels-idx1-ubyte (or the same with .gz) in {tmp_path} and in {tmp_path}/FashionMNIST/raw" in str(
         error.value
     )
@@ -145,7 +168,7 @@ def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
         packed.write_bytes(damaged.get(fault, gzip.compress(header + content[4:], 1)))
     start = time.process_time()
     with pytest.raises(UserError, match=str(packed)):
-        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+        load(dataset="fashion_mnist", data_dir=str(tmp_path))
     assert time.process_time() - start < 5
 
 
@@ -157,9 +180,9 @@ def test_qmnist_takes_the_label_of_its_eight_numbers(tmp_path):
         rows = b"".join(struct.pack(">8i", i % 10, *[99] * 7) for i in range(60_000))
         (folder / f"qmnist-{part}-images-idx3-ubyte").write_bytes(images)
         (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(struct.pack(">III", 0xC02, 60_000, 8) + rows)
-    dataset = load_dataset(make_config({"dataset": "qmnist", "data_dir": str(tmp_path)}))
-    assert dataset.test.images.shape == (60_000, 28, 28)
-    assert dataset.train.labels[:3].tolist() == [0, 1, 2]
+    (_, labels), (test_images, _) = load(dataset="qmnist", data_dir=str(tmp_path))
+    assert test_images.shape == (60_000, 28, 28)
+    assert labels[:3].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "wrong size", "garbage"])
@@ -173,7 +196,7 @@ def test_a_missing_or_damaged_torchvision_file_says_what_to_do(tmp_path, fault):
     elif fault == "garbage":
         file.write_bytes(b"no idx file")
     with pytest.raises(UserError) as error:
-        load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(tmp_path)}))
+        load(dataset="fashion_mnist", data_dir=str(tmp_path))
     message = str(error.value)
     assert "fashion_mnist" in message
     assert ("expected [10000, 28, 28]" if fault == "wrong size" else "--download") in message
@@ -193,7 +216,7 @@ def _download(folder):
 
     Fetched.__name__ = "FashionMNIST"
     datasets.FashionMNIST = Fetched
-    load_dataset(make_config({"dataset": "fashion_mnist", "data_dir": str(folder), "download": True}))
+    load(dataset="fashion_mnist", data_dir=str(folder), download=True)
 
 
 def test_only_one_process_downloads(tmp_path):
@@ -211,12 +234,12 @@ def test_only_one_process_downloads(tmp_path):
 
 
 def shares(config, world_size, start_step=0):
-    split = load_dataset(config).train
-    return [list(StepSampler(split, config, rank, world_size, start_step)) for rank in range(world_size)]
+    config, loaded = load_data(config)
+    return [list(StepSampler(loaded.train, config, rank, world_size, start_step)) for rank in range(world_size)]
 
 
 def synthetic(**values):
-    return Config(dataset="synthetic", train_size=50, batch_size=12, **values)
+    return configure(dataset="synthetic", train_size=50, batch_size=12, **values)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
@@ -261,16 +284,17 @@ def test_the_order_follows_from_the_seed_and_no_epoch_repeats_another_seeds():
 
 
 def test_the_loader_gives_the_samplers_shares_through_accelerate():
-    config = synthetic(steps=9)
-    dataset = load_dataset(config)
+    config, loaded = load_data(synthetic(steps=9))
     with join_group(World(), config) as group:
-        batches = list(make_loader(dataset.train, config, group.accelerator, 4))
+        sampler = StepSampler(loaded.train, config, group.rank, group.size, 4)
+        with Reader(loaded.train, config, group, "training", sampler) as reader:
+            batches = list(reader)
     expected = shares(config, 1, 4)[0]
     assert [batch.step for batch in batches] == list(range(4, 9))
     for batch, share in zip(batches, expected, strict=True):
         assert torch.equal(batch.indices, share.indices)
-        assert torch.equal(batch.images, dataset.train.images[share.indices])
-        assert torch.equal(batch.labels, dataset.train.labels[share.indices])
+        for part, whole in zip(batch.samples, loaded.train.tensors, strict=True):
+            assert torch.equal(part, whole[share.indices])
 
 
 # Augmentation.
@@ -278,42 +302,42 @@ def test_the_loader_gives_the_samplers_shares_through_accelerate():
 
 def test_each_sample_gets_the_same_augmentation_in_every_world():
     config = synthetic()
-    images = load_dataset(config).train.images[:12]
-    transforms = draw_transforms(config, 5)
+    images = load_data(config)[1].train.tensors[0][:12]
+    transforms = draw(config, 5)
     whole = make_inputs(images, 0.1, 0.3, transforms)
     for world_size in (2, 4):
         for rank in range(world_size):
             mine = slice(rank, None, world_size)
-            assert torch.equal(make_inputs(images[mine], 0.1, 0.3, draw_transforms(config, 5)[mine]), whole[mine])
-    later = [draw_transforms(config, step) for step in (6, 69, 500)]
+            assert torch.equal(make_inputs(images[mine], 0.1, 0.3, draw(config, 5)[mine]), whole[mine])
+    later = [draw(config, step) for step in (6, 69, 500)]
     assert not any(torch.equal(other, transforms) for other in later)
-    assert torch.equal(draw_transforms(config, 5), transforms)  # whatever was drawn before
-    assert not torch.equal(draw_transforms(synthetic(seed=1), 5), transforms)
+    assert torch.equal(draw(config, 5), transforms)  # whatever was drawn before
+    assert not torch.equal(draw(synthetic(seed=1), 5), transforms)
 
 
 def test_the_transforms_stay_within_the_options():
-    config = Config(rotation=0, shear=0, scale=0.1, shift=0, batch_size=1000)
-    scales = 1 / draw_transforms(config, 0)[:, 0, 0]
+    config = configure(rotation=0, shear=0, scale=0.1, shift=0, batch_size=1000)
+    scales = 1 / draw(config, 0)[:, 0, 0]
     assert 0.9 <= scales.min() < 0.91
     assert 1.09 < scales.max() <= 1.1001
-    config = Config(rotation=10, shear=0, scale=0, shift=3, batch_size=1000)
-    transforms = draw_transforms(config, 0)
+    config = configure(rotation=10, shear=0, scale=0, shift=3, batch_size=1000)
+    transforms = draw(config, 0)
     degrees = torch.rad2deg(torch.atan2(transforms[:, 1, 0], transforms[:, 0, 0]))
     assert 9.8 < degrees.abs().max() <= 10.001
     pixels = transforms[:, :, 2] * 14
     assert 2.9 < pixels.abs().max() <= 3.0001
-    shear = draw_transforms(Config(rotation=0, shear=20, scale=0, shift=0, batch_size=1000), 0)[:, 0, 1]
+    shear = draw(configure(rotation=0, shear=20, scale=0, shift=0, batch_size=1000), 0)[:, 0, 1]
     assert 19.5 < torch.rad2deg(torch.atan(shear)).abs().max() <= 20.001
 
 
 def test_no_augmentation_leaves_the_images_alone():
-    config = Config(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0, batch_size=4)
-    images = load_dataset(config).train.images[:4]
-    torch.testing.assert_close(augment(images, draw_transforms(config, 0)), images.unsqueeze(1) / 255, rtol=0, atol=1e-4)
+    config = configure(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0, batch_size=4)
+    images = load_data(config)[1].train.tensors[0][:4]
+    torch.testing.assert_close(augment(images, draw(config, 0)), images.unsqueeze(1) / 255, rtol=0, atol=1e-4)
 
 
 def test_the_sampling_grid_is_that_of_torch():
-    transforms = draw_transforms(Config(batch_size=5), 3)
+    transforms = draw_transforms(Limits(8, 8, 0.08, 2), seed=0, step=3, size=5)
     torch.testing.assert_close(_make_grid(transforms), torch.nn.functional.affine_grid(transforms, [5, 1, 28, 28], align_corners=False))
 
 
@@ -327,15 +351,17 @@ def test_a_shift_moves_whole_pixels_and_leaves_black():
 
 
 def test_held_out_images_are_evenly_spread_the_same_for_every_seed_and_not_trained_on():
-    whole = load_dataset(Config(dataset="synthetic"))
-    held = [load_dataset(Config(dataset="synthetic", holdout=96, seed=seed)) for seed in (0, 1)]
+    config = configure(dataset="synthetic")
+    _, whole = load_data(config)
+    images, labels = whole.train.tensors
     positions = torch.arange(96) * 4_096 // 96
-    for dataset in held:
-        assert dataset.evaluated is dataset.holdout
-        assert torch.equal(dataset.holdout.images, whole.train.images[positions])
-        assert torch.equal(dataset.holdout.labels, whole.train.labels[positions])
-        assert len(dataset.train) == 4_000 == Config(dataset="synthetic", holdout=96).training_images
-        assert dataset.fingerprint() != whole.fingerprint()
-    assert len(torch.cat([held[0].train.images, held[0].holdout.images]).unique(dim=0)) == len(whole.train.images.unique(dim=0))
+    for seed in (0, 1):
+        held_config, held = load_data(configure(dataset="synthetic", holdout=96, seed=seed))
+        assert held.evaluated is held.holdout
+        assert torch.equal(held.holdout.tensors[0], images[positions])
+        assert torch.equal(held.holdout.tensors[1], labels[positions])
+        assert len(held.train) == 4_000 == held_config.training_samples
+        assert fingerprint(held, held_config.task) != fingerprint(whole, config.task)
+        assert len(torch.cat([held.train.tensors[0], held.holdout.tensors[0]]).unique(dim=0)) == len(images.unique(dim=0))
     assert whole.holdout is None
     assert whole.evaluated is whole.test

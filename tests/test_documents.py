@@ -9,15 +9,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from cluster import ROOT
 
 from launch.request import Request
 from launch.sweep import Sweep
-from mnist_dist.config import Config
+from mnist_dist.config import make_config
 from mnist_dist.errors import UserError
-from mnist_dist.options import Parser
+from mnist_dist.options import Parser, trait
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 DOCUMENTS = [*PAGES, "benchmarks/README.md"]
@@ -40,6 +41,8 @@ ODD = {
 }
 # Lines of docs/options.md that may come before their option.
 ANNOUNCED: set[str] = set()
+# Every file in these has a line in the tree of CONTRIBUTING.md.
+FOLDERS = ["mnist_dist", "mnist_dist/tasks", "mnist_dist/tasks/mnist", "launch", "slurm", "configs", "examples", "tests"]
 
 
 def read(name):
@@ -78,6 +81,14 @@ def find_section(text, title):
     return text[start : text.find("\n## ", start + 1) if "\n## " in text[start + 1 :] else None]
 
 
+def read_own_task():
+    """The file that docs/your_own_model.md has its reader write."""
+    text = read("docs/your_own_model.md")
+    start = text.index("    import torch\n")
+    lines = itertools.takewhile(lambda line: not line or line.startswith("    "), text[start:].splitlines())
+    return textwrap.dedent("\n".join(lines)).strip() + "\n"
+
+
 def list_rows(text):
     """The cells of all tables of a page."""
     rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
@@ -104,7 +115,7 @@ def test_the_words_are_plain(name):
     assert not found, found
 
 
-@pytest.mark.parametrize("folder", ["mnist_dist", "launch", "slurm", "configs", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "benchmarks"])
 def test_the_words_of_code_are_plain(folder):
     for path in (ROOT / folder).glob("*"):
         if path.suffix in (".py", ".sh", ".yaml") and path.name != "test_documents.py":
@@ -160,7 +171,7 @@ def test_the_tree_of_files_is_complete():
     paths = list_tree()
     assert len(paths) == len(set(paths))
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    files = [path for folder in ("mnist_dist", "launch", "slurm", "configs", "tests") for path in (ROOT / folder).glob("*.*")]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.*")]
     missing = {str(path.relative_to(ROOT)) for path in files if path.is_file()} - set(paths)
     assert not missing, missing
 
@@ -175,14 +186,14 @@ def read_option_tables():
 
 def test_every_option_is_in_the_tables():
     documented = read_option_tables()
-    fields = Config.model_fields | Request.model_fields | Sweep.model_fields
+    fields = make_config({}).fields() | Request.model_fields | Sweep.model_fields
     assert set(fields) - set(documented) == set(), "options without a line in docs/options.md"
     assert set(documented) - set(fields) <= ANNOUNCED, "lines in docs/options.md without an option"
     for name, field in fields.items():
         shown, is_recipe = documented[name]
         value = {None: "none", True: "true", False: "false"}.get(field.default) if isinstance(field.default, bool | None) else field.default
         assert shown == (f"{value:g}" if isinstance(value, float) else str(value)), name
-        assert is_recipe == (name in Config.model_fields and field.json_schema_extra["recipe"]), name
+        assert is_recipe == (name in make_config({}).fields() and trait(field, "recipe")), name
 
 
 COMMANDS = sorted({command for name in PAGES for command in list_commands(read(name))})
@@ -207,6 +218,10 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
         stop_here(namespace)
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    if "my_task.py" in words:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my_task.py").write_text(read_own_task())
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     module = importlib.import_module(program)
     if ("--cluster", "local") in itertools.pairwise(words):  # its request is checked before the run folder is looked at
@@ -219,6 +234,10 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             importlib.import_module("mnist_dist.config").parse_command_line([*words, "--print_config"])
         assert ended.value.code == 0
+    elif program == "mnist_dist.check":
+        monkeypatch.setattr(module, "resolve_config", stop_here)
+        with pytest.raises(ParsedError):
+            module.main(words)
     else:
         monkeypatch.setattr(Parser, "parse_known_args", stop)
         with pytest.raises(ParsedError):
@@ -226,7 +245,11 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
 
 
 def test_a_command_that_is_wrong_is_found(monkeypatch, tmp_path, capsys):
-    for command in ("python -m mnist_dist.evaluate", "python -m launch.submit --config smoke --nodes 3", "python -m launch.jobs --jsn"):
+    for command in (
+        "python -m mnist_dist.evaluate",
+        "python -m launch.submit --config smoke --batch_size 2 --nodes 3",
+        "python -m launch.jobs --jsn",
+    ):
         with pytest.raises((AssertionError, pytest.fail.Exception, UserError)):
             test_every_command_is_understood(command, monkeypatch, tmp_path, capsys)
         monkeypatch.undo()
@@ -328,3 +351,5 @@ def test_modules_depend_on_their_own_layer_or_lower_ones():
     for name, layer in layers.items():
         wrong = {imported for imported in read_imports(files[name]) & set(layers) if layers[imported] < layer}
         assert not wrong, f"{name} imports {wrong}"
+    # A task is found by its name: none but the program for digits knows one.
+    assert [name for name, path in files.items() if "tasks" in read_imports(path)] == ["predict"]

@@ -12,12 +12,10 @@ from processes import TINY, Train, run_ranks
 from safetensors.torch import save_file
 
 from mnist_dist import evaluate, export
-from mnist_dist.augment import make_inputs
-from mnist_dist.config import Config
-from mnist_dist.data import load_dataset
 from mnist_dist.errors import RunError
-from mnist_dist.evaluation import Evaluation
-from mnist_dist.model import build_model
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.augment import make_inputs
+from mnist_dist.tasks.mnist.model import CNN, Classifier
 from mnist_dist.weights import load_model
 
 
@@ -59,7 +57,7 @@ def test_every_world_counts_the_same_as_the_run_itself(tmp_path, run):
 def test_the_training_images_are_those_of_the_run_and_a_bare_file_means_all_images(run, capsys):
     assert evaluate.main([str(run), "--split", "train", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    labels = load_dataset(Config(dataset="synthetic")).train.labels[:50]
+    labels = Mnist(dataset="synthetic").load().train.tensors[1][:50]
     assert [sum(row) for row in answer["train/confusion_matrix"]] == labels.bincount(minlength=10).tolist()
     assert answer["train/images"] == 50
     assert evaluate.main([str(run / "model.safetensors"), "--precision", "fp32", "--threads", "1"]) == 0
@@ -72,7 +70,7 @@ def test_the_table_says_what_the_json_says(run, capsys):
     answer = json.loads(capsys.readouterr().out)
     evaluate.main(options)
     lines = capsys.readouterr().out.splitlines()
-    assert f"accuracy {answer['test/accuracy']:.2%}, {answer['test/errors']} wrong" in lines[1]
+    assert f"accuracy {answer['test/accuracy']:.2%} ({answer['test/errors']} of 30 wrong), loss {answer['test/loss']:.4f}" in lines[1]
     rows = [line.split() for line in lines[-10:]]
     assert [[int(cell.replace(".", "0")) for cell in row[1:11]] for row in rows] == answer["test/confusion_matrix"]
     for label, row in enumerate(rows):
@@ -83,10 +81,10 @@ def test_the_table_says_what_the_json_says(run, capsys):
 
 
 def test_a_class_without_images_has_no_accuracy():
-    confusion = [[0] * 10 for _ in range(10)]
-    confusion[3][3], confusion[3][5] = 2, 1
-    answer = json.loads(evaluate._to_json("test", Evaluation(0.5, confusion), {"world_size": 1}))
-    assert answer["test/class_accuracy"] == [None] * 3 + [2 / 3] + [None] * 6
+    confusion = torch.zeros(10, 10, dtype=torch.float64)
+    confusion[3, 3], confusion[3, 5] = 2, 1
+    measures = Mnist().measure(torch.cat([torch.tensor([3, 1.5]), confusion.flatten()]))
+    assert json.loads(json.dumps(measures))["class_accuracy"] == [None] * 3 + [2 / 3] + [None] * 6
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_a_class_without_images_has_no_accuracy():
 def test_a_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, run, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    save_file(build_model(0).state_dict(), "clothes.safetensors", {"dataset": "fashion_mnist", "mean": "0.3", "std": "0.3"})
+    save_file(CNN().state_dict(), "clothes.safetensors", {"dataset": "fashion_mnist", "mean": "0.3", "std": "0.3"})
     assert evaluate.main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
     output = capsys.readouterr()
     assert message in output.err
@@ -122,9 +120,10 @@ def test_a_run_folder_that_lost_its_config_is_refused(tmp_path, capsys, run):
 def compute_log_probabilities(run, pixels):
     trained = load_model(run)
     with torch.no_grad():
-        return trained.model((pixels - trained.mean) / trained.std).log_softmax(1)
+        return trained.model((pixels - trained.task.facts["mean"]) / trained.task.facts["std"]).log_softmax(1)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_an_exported_file_gives_what_the_model_gives_for_any_number_of_images(tmp_path, run, capsys):
     file = tmp_path / "model.pt2"
     assert export.main([str(run), str(file)]) == 0
@@ -132,14 +131,14 @@ def test_an_exported_file_gives_what_the_model_gives_for_any_number_of_images(tm
     assert f"{file.stat().st_size:,} bytes" in text
     assert "float32 [n, 1, 28, 28]" in text
     module = torch.export.load(file).module()
-    split = load_dataset(Config(dataset="synthetic")).test
+    images, _ = Mnist(dataset="synthetic").load().test.tensors
     for size in (1, 2, 7, 500):
-        pixels = split.images[-size:].unsqueeze(1).float() / 255
+        pixels = images[-size:].unsqueeze(1).float() / 255
         torch.testing.assert_close(module(pixels), compute_log_probabilities(run, pixels), rtol=1e-4, atol=1e-4)
     # The normalisation is in the file: the same as the package's own.
     trained = load_model(run)
-    expected = trained.model(make_inputs(split.images[:7], trained.mean, trained.std)).argmax(1)
-    assert torch.equal(module(split.images[:7].unsqueeze(1) / 255).argmax(1), expected)
+    expected = trained.model(make_inputs(images[:7], trained.task.facts["mean"], trained.task.facts["std"])).argmax(1)
+    assert torch.equal(module(images[:7].unsqueeze(1) / 255).argmax(1), expected)
 
 
 def test_an_existing_file_is_overwritten_only_on_demand(tmp_path, run, capsys):
@@ -154,17 +153,16 @@ def test_an_existing_file_is_overwritten_only_on_demand(tmp_path, run, capsys):
 
 
 def test_an_export_that_differs_from_the_model_is_not_written(tmp_path, monkeypatch, capsys, run):
-    make = export.make_classifier
-    planted = make(build_model(1), 0.5, 0.5)  # the planted fault: other weights end up in the file
+    planted = Classifier(CNN(), 0.5, 0.5)  # the planted fault: other weights end up in the file
     to_pt2 = export.to_pt2
-    monkeypatch.setattr(export, "to_pt2", lambda classifier: to_pt2(planted))
+    monkeypatch.setattr(export, "to_pt2", lambda exported: to_pt2(exported._replace(module=planted)))
     assert export.main([str(run), str(tmp_path / "model.pt2")]) == 1
     assert "differs from the model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_of_wrong_shape_or_without_a_number_is_found():
-    classifier = export.make_classifier(build_model(1), 0.5, 0.5)
+    classifier = Classifier(CNN(), 0.5, 0.5)
     pixels = torch.rand(3, 1, 28, 28)
     assert export.check_export(classifier, lambda part: classifier(part).detach(), pixels) < 1e-5
     for wrong in (lambda part: classifier(part)[:, :1].detach(), lambda part: classifier(part).detach() * float("nan")):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnist_dist import distributed, graph, loop
-from mnist_dist.config import Config
+from mnist_dist import distributed, graph
+from mnist_dist.config import configure
+from mnist_dist.errors import UserError
 from mnist_dist.graph import GraphedStep
+from mnist_dist.loop import train as train_config
 
 
 def record_on_the_cpu(compute, inputs):
@@ -47,15 +49,14 @@ def test_a_graph_is_recorded_after_some_steps_and_once(recorded):
 def train(folder, **values):
     recipe = {"dataset": "synthetic", "train_size": 80, "test_size": 20, "batch_size": 8, "steps": 12, "log_every": 1, "threads": 1}
     recipe |= {"learning_rate": 0.0003, "precision": "fp32", "report": False, "wandb": "disabled", "checkpoint_every": 5}
-    config = Config(**recipe | values, run_dir=str(folder))
-    loop.train(config)
+    train_config(configure(**recipe | values, run_dir=str(folder)))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return load_file(folder / "model.safetensors"), [row["train/loss"] for row in rows]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
 def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, monkeypatch, recorded, optimizer):
-    monkeypatch.setattr(distributed, "_check_graph", lambda *_: None)
+    monkeypatch.setattr(distributed, "check_graph", lambda *_: None)
     weights, losses = train(tmp_path / "plain", optimizer=optimizer)
     replayed_weights, replayed_losses = train(tmp_path / "replayed", optimizer=optimizer, cuda_graph=True)
     assert len(recorded) == 1
@@ -65,7 +66,7 @@ def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, monkeypatch, rec
 
 
 def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatch, recorded):
-    monkeypatch.setattr(distributed, "_check_graph", lambda *_: None)
+    monkeypatch.setattr(distributed, "check_graph", lambda *_: None)
     weights, _ = train(tmp_path / "plain", optimizer="adamw")
     train(tmp_path / "mixed", optimizer="adamw")
     folder = tmp_path / "mixed"
@@ -81,6 +82,6 @@ def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
 def test_replayed_steps_need_a_gpu(tmp_path, values):
-    with pytest.raises(distributed.UserError, match="one process on a GPU, and this run is on a CPU"):
+    with pytest.raises(UserError, match="one process on a GPU, and this run is on a CPU"):
         train(tmp_path, cuda_graph=True, **values)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from processes import TINY
 from launch import cluster, jobs, submit, sweep
 from launch.request import Request, list_arguments
 from launch.runs import RunState, find_saved_step, read_state
-from mnist_dist.config import make_config, parse_command_line
+from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.world import find_world
 
@@ -366,14 +366,18 @@ def test_a_job_that_sbatch_refuses_leaves_no_folder_but_those_that_were_there(fa
 
 def test_a_sweep_of_a_file_and_of_words_is_the_same(no_slurm, tmp_path):
     (tmp_path / "s.yaml").write_text("config: smoke\nsweep: {learning_rate: [0.1, 0.10, 1e-3], seed: [0, 1]}\nfixed: {steps: 3}\n")
-    given = {"words": ["s.yaml"], "config": None}
-    file, fixed, axes, name = sweep.read_axes(given)
-    configs = sweep.combine(axes, fixed, file, name)
+    task, recipe = sweep._find_task(["s.yaml"])
+    options = [*Config.model_fields, *task.model_fields]
+    fixed, axes, name = sweep.read_axes({"words": ["s.yaml"], "config": None}, options)
+    configs = sweep.combine(axes, fixed, recipe, name)
     assert [config.run_dir for config in configs] == [
         f"runs/s/learning_rate={rate},seed={seed}" for rate in ("0.1", "0.001") for seed in (0, 1)
     ]
-    file, _, axes, _ = sweep.read_axes({"words": ["lr=0.1,1e-3", "seed=0,1"], "config": "smoke"})
-    assert sweep.combine(axes, {"steps": "3"}, file, "s") == configs
+    words = ["lr=0.1,1e-3", "seed=0,1"]
+    task, recipe = sweep._find_task([*words, "--config", "smoke"])
+    _, axes, _ = sweep.read_axes({"words": words, "config": "smoke"}, options)
+    assert sweep.combine(axes, {"steps": "3"}, recipe, "s") == configs
+    assert {(config.task.dataset, config.steps) for config in configs} == {("synthetic", 3)}
 
 
 def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first():
@@ -381,7 +385,7 @@ def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first():
     accuracies = [0.90, 0.92, 0.95, 0.97, None, 0.99]
     states = ["finished"] * 4 + ["failed (exit status 1)", "running"]
     runs = [
-        RunState(Path("x"), state, accuracy=accuracy, is_finished=state == "finished")
+        RunState(Path("x"), state, best=accuracy, measure="test/accuracy", is_finished=state == "finished")
         for state, accuracy in zip(states, accuracies, strict=True)
     ]
     table = [line.split() for line in sweep.make_results(["learning_rate", "seed"], configs, runs).splitlines()]
@@ -424,6 +428,29 @@ def test_jobs_lists_and_refuses(no_slurm, tmp_path, capsys):
     assert "runs/x does not run: it is not started" in capsys.readouterr().err
     assert jobs.main(["follow", "nowhere"]) == 2
     assert jobs.main(["a", "b"]) == 2
+
+
+def test_jobs_names_the_measure_by_which_runs_are_compared(no_slurm, tmp_path, capsys):
+    def make(name, measure, value):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("dataset: synthetic\n")
+        (folder / "starts.jsonl").write_text(json.dumps({"time": "early", "step": 0, "best": measure}) + "\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, f"test/{measure}": value}) + "\n")
+
+    def list_runs():
+        assert jobs.main([]) == jobs.main(["--json"]) == 0
+        header, *rest = capsys.readouterr().out.splitlines()
+        rows = json.loads("\n".join(rest[len(list((tmp_path / "runs").iterdir())) :]))
+        return {*header.split()} & {"accuracy", "perplexity", "best"}, rest[0].split(), [(row["measure"], row["best"]) for row in rows]
+
+    make("one", "accuracy", 0.75)
+    column, words, found = list_runs()
+    assert (column, found) == ({"accuracy"}, [("test/accuracy", 0.75)])
+    assert "75.00%" in words
+    make("two", "perplexity", 12.5)
+    column, _, found = list_runs()
+    assert (column, found) == ({"best"}, [("test/accuracy", 0.75), ("test/perplexity", 12.5)])
 
 
 def test_ranks_of_a_local_job_find_their_world():

@@ -246,7 +246,7 @@ def test_what_this_cluster_cannot_do_is_refused_before_it_is_queued(cluster, tmp
         "--time 61": "time is 61 min; partition main allows at most 60 min",
         "--nodes 4": "nodes is 4; partition main has 3 nodes",
         "--gpus_per_node 4": "the largest node of partition main has 2 GPUs",
-        "--nodes 3": "batch_size is 32, which 3 processes cannot share equally",
+        "--nodes 3 --batch_size 2": "batch_size is 2, less than the 3 processes",
         "--steps 0": "steps is '0'",
     }
     for words, message in refused.items():

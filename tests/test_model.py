@@ -3,7 +3,9 @@ import sys
 
 import torch
 
-from mnist_dist.model import PARAMETERS, build_model
+from mnist_dist.model import build_model
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.model import PARAMETERS
 
 
 def test_the_program_prints_the_table():
@@ -23,10 +25,10 @@ def test_the_program_prints_the_table():
 
 
 def test_the_parameters_are_as_many_as_promised_and_follow_from_the_seed():
-    model = build_model(0)
+    model = build_model(Mnist(), 0)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS == 593_200
     before = torch.random.get_rng_state()
-    again, other = build_model(0).state_dict(), build_model(1).state_dict()
+    again, other = build_model(Mnist(), 0).state_dict(), build_model(Mnist(), 1).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     assert not torch.equal(again["conv1.weight"], other["conv1.weight"])
     assert torch.equal(before, torch.random.get_rng_state())
@@ -34,5 +36,5 @@ def test_the_parameters_are_as_many_as_promised_and_follow_from_the_seed():
 
 def test_samples_do_not_see_each_other():
     images = torch.rand(4, 1, 28, 28)
-    model = build_model(0)
+    model = build_model(Mnist(), 0)
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]), rtol=1e-4, atol=1e-5)

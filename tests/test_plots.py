@@ -15,28 +15,22 @@ import pytest
 import torch
 from PIL import Image
 from processes import TINY, Train, run_ranks
+from torch.utils.data import TensorDataset
 
 from mnist_dist import plots, report
-from mnist_dist.augment import augment, draw_transforms
-from mnist_dist.config import Config
-from mnist_dist.data import Split, load_dataset
+from mnist_dist.config import configure
+from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import UserError
-from mnist_dist.plots import (
-    Predictions,
-    draw_augmented_sample,
-    draw_confusion,
-    draw_correct,
-    draw_curves,
-    draw_data_sample,
-    draw_grid,
-    draw_incorrect,
-    find_hardest,
-    predict,
-)
+from mnist_dist.plots import draw_curves, draw_run
 from mnist_dist.record import read_run
+from mnist_dist.task import Panel
+from mnist_dist.tasks.figures import Predictions, draw_confusion, draw_correct, draw_grid, draw_incorrect
+from mnist_dist.tasks.mnist import DIGITS, Mnist
+from mnist_dist.tasks.mnist.augment import augment, draw_transforms
+from mnist_dist.tasks.mnist.pictures import draw_augmented_sample, draw_data_sample
 from mnist_dist.weights import load_model
 
-FASHION = Config(dataset="fashion_mnist", data_dir="files").class_names
+FASHION = Mnist(dataset="fashion_mnist", data_dir="files").class_names
 NAMES = {"curves", "confusion_matrix", "data_sample", "augmented_sample", "correct_classification", "incorrect_classification"}
 
 
@@ -98,22 +92,24 @@ def test_no_global_state_of_matplotlib_is_used(finished):
 
 def test_the_pictures_come_from_the_weights_and_the_data_of_the_run(finished):
     run = read_run(finished)
-    data = load_dataset(run.config)
-    trained = load_model(finished)
-    predictions = predict(trained.model, data.test.images, data.mean, data.std)
+    config, data = load_data(run.config)
+    images, labels = data.test.tensors
+    predictions = Predictions.collect(config.task, load_model(finished).model, read_on(data.test, config, torch.device("cpu")))
     counts = torch.zeros(10, 10, dtype=torch.int64)
-    counts.index_put_((data.test.labels, predictions.classes), torch.tensor(1), accumulate=True)
+    counts.index_put_((labels, predictions.classes), torch.tensor(1), accumulate=True)
     assert counts.tolist() == run.result["test/confusion_matrix"]
     picture = np.array(Image.open(finished / "plots" / "incorrect_classification.png").convert("RGB"))
-    assert (picture == render(draw_incorrect(data.test, predictions))).all()
+    assert (picture == render(draw_incorrect(images.__getitem__, predictions, DIGITS))).all()
 
 
 def test_predicting_leaves_the_model_as_it_was():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.Dropout(0.99))
-    images = torch.randint(256, (700, 28, 28), dtype=torch.uint8)
-    predictions = predict(model, images, 0.5, 0.5)
+    images, labels = torch.randint(256, (700, 28, 28), dtype=torch.uint8), torch.arange(700) % 10
+    task = Mnist().with_facts({"mean": 0.5, "std": 0.5})
+    predictions = Predictions.collect(task, model, zip(images.split(500), labels.split(500), strict=True))
     assert model.training
     expected = model[:2]((images.unsqueeze(1) / 255 - 0.5) / 0.5).softmax(dim=1).max(dim=1)
+    assert torch.equal(predictions.labels, labels)
     assert torch.equal(predictions.classes, expected.indices)
     torch.testing.assert_close(predictions.probabilities, expected.values)
 
@@ -136,63 +132,66 @@ def test_a_grid_needs_a_caption_for_each_image():
 
 
 def test_the_data_sample_shows_each_class_and_copes_with_missing_ones():
-    split = load_dataset(Config(dataset="synthetic")).train
-    assert read_texts(draw_data_sample(split))[:-2] == [str(i % 10) for i in range(50)]
-    few = Split(split.images[:4], torch.tensor([7, 2, 7, 2]))
+    split = Mnist(dataset="synthetic").load().train
+    images, _ = split.tensors
+    assert read_texts(draw_data_sample(split, DIGITS))[:-2] == [str(i % 10) for i in range(50)]
+    few = TensorDataset(images[:4], torch.tensor([7, 2, 7, 2]))
     figure = draw_data_sample(few, FASHION)
     assert read_texts(figure)[:4] == ["Pullover", "Sneaker", "Pullover", "Sneaker"]
-    assert (figure.axes[0].images[1].get_array() == split.images[0].numpy()).all()
+    assert (figure.axes[0].images[1].get_array() == images[0].numpy()).all()
 
 
-def test_the_augmented_sample_is_what_the_augmentation_of_the_config_makes():
-    split = load_dataset(Config(dataset="synthetic")).train
-    config = Config(dataset="synthetic", batch_size=1, rotation=30)
-    images = [image.get_array() for image in draw_augmented_sample(split, config).axes[0].images]
-    expected = augment(split.images[1:2].expand(10, -1, -1), draw_transforms(config.model_copy(update={"batch_size": 50}), 0)[10:20])
-    assert (images[10] == split.images[1].numpy() / np.float32(255)).all()
+def test_the_augmented_sample_is_what_the_augmentation_of_the_task_makes():
+    task = Mnist(dataset="synthetic", rotation=30)
+    split = task.load().train
+    second = split.tensors[0][1]
+    images = [image.get_array() for image in draw_augmented_sample(split, task.limits).axes[0].images]
+    expected = augment(second.expand(10, -1, -1), draw_transforms(task.limits, 0, 0, 50)[10:20])
+    assert (images[10] == second.numpy() / np.float32(255)).all()
     assert all((image == variant.numpy()).all() for image, variant in zip(images[11:20], expected[1:, 0], strict=True))
-    plain = Config(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0)
-    images = [image.get_array() for image in draw_augmented_sample(split, plain).axes[0].images]
+    plain = Mnist(dataset="synthetic", rotation=0, shear=0, scale=0, shift=0)
+    images = [image.get_array() for image in draw_augmented_sample(split, plain.limits).axes[0].images]
     assert np.abs(images[19] - images[10]).max() < 1e-4
 
 
-def make_split(size):
-    return Split(torch.arange(size, dtype=torch.uint8).reshape(-1, 1, 1).expand(-1, 28, 28), torch.arange(size) % 10)
+def read_grey(place):
+    """The picture of a sample that shows by its grey which one it is."""
+    return torch.full((28, 28), place, dtype=torch.uint8)
 
 
 def test_wrong_predictions_come_hardest_first():
-    split = make_split(8)
-    predictions = Predictions(torch.tensor([0, 9, 2, 9, 9, 9, 6, 9]), torch.tensor([0.99, 0.5, 0.98, 0.9, 0.3, 0.9, 0.97, 0.7]))
-    assert find_hardest(split.labels, predictions).tolist() == [3, 5, 7, 1, 4]  # of equal ones, the first first
-    figure = draw_incorrect(split, predictions)
+    probabilities = torch.tensor([0.99, 0.5, 0.98, 0.9, 0.3, 0.9, 0.97, 0.7])
+    predictions = Predictions(torch.arange(8), torch.tensor([0, 9, 2, 9, 9, 9, 6, 9]), probabilities)
+    assert predictions.find_hardest().tolist() == [3, 5, 7, 1, 4]  # of equal ones, the first first
+    figure = draw_incorrect(read_grey, predictions, DIGITS)
     assert read_texts(figure)[:5] == ["3 → 9\n90.0%", "5 → 9\n90.0%", "7 → 9\n70.0%", "1 → 9\n50.0%", "4 → 9\n30.0%"]
     assert [image.get_array()[0, 0] for image in figure.axes[0].images] == [3, 5, 7, 1, 4]
     assert "5 of 8" in read_texts(figure)[-1]
-    figure = draw_correct(split, predictions)
+    figure = draw_correct(read_grey, predictions, DIGITS)
     assert read_texts(figure)[:3] == ["0\n99.0%", "2\n98.0%", "6\n97.0%"]
     assert [image.get_array()[0, 0] for image in figure.axes[0].images] == [0, 2, 6]
-    assert read_texts(draw_incorrect(split, predictions, FASHION))[0] == "Dress\n→ Boot\n90.0%"
+    assert read_texts(draw_incorrect(read_grey, predictions, FASHION))[0] == "Dress\n→ Boot\n90.0%"
 
 
 def test_of_many_wrong_predictions_the_hardest_are_shown():
-    split = make_split(120)
-    figure = draw_incorrect(split, Predictions((split.labels + 1) % 10, torch.arange(120) / 120))
+    labels = torch.arange(120) % 10
+    figure = draw_incorrect(read_grey, Predictions(labels, (labels + 1) % 10, torch.arange(120) / 120), DIGITS)
     assert [image.get_array()[0, 0] for image in figure.axes[0].images] == list(range(119, 69, -1))
     assert "120 of 120, of which the 50 most confident" in read_texts(figure)[-1]
 
 
 def test_no_wrong_or_no_right_prediction_is_said():
-    split = make_split(5)
-    all_right, all_wrong = Predictions(split.labels, torch.ones(5)), Predictions(split.labels + 1, torch.ones(5))
-    assert read_texts(draw_incorrect(split, all_right)) == ["Wrong predictions", "None: all 5 are right."]
-    assert read_texts(draw_correct(split, all_wrong)) == ["Right predictions", "None: all 5 are wrong."]
-    assert (render(draw_incorrect(split, all_right)) < 250).any()
+    labels = torch.arange(5)
+    all_right, all_wrong = Predictions(labels, labels, torch.ones(5)), Predictions(labels, labels + 1, torch.ones(5))
+    assert read_texts(draw_incorrect(read_grey, all_right, DIGITS)) == ["Wrong predictions", "None: all 5 are right."]
+    assert read_texts(draw_correct(read_grey, all_wrong, DIGITS)) == ["Right predictions", "None: all 5 are wrong."]
+    assert (render(draw_incorrect(read_grey, all_right, DIGITS)) < 250).any()
 
 
 def test_the_curves_show_the_rows():
     rows = [{"step": step, "train/loss": 2.0 / step, "train/learning_rate": 0.1} for step in (50, 100, 150)]
     rows[1] |= {"test/loss": 0.5, "test/accuracy": 0.75}
-    figure = draw_curves(rows, Config())
+    figure = draw_curves(rows, configure())
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["Training loss", "Test loss", "Test accuracy", "Learning rate"]
     lines = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
@@ -205,7 +204,7 @@ def test_the_curves_show_the_rows():
 
 @pytest.mark.parametrize("rows", [[], [{"step": 7, "train/loss": float("nan"), "train/learning_rate": 1e-7}]])
 def test_few_or_odd_rows_are_drawn_all_the_same(rows):
-    figure = draw_curves(rows, Config())
+    figure = draw_curves(rows, configure())
     assert render(figure).std() > 0
     assert read_texts(figure) == ["not measured yet"] * (2 if rows else 4)
 
@@ -213,14 +212,14 @@ def test_few_or_odd_rows_are_drawn_all_the_same(rows):
 def test_one_error_is_seen_beside_a_large_diagonal():
     confusion = [[10_000 * (true == predicted) for predicted in range(10)] for true in range(10)]
     confusion[5][3], confusion[9][4] = 1, 2
-    colours = draw_confusion(confusion).axes[0].images[0].get_array()
+    colours = draw_confusion(confusion, DIGITS).axes[0].images[0].get_array()
     assert len({tuple(colours[i, i]) for i in range(10)}) == 1
     zero, one, two, right = (colours[cell][:3].sum() for cell in ((3, 5), (5, 3), (9, 4), (5, 5)))
     assert zero == 3  # white
     assert two < one < zero - 0.3
     assert two < right - 0.3
     assert colours[5, 5][2] > colours[5, 5][0]  # bluish: no shade of the errors
-    texts = read_texts(draw_confusion(confusion))
+    texts = read_texts(draw_confusion(confusion, DIGITS))
     assert (texts[5 * 10 + 3], texts[3 * 10 + 5], texts[55]) == ("1", "", "10,000")
 
 
@@ -239,7 +238,7 @@ def test_of_an_unfinished_run_the_rest_is_drawn(run_dir, capsys):
     assert report.main([str(run_dir)]) == 0
     output = capsys.readouterr()
     assert output.out.split() == [str(run_dir / "report.html")]
-    assert output.err == "left out confusion_matrix, correct_classification, incorrect_classification: the run is not finished\n"
+    assert output.err == "left out what the model makes of its samples: the run is not finished\n"
     assert {path.stem for path in (run_dir / "plots").iterdir()} == {"curves", "data_sample", "augmented_sample"}
     page = Page((run_dir / "report.html").read_text())
     assert "Not finished: the record ends at step 10 of 10." in page.text
@@ -250,14 +249,14 @@ def test_of_an_unfinished_run_the_rest_is_drawn(run_dir, capsys):
 def test_where_the_data_set_is_not_there_the_rest_is_drawn_and_nothing_is_fetched(run_dir, capsys, monkeypatch):
     asked = []
 
-    def load(config):
-        asked.append(config)
+    def load(*arguments):
+        asked.append(arguments)
         raise UserError("no such files")
 
-    monkeypatch.setattr(plots, "load_dataset", load)
+    monkeypatch.setattr("mnist_dist.tasks.mnist.data.load_dataset", load)
     (run_dir / "config.yaml").write_text("dataset: fashion_mnist\ndata_dir: nowhere\ndownload: true\n")
     assert plots.main([str(run_dir)]) == 0
-    assert not asked[0].download
+    assert asked == [("fashion_mnist", "nowhere", False)]
     assert "no such files" in capsys.readouterr().err
     assert {path.stem for path in (run_dir / "plots").iterdir()} == {"curves", "confusion_matrix"}
     (run_dir / "result.json").unlink()
@@ -319,7 +318,10 @@ def test_a_wrong_command_line_is_a_users_mistake(capsys, main):
 
 @pytest.mark.parametrize(("main", "in_the_way"), [(plots.main, "plots"), (report.main, "report.html/folder")])
 def test_a_place_that_cannot_be_written_is_one_message(run_dir, capsys, monkeypatch, main, in_the_way):
-    monkeypatch.setattr(plots, "draw_run", lambda run, device: plots.Drawing({"curves": draw_curves(run.rows, run.config)}, []))
+    def draw(run, *_):
+        return plots.Drawing([Panel("Curves", "curves", figure=draw_curves(run.rows, run.config))], [])
+
+    monkeypatch.setattr(plots, "draw_run", draw)
     monkeypatch.setattr(report, "draw_run", plots.draw_run)
     path = run_dir / in_the_way
     path.parent.mkdir(exist_ok=True)
@@ -382,7 +384,8 @@ def test_the_report_is_whole_and_loads_nothing(finished):
     assert not [word for word in ("http:", "https:", "url(", "@import", "src=//") if word in html]
     assert "default-src 'none'" in html
     result = json.loads((finished / "result.json").read_text())
-    for word in (f"{result['test/accuracy']:.2%}", f"{result['test/loss']:.4f}", f"{result['test/errors']} of 30 test images are wrong"):
+    accuracy = f"{result['test/accuracy']:.2%}"
+    for word in (accuracy, f"{result['test/loss']:.4f}", f"test accuracy {accuracy} ({result['test/errors']} of 30 wrong)."):
         assert word in page.text
     assert ["torch", result["versions"]["torch"]] in page.rows
     assert ["train_size", "50"] in [row[:2] for row in page.rows]
@@ -396,7 +399,8 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
     result = json.loads((run_dir / "result.json").read_text()) | {"test/confusion_matrix": confusion}
     (run_dir / "result.json").write_text(json.dumps(result))
     (run_dir / "starts.jsonl").write_text('{"time": "early", "step": 0}\n{"time": "late", "step": 6, "host": "node7"}\n')
-    rows = Page(report.make_page(read_run(run_dir), {}, [])).rows
+    run = read_run(run_dir)
+    rows = Page(report.make_page(run, draw_run(run).panels, [])).rows
     assert ["0", "5", "0", "100.00%", "none"] in rows
     assert ["1", "1015", "15", "98.52%", "8 (12)"] in rows
     assert ["2", "0", "0", "no images", "none"] in rows
@@ -407,9 +411,10 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
 @pytest.mark.parametrize(("holdout", "what"), [(0, "Test"), (20, "Held-out")])
 def test_the_report_says_which_images_it_counts(run_dir, holdout, what):
     run = read_run(run_dir)
-    config = run.config.model_copy(update={"holdout": holdout})
+    config = run.config.replace(holdout=holdout, test_size=None)
     result = {name.replace("test/", f"{config.evaluated_split}/"): value for name, value in run.result.items()}
-    assert f"{what} images by class" in Page(report.make_page(dataclasses.replace(run, config=config, result=result), {}, [])).text
+    run = dataclasses.replace(run, config=config, result=result)
+    assert f"{what} images by class" in Page(report.make_page(run, draw_run(run).panels, [])).text
 
 
 def test_what_comes_from_files_is_text_in_the_report(run_dir):
@@ -420,21 +425,25 @@ def test_what_comes_from_files_is_text_in_the_report(run_dir):
     result = json.loads((folder / "result.json").read_text()) | {"versions": {nasty: nasty}, "device": nasty, "precision": nasty}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "starts.jsonl").write_text(json.dumps({"step": 0, nasty: nasty}) + "\n")
-    page = Page(report.make_page(read_run(folder), {"curves": b"png"}, [nasty]))
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9)).save(buffer, format="png")
+    panels = [Panel(nasty, nasty, figure=buffer.getvalue(), caption=nasty), Panel(nasty, "table", table=([nasty], [[nasty]]))]
+    page = Page(report.make_page(read_run(folder), panels, [nasty]))
     assert not {"script", "b"} & set(page.tags)
-    assert page.text.count(nasty) == 8  # the option, name and value of a version, device, precision, name and value of a start, left out
+    # The option, name and value of a version, device, precision, name and value of a start, left out; title, caption, head and cell.
+    assert page.text.count(nasty) == 12
     assert "<b>&\"'" in page.text
 
 
 def test_the_same_run_gives_the_same_report(run_dir, finished):
-    html = report.write_report(run_dir).read_text()
+    html = report.write_report(run_dir)[0].read_text()
     assert html.replace(str(run_dir), str(finished)) == (finished / "report.html").read_text()
 
 
 def test_the_report_names_why_each_start_ended(run_dir):
     (run_dir / "starts.jsonl").write_text("".join(json.dumps({"time": f"t{n}", "step": n, "host": "node7"}) + "\n" for n in range(3)))
     (run_dir / "ends.jsonl").write_text('{"step": 1, "start": 1, "why": "stopped by Ctrl-C, saved"}\n')
-    rows = Page(report.make_page(read_run(run_dir), {}, [])).rows
+    rows = Page(report.make_page(read_run(run_dir), [], [])).rows
     place = rows.index(["time", "step", "host", "ended"])
     assert [row[-1] for row in rows[place + 1 : place + 4]] == [
         "stopped by Ctrl-C, saved",

@@ -22,12 +22,11 @@ from processes import run_ranks
 from safetensors.torch import save_file
 
 from mnist_dist import predict
-from mnist_dist.augment import make_inputs
-from mnist_dist.config import Config
-from mnist_dist.data import load_dataset
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
-from mnist_dist.predict import prepare_image
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.augment import make_inputs
+from mnist_dist.tasks.mnist.digit import prepare_image
 
 Resampling = Image.Resampling
 METADATA = {"dataset": "mnist", "mean": "0.13066", "std": "0.308108"}
@@ -36,8 +35,8 @@ METADATA = {"dataset": "mnist", "mean": "0.13066", "std": "0.308108"}
 @functools.cache
 def digits():
     """One test image of each digit, uint8 [28, 28]."""
-    test = load_dataset(Config()).test
-    return [test.images[int((test.labels == digit).nonzero()[5])].numpy() for digit in range(10)]
+    images, labels = Mnist().load().test.tensors
+    return [images[int((labels == digit).nonzero()[5])].numpy() for digit in range(10)]
 
 
 def enlarge(digit, side=224, method=Resampling.BICUBIC):
@@ -350,9 +349,13 @@ def test_the_largest_picture_takes_bounded_memory(tmp_path, mode):
     assert float(grown_mib) < 400
 
 
+def make_weights():
+    return {name: tensor.contiguous() for name, tensor in build_model(Mnist(), 3).state_dict().items()}
+
+
 @pytest.fixture
 def weights(tmp_path):
-    save_file(build_model(3).state_dict(), tmp_path / "model.safetensors", METADATA)
+    save_file(make_weights(), tmp_path / "model.safetensors", METADATA)
     return tmp_path / "model.safetensors"
 
 
@@ -373,7 +376,7 @@ def test_the_program_answers_for_each_picture_and_names_the_bad_ones(tmp_path, w
     assert set(answers[1]) == {"file", "error"}
     with torch.no_grad():
         images = torch.stack([prepare_image(paths[0]), prepare_image(paths[2])])
-        expected = build_model(3)(make_inputs(images, 0.13066, 0.308108)).softmax(1)
+        expected = build_model(Mnist(), 3)(make_inputs(images, 0.13066, 0.308108)).softmax(1)
     for answer, row in zip((answers[0], answers[2]), expected, strict=True):
         assert answer["probabilities"] == pytest.approx(row.tolist(), abs=1e-5)
         assert [answer["digit"], answer["runner_up"]] == row.topk(2).indices.tolist()
@@ -399,7 +402,7 @@ def test_the_program_answers_for_each_picture_and_names_the_bad_ones(tmp_path, w
 def test_the_normalisation_is_that_of_the_file(tmp_path, weights, capsys):
     enlarge(digits()[2]).save(tmp_path / "two.png")
     predict.main([str(weights), str(tmp_path / "two.png"), "--json"])
-    save_file(build_model(3).state_dict(), weights, {**METADATA, "mean": "0.9"})
+    save_file(make_weights(), weights, {**METADATA, "mean": "0.9"})
     one = json.loads(capsys.readouterr().out)
     predict.main([str(weights), str(tmp_path / "two.png"), "--json"])
     assert json.loads(capsys.readouterr().out)[0]["probabilities"] != pytest.approx(one[0]["probabilities"], abs=1e-4)
@@ -438,7 +441,7 @@ def test_a_reader_that_leaves_and_a_full_disk_end_without_a_traceback(tmp_path, 
 
 
 def damage_weights(name):
-    tensors = build_model(3).state_dict()
+    tensors = make_weights()
     metadata = dict(METADATA)
     if name == "another shape":
         tensors["conv1.bias"] = torch.zeros(3)

@@ -9,11 +9,9 @@ import torch
 from pictures import BLANK, CLEAN, EVERYDAY, SEVERAL, draw
 from PIL import Image
 
-from mnist_dist.augment import make_inputs
-from mnist_dist.config import Config
-from mnist_dist.data import load_dataset
 from mnist_dist.errors import UserError
-from mnist_dist.predict import prepare_image
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist.digit import prepare_image
 from mnist_dist.weights import load_model
 
 COUNT = 60  # pictures of each kind in the long trial
@@ -27,7 +25,7 @@ def save(picture, path):
 
 @pytest.fixture(scope="module")
 def test_split():
-    return load_dataset(Config()).test
+    return Mnist().load().test
 
 
 def measure_likeness(image, original):
@@ -39,14 +37,15 @@ def measure_likeness(image, original):
 @pytest.mark.parametrize("kind", EVERYDAY)
 def test_an_everyday_picture_becomes_the_digit_again(tmp_path, test_split, kind):
     likenesses = []
+    images = test_split.tensors[0].numpy()
     for index in range(6):
-        picture, number = draw(kind, index, test_split.images.numpy(), seed=1)
+        picture, number = draw(kind, index, images, seed=1)
         try:
             image = prepare_image(save(picture, tmp_path / "picture.png"))
         except UserError as error:
             assert REFUSED in str(error)
             continue
-        likenesses.append(measure_likeness(image.numpy(), test_split.images[number].numpy()))
+        likenesses.append(measure_likeness(image.numpy(), images[number]))
     assert len(likenesses) >= 4, "too many are refused"
     assert sum(likeness < 0.6 for likeness in likenesses) <= 1  # where a line lay on a stroke
     assert np.median(likenesses) > 0.75
@@ -55,7 +54,7 @@ def test_an_everyday_picture_becomes_the_digit_again(tmp_path, test_split, kind)
 @pytest.mark.parametrize("kind", [*BLANK, *(kind for kind in SEVERAL if kind != "scribble")])
 def test_a_page_without_one_digit_is_refused(tmp_path, test_split, kind):
     for index in range(4):
-        picture, _ = draw(kind, index, test_split.images.numpy(), seed=1)
+        picture, _ = draw(kind, index, test_split.tensors[0].numpy(), seed=1)
         with pytest.raises(UserError, match=REFUSED):
             prepare_image(save(picture, tmp_path / "picture.png"))
 
@@ -87,8 +86,9 @@ def model(tmp_path_factory):
 def count_answers(kind, split, model, path):
     """Right, wrong with a probability above 0.5, wrong with a lower one, refused."""
     counts = dict.fromkeys(("right", "wrong", "unsure", "refused"), 0)
+    images, labels = split.tensors
     for index in range(COUNT):
-        picture, number = draw(kind, index, split.images.numpy(), seed=2)
+        picture, number = draw(kind, index, images.numpy(), seed=2)
         try:
             image = prepare_image(save(picture, path))
         except UserError as error:
@@ -96,8 +96,8 @@ def count_answers(kind, split, model, path):
             counts["refused"] += 1
             continue
         with torch.inference_mode():
-            probability, digit = model.model(make_inputs(image[None], model.mean, model.std)).softmax(1)[0].max(0)
-        right = number is not None and digit == split.labels[number]
+            probability, digit = model.model(model.task.make_inputs((image[None], None))[0]).softmax(1)[0].max(0)
+        right = number is not None and digit == labels[number]
         counts["right" if right else "wrong" if probability > 0.5 else "unsure"] += 1
     print(f"{kind:24} {counts}")
     return counts

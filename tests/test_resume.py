@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, Train, find_free_ports, run_ranks, start_ranks
+from processes import TINY, StopAt, Train, find_free_ports, run_ranks, start_ranks
 from safetensors.torch import load_file
 
 from mnist_dist import checkpoint
-from mnist_dist.config import Config, parse_command_line
-from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.config import configure, parse_command_line
+from mnist_dist.preemption import Stop
 from mnist_dist.record import read_run
 from mnist_dist.run_folder import RunFolder
 
@@ -56,21 +56,6 @@ def assert_same_run(folder, expected, exactly):
 
 def read_result(folder):
     return json.loads((folder / "result.json").read_text())
-
-
-class StopAt(StopSignals):
-    """A signal that comes in the course of one step."""
-
-    def __init__(self, step):
-        self.step, self.asked = step, 0
-
-    @property
-    def received(self):
-        self.asked += 1
-        return Stop.REQUEUE if self.asked >= self.step else Stop.NONE
-
-    def defer(self, announced):
-        pass
 
 
 @dataclass(frozen=True)
@@ -294,8 +279,8 @@ def test_a_look_at_the_lock_does_not_refuse_a_start(tmp_path):
         fcntl.flock(file, fcntl.LOCK_SH)
         timer = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
         timer.start()
-        with RunFolder(Config(run_dir=str(tmp_path)), Alone()) as run:
-            run.open()
+        with RunFolder(configure(run_dir=str(tmp_path)), Alone()) as run:
+            run.open(model_bytes=0)
         timer.join()
 
 
@@ -303,7 +288,7 @@ def test_a_run_has_ended_well_though_the_others_did_not_wait_for_its_report(tmp_
     def lose(_work):
         raise RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
 
-    RunFolder(Config(run_dir=str(tmp_path)), Alone(lose)).publish({}, None, None)
+    RunFolder(configure(run_dir=str(tmp_path)), Alone(lose)).publish({}, None, None)
     assert "see --timeout_s" in caplog.text
 
 

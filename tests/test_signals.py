@@ -1,8 +1,10 @@
 """Each row of the table of signals and exits, and the failures that are no signals: real signals to real processes."""
 
 import errno
+import itertools
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -14,12 +16,13 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from processes import TINY, Train, find_free_port, run_ranks, start_ranks
+from processes import TINY, StopAt, Train, TrainTask, find_free_port, run_ranks, start_ranks
 
 from mnist_dist import checkpoint
-from mnist_dist.config import Config
+from mnist_dist.config import configure, parse_command_line
 from mnist_dist.preemption import Stop
 from mnist_dist.run_folder import Record, RunFolder
+from mnist_dist.tasks.mnist import Mnist
 
 LONG = [*TINY, "--steps", "5000"]
 CODES = {signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
@@ -97,32 +100,38 @@ def test_a_signal_during_start_up_ends_the_process_with_its_code_and_leaves_noth
 
 
 @dataclass(frozen=True)
-class Dawdle(Train):
+class Dawdle(TrainTask):
     """A rank that sleeps in one of the places where a signal may reach it."""
 
     where: str
     marker: str
 
+    def sleep(self, where):
+        if where == self.where:
+            with open(self.marker, "w"):
+                pass
+            time.sleep(1)
+
+    def make_task(self):
+        rank = self
+
+        class Slow(Mnist):
+            def load(self):
+                rank.sleep("set-up")
+                return super().load()
+
+            def tally(self, model, batch):
+                rank.sleep("evaluation")
+                return super().tally(model, batch)
+
+        return Slow
+
     def __call__(self):
-        from mnist_dist import checkpoint, loop, run_folder
+        from mnist_dist import checkpoint, run_folder
 
-        def slow(function):
-            def slowly(*arguments, **options):
-                with open(self.marker, "w"):
-                    pass
-                time.sleep(1)
-                return function(*arguments, **options)
-
-            return slowly
-
-        if self.where == "evaluation":
-            loop.evaluate = slow(loop.evaluate)
-        elif self.where == "set-up":
-            loop.load_dataset = slow(loop.load_dataset)
-        elif self.where == "saving":
-            checkpoint.write_atomically = slow(checkpoint.write_atomically)
-        else:
-            run_folder.RunFolder.finish = slow(run_folder.RunFolder.finish)
+        write, finish = checkpoint.write_atomically, run_folder.RunFolder.finish
+        checkpoint.write_atomically = lambda *given: self.sleep("saving") or write(*given)
+        run_folder.RunFolder.finish = lambda *given: self.sleep("finish") or finish(*given)
         return super().__call__()
 
 
@@ -225,9 +234,9 @@ class SetUpDifferently(Train):
     variable: str
 
     def __call__(self):
-        from mnist_dist import distributed
+        from mnist_dist import machine
 
-        distributed.has_native_bfloat16 = lambda: False
+        machine.has_native_bfloat16 = lambda: False
         if os.environ["RANK"] == str(self.rank):
             os.environ[self.variable] = "bf16" if "PRECISION" in self.variable else "2"
         return super().__call__()
@@ -253,45 +262,46 @@ class TurnNaNAtLast(Train):
     stopped: bool
 
     def __call__(self):
-        from mnist_dist import loop
+        from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        step_of_fault, exchange = 4 if self.stopped else 9, loop.Agreement.exchange
+        from mnist_dist.loop import train
+        from mnist_dist.program import run_program
 
-        def poison(agreement, value):
-            state = sys._getframe(1).f_locals["state"]
-            if state.step == step_of_fault + 1:
-                for parameter in state.bare_model.parameters():
-                    parameter.data.fill_(float("nan"))
-                return 1 if self.stopped else exchange(agreement, value)
-            return exchange(agreement, value)
+        updates, fault = itertools.count(1), 5 if self.stopped else 10
 
-        loop.Agreement.exchange = poison
-        return super().__call__()
+        def poison(optimizer, *_):
+            if next(updates) == fault:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data.fill_(float("nan"))
+
+        register_optimizer_step_post_hook(poison)
+        # A stop is agreed upon in one step and heeded after the next.
+        signals = StopAt(fault - 1 if self.stopped else 99)
+        return run_program(lambda: train(parse_command_line(self.arguments), signals).stop.exit_code)
 
 
 @dataclass(frozen=True)
-class FailAt(Train):
+class FailAt(TrainTask):
     """A rank that fails in a way of its own at one step."""
 
     how: str
     rank: int
 
-    def __call__(self):
-        from mnist_dist import loop
+    def make_task(self):
+        how, is_this_rank = self.how, os.environ["RANK"] == str(self.rank)
 
-        draw = loop.draw_transforms
+        class Failing(Mnist):
+            def draw(self, seed, step, size):
+                if step == 4 and is_this_rank:
+                    if how == "raises":
+                        raise ZeroDivisionError("the planted fault")
+                    if how == "exits":
+                        os._exit(0)
+                    os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+                return super().draw(seed, step, size)
 
-        def fail(config, step):
-            if step == 4 and os.environ["RANK"] == str(self.rank):
-                if self.how == "raises":
-                    raise ZeroDivisionError("the planted fault")
-                if self.how == "exits":
-                    sys.exit(0)
-                os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
-            return draw(config, step)
-
-        loop.draw_transforms = fail
-        return super().__call__()
+        return Failing
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -309,17 +319,22 @@ def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path,
     assert codes == [1, 1]
     assert code == {"raises": 1, "exits": 0, "killed": -9, "stopped": -9}[how]
     assert elapsed_s < 15
-    last_lines = [other.text.strip().splitlines()[-1] for other in others]
-    for line in last_lines:
+    lost = f"rank {rank} on host {platform.node()}"
+    silence = f"{lost} was silent for 3 s (stopped, or the node is out of reach); see --timeout_s; where the others were: {folder}/stacks"
+    for other in others:
+        line = other.text.strip().splitlines()[-1]
         if how == "raises":
-            assert line.endswith(f"error: rank {rank} failed: ZeroDivisionError: the planted fault")
+            assert f"error: {lost} failed: RunError: task mnist failed in draw for step 5: " in line
+            assert line.endswith("ZeroDivisionError: the planted fault")
         elif how == "stopped":
-            assert "another rank was silent for 3 s" in line or "another rank is gone" in line
+            assert line.endswith(silence)
         else:
-            assert line.endswith("another rank is gone and left no reason (killed, or its node went down)")
-    assert any("silent for 3 s" in line for line in last_lines) == (how == "stopped")
+            assert line.endswith(f"{lost} is gone and left no reason (killed, or the node went down)")
     if how == "raises":
         assert "ZeroDivisionError: the planted fault" in ranks[rank].text.strip().splitlines()[-1]
+    stacks = {path.name: path.read_text() for path in (folder / "stacks").glob("*")}
+    assert set(stacks) == ({f"rank{index}.txt" for index in range(3) if index != rank} if how == "stopped" else set())
+    assert all("thread 'MainThread', innermost call first:" in text and "loop.py, line" in text for text in stacks.values())
 
 
 # Disks.
@@ -461,7 +476,7 @@ def test_a_busy_disk_is_asked_again_only_when_the_time_has_come_again(tmp_path):
         def is_free(self, step):
             asked.append(step)
 
-    run = RunFolder(Config(run_dir=str(tmp_path), checkpoint_every=0, checkpoint_every_s=100.0), None)
+    run = RunFolder(configure(run_dir=str(tmp_path), checkpoint_every=0, checkpoint_every_s=100.0), None)
     run._writer, run._saved_s = Busy(), time.monotonic() - 101
     for step in (7, 8, 9):
         run.save_if_due(SimpleNamespace(step=step))  # nothing of the state is read, let alone encoded

@@ -89,6 +89,8 @@ WRONG = [
     ("no samples", [("torch.arange(60.0)", "torch.arange(0.0)")], ["hold no samples"], 2),
     ("build_model fails", [(SEQUENTIAL, "nn.Linear(3, 'x')")], ["in build_model", "broken.py:", "TypeError"], 2),
     ("build_model returns no module", [(SEQUENTIAL, "lambda inputs: inputs")], ["build_model returned function", "torch.nn.Module"], 2),
+    ("a lazy layer", [("nn.Linear(3,", "nn.LazyLinear(")], ["has no shape yet", "0.weight"], 2),
+    ("half precision", [(SEQUENTIAL, SEQUENTIAL + ".half()")], ["0.weight", "torch.float16", "expected torch.float32"], 2),
     ("the shapes do not fit", [("nn.Linear(3,", "nn.Linear(4,")], ["in losses", "RuntimeError", "shapes"], 2),
     (
         "labels outside of the classes",
@@ -106,6 +108,18 @@ WRONG = [
     ("losses detached", [(BUILD, LOSSES.format("model(batch[0]).sum(1).detach()"))], ["do not depend on the model's parameters"], 2),
     ("losses that are not finite", [(BUILD, LOSSES.format("model(batch[0]).sum(1) / 0"))], ["expected finite numbers"], 2),
     ("a parameter without a gradient", [(BUILD, LOSSES.format("model[0](batch[0]).sum(1)"))], ["2.weight, 2.bias get no gradient"], 2),
+    (
+        "extra state",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.__class__ = type('Odd', (nn.Sequential,), "
+                "{'get_extra_state': lambda s: 1, 'set_extra_state': lambda s, x: None})\n        return model",
+            )
+        ],
+        ["_extra_state", "expected tensors alone"],
+        2,
+    ),
     (
         "draw with other rows",
         [(BUILD, "    def draw(self, seed, step, size):\n        return torch.zeros(3)\n\n    def build_model(self):")],
@@ -159,6 +173,15 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
     assert "Traceback" not in text
     if "while it was imported" in errors[0] or "in load" in errors[0] or "losses" in words[0]:
         assert not (tmp_path / "run").exists()
+
+
+def test_tied_weights_are_trained_saved_and_read(tmp_path):
+    tied = "model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2))\n        model[2].weight = model[0].weight"
+    name = write(tmp_path / "tied.py", SANE, (f"return {SEQUENTIAL}", f"{tied}\n        return model"))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2", *SHORT]), 2)
+    (tmp_path / "run/result.json").unlink()
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+    assert evaluate.main([str(tmp_path / "run"), "--task", name]) == 0
 
 
 def test_a_lambda_is_no_obstacle_to_workers(tmp_path):

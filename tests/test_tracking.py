@@ -22,21 +22,42 @@ from pathlib import Path
 import processes
 import psutil
 import pytest
+import torch
 from bad_server import BadServer
 from PIL import Image
 from processes import TINY, Rank, run_ranks, start_ranks
+from torch.utils.data import TensorDataset
 
-from mnist_dist.config import Config
+from mnist_dist.config import configure, make_config
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
-from mnist_dist.tracking import AccelerateTracker, Mistake, NoTracker, WandbTracker, check_project, open_tracker
+from mnist_dist.figures import render_pixels
+from mnist_dist.loop import train
+from mnist_dist.task import Data, Evaluation, Example, Panel
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, check_project, open_tracker
 from mnist_dist.world import World
 
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
 WANDB = Path(sys.executable).with_name("wandb")
 WANDB_CORE = Path(importlib.util.find_spec("wandb").origin).with_name("bin") / "wandb-core"
 RESULT = {"step": 40, "test/accuracy": 0.5, "test/confusion_matrix": [[1, 2], [3, 4]]}
+WRONG = torch.full((2, 28, 28), 99, dtype=torch.uint8)
+
+
+class TwoClasses(Mnist):
+    """Of its 12 test images 2 are wrong: a zero and a one."""
+
+    @property
+    def class_names(self) -> tuple[str, str]:
+        return "zero", "one"
+
+    def show(self) -> list[Panel]:
+        """What the trackers get of them."""
+        split = TensorDataset(WRONG, torch.tensor([0, 1]))
+        examples = [Example(0, [0.25, 0.75]), Example(1, [0.5, 0.5])]
+        return self.draw_evaluation(Data(split, split), Evaluation(12, {"confusion_matrix": [[7, 1], [1, 3]]}, examples))
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,7 @@ class Train:
     stopped: bool = False
     busy: bool = False
     system_metrics: bool = False
+    best: dict | None = None
     file_bytes_max: int = 0
     unknown_user: bool = False
 
@@ -76,6 +98,7 @@ class Train:
         start = time.perf_counter()
         facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
         more = {"job_type": "train", "group": "ours", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
+        more |= {} if self.best is None else {"best": self.best}
         tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
         assert isinstance(tracker, WandbTracker)
@@ -102,8 +125,7 @@ class Train:
                         print("stop requested")
                         break
         if self.result is not None:
-            mistakes = [Mistake(self.folder / "sample.png", 0, [0.25, 0.75]), Mistake(self.folder / "sample.png", 1, [0.5, 0.5])]
-            tracker.log_predictions(self.last, [[7, 1], [1, 3]], mistakes, ["zero", "one"])
+            tracker.log_panels(self.last, TwoClasses().show())
             tracker.log_model(self.folder / "sample.png")
         start = time.perf_counter()
         tracker.finish(self.result, stopped=self.stopped)
@@ -207,7 +229,11 @@ class Piece:
 
     @property
     def ended(self) -> bool:
-        return self.find("exit") != []
+        return self.exit_codes != []
+
+    @property
+    def exit_codes(self) -> list[int]:
+        return [end["exit_code"] for end in self.find("exit")]  # it may have a runtime, too
 
     def find(self, kind: str) -> list[dict]:
         return [record[kind] for record in self.records if record["type"] == kind]
@@ -436,16 +462,16 @@ def stopped_by_a_signal(play):
     play.environ |= {"WANDB_TAGS": "theirs", "WANDB_NOTES": "my note", "WANDB_JOB_TYPE": "my type", "WANDB_RUN_GROUP": "my group"}
     play.start(last=25, result=None, stopped=True)
     play.end()
-    play.start(first=26, middle=30, result=None)
+    play.start(first=26, middle=30, result=None, best={"test/perplexity": "min"})
     play.end()
 
 
 def test_a_run_that_a_signal_stopped_is_preempted_and_one_that_broke_is_failed(plays):
     stopped, broken = plays("stopped_by_a_signal").pieces
-    assert (len(stopped.find("preempting")), stopped.find("exit")) == (1, [{"exit_code": 1}])
-    assert (len(broken.find("preempting")), broken.find("exit")) == (0, [{"exit_code": 1}])
+    assert (len(stopped.find("preempting")), stopped.exit_codes) == (1, [1])
+    assert (len(broken.find("preempting")), broken.exit_codes) == (0, [1])
     (finished,) = plays("without_a_key").pieces
-    assert (len(finished.find("preempting")), finished.find("exit")) == (0, [{"exit_code": 0}])
+    assert (len(finished.find("preempting")), finished.exit_codes) == (0, [0])
 
 
 def test_config_and_description_are_what_was_given_and_wandbs_own_variables_win(plays):
@@ -466,6 +492,16 @@ def test_panels_are_drawn_over_the_step_and_counters_have_none(plays):
     assert {metric["step_metric"] for name, metric in metrics.items() if name not in ("step", "epoch")} == {"step"}
 
 
+def test_what_is_best_of_a_metric_is_its_task_to_say(plays):
+    def read_best(piece):
+        return {metric["name"]: min({*metric["summary"]} - {"last"}) for metric in piece.find("metric") if metric.get("summary")}
+
+    usual, own = plays("stopped_by_a_signal").pieces
+    lowest = dict.fromkeys(("train/loss", "test/loss", "holdout/loss"), "min")
+    assert read_best(usual) == lowest | dict.fromkeys(("test/accuracy", "holdout/accuracy"), "max")
+    assert read_best(own) == {"test/perplexity": "min"}
+
+
 def test_mistakes_are_a_table_and_the_confusion_matrix_is_wandbs_own(plays):
     (piece,) = plays("without_a_key").pieces
     files = {}
@@ -474,7 +510,7 @@ def test_mistakes_are_a_table_and_the_confusion_matrix_is_wandbs_own(plays):
     wrong, matrix = [json.loads(files[f"predictions/{name}.table.json"]) for name in ("wrong", "confusion_matrix_table")]
     assert wrong["columns"] == ["image", "label", "predicted", "probability/zero", "probability/one"]
     assert [row[1:] for row in wrong["data"]] == [["zero", "one", 0.25, 0.75], ["one", "zero", 0.5, 0.5]]
-    assert [files[row[0]["path"]] for row in wrong["data"]] == [(plays("without_a_key").folder / "sample.png").read_bytes()] * 2
+    assert [files[row[0]["path"]] for row in wrong["data"]] == [render_pixels(WRONG[0])] * 2
     assert matrix["data"] == [["zero", "zero", 7], ["zero", "one", 1], ["one", "zero", 1], ["one", "one", 3]]
     server = plays("with_a_good_server").server
     model, *tables = sorted(server.artifacts)
@@ -845,16 +881,41 @@ def test_two_ranks_make_one_run_with_every_metric_and_picture(tmp_path):
     assert {name.removeprefix("images/") for name in events.Tags()["images"]} == PICTURES | {"training_images", "training_images_augmented"}
 
 
+class FewestErrors(Mnist):
+    """Runs of it are compared by their errors, of which fewer are better."""
+
+    best = "errors"
+    higher_is_better = False
+    in_rows = ("loss", "errors")
+    name = "mnist"
+
+
+def test_the_best_value_is_that_of_the_tasks_own_measure(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("mnist_dist.run_folder.open_tracker", lambda *_, **named: started.append(named["best"]) or NoTracker())
+    values = {"dataset": "synthetic", "train_size": 40, "test_size": 10, "batch_size": 8, "steps": 1, "device": "cpu", "report": False}
+    for task in (Mnist, FewestErrors):
+        train(make_config(values | {"run_dir": str(tmp_path / task.__name__)}, task=task))
+    train(make_config(values | {"run_dir": str(tmp_path / "held"), "holdout": 10, "test_size": None}))
+    losses = {"train/loss": "min", "test/loss": "min"}
+    assert started == [
+        losses | {"test/accuracy": "max"},
+        losses | {"test/errors": "min"},
+        {"train/loss": "min", "holdout/loss": "min", "holdout/accuracy": "max"},
+    ]
+
+
 def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
     with pytest.raises(UserError, match="log_with is aim, whose package is not installed"):
         AccelerateTracker.check("aim")
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    with join_group(World(), Config()):
-        tracker = AccelerateTracker("tensorboard", tmp_path, Config().model_dump(), 0)
+    with join_group(World(), configure()):
+        tracker = AccelerateTracker("tensorboard", tmp_path, configure().values(), 0)
         monkeypatch.setattr(tracker._tracker, "log", lambda *_, **__: 1 / 0)
         for step in (1, 2):
             tracker.log({"step": step})
         tracker.log_images(2, {"images/none": tmp_path / "none.png"})
+        tracker.log_panels(2, [Panel("", "images/none", figure=b"none")])
         tracker.finish({})
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "tensorboard failed and is left out from here on (ZeroDivisionError: division by zero)"
@@ -866,6 +927,7 @@ def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
         with open_tracker(mode, tmp_path / "run", {}, is_main=is_main) as tracker:
             tracker.log({"step": 1})
             tracker.log_images(1, {"images/none": tmp_path / "none.png"})
+            tracker.log_panels(1, [Panel("", "images/none", figure=b"none")])
             assert type(tracker) is NoTracker
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
@@ -986,7 +1048,7 @@ def test_a_run_stopped_by_a_signal_is_preempted_on_the_page_and_has_its_pictures
     (path,) = (run / "wandb").glob("*run-*")
     records = read_records(path)
     assert len([record for record in records if record["type"] == "preempting"]) == 1
-    assert [record["exit"] for record in records if record["type"] == "exit"] == [{"exit_code": 1}]
+    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [1]
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     assert {"images/training_images.path", "images/training_images_augmented.path"} < {*rows[0]}
     assert len([row for row in rows if "predictions/wrong.path" in row]) >= 3  # at each evaluation

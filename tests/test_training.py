@@ -2,23 +2,26 @@
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import safetensors
 import torch
-from processes import TINY, Train, run_ranks
+from processes import TINY, Train, TrainTask, run_ranks
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
-from mnist_dist import evaluation as evaluation_module
-from mnist_dist.config import Config, make_config
-from mnist_dist.data import Split, load_dataset
+from mnist_dist import data as data_module
+from mnist_dist.config import configure, make_config
+from mnist_dist.data import InMemory, Reader, list_shares, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
-from mnist_dist.evaluation import Evaluation, evaluate
+from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer, learning_rate_at
 from mnist_dist.options import read_options_file
+from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.world import find_world
 
 
@@ -74,6 +77,19 @@ def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
         "lock",
     }
     assert make_config(read_options_file(folder / "config.yaml")).batch_size == 12
+    assert (folder / "config.yaml").read_text().startswith("task: mnist\n")
+    [start] = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    noted = {name: start[name] for name in ("step", "world_size", "tier", "best", "parameters", "training_samples", "test_samples")}
+    assert noted == {
+        "step": 0,
+        "world_size": 2,
+        "tier": "any world",
+        "best": "accuracy",
+        "parameters": 593_200,
+        "training_samples": 4_096,
+        "test_samples": 1_024,
+    }
+    assert start["source"].startswith("__init__.py ")
     rows = read_rows(folder)
     assert [row["step"] for row in rows] == [4, 5, 8, 10]
     measured = {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_s"}
@@ -86,12 +102,14 @@ def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
     assert (result["step"], result["world_size"], result["test/images"]) == (10, 2, 30)
     assert result["test/accuracy"] == rows[-1]["test/accuracy"] == 1 - result["test/errors"] / 30
     assert sum(map(sum, result["test/confusion_matrix"])) == 30
+    assert result["test/class_accuracy"] == rows[-1]["test/class_accuracy"]
+    assert {"dataset", "mean", "std"} < {*result}
     assert result["elapsed_s"] > 0
     assert result["images_per_s"] > 0
     assert result["versions"]["torch"] == str(torch.__version__)
     with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["mnist_dist"])["dataset"] == "synthetic"
-        build_model(1).load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        build_model(Mnist(), 1).load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 @dataclass(frozen=True)
@@ -101,36 +119,43 @@ class Evaluate:
     sizes: tuple[int, ...]
 
     def __call__(self):
-        evaluation_module._BATCH = 50
-        dataset = load_dataset(Config(dataset="synthetic"))
-        with join_group(find_world(os.environ), Config(precision="fp32", threads=1)) as group:
-            model = group.accelerator.prepare(build_model(3))
+        data_module._EVALUATED_AT_ONCE = 50
+        config, loaded = load_data(configure(dataset="synthetic", precision="fp32", threads=1))
+        with join_group(find_world(os.environ), config) as group:
+            model = group.accelerator.prepare(build_model(config.task, 3))
             for size in self.sizes:
-                evaluation = evaluate(model, dataset.test.first(size), dataset.mean, dataset.std, group)
+                with open_evaluation(TensorDataset(*loaded.test[:size]), config, group) as reader:
+                    evaluation = evaluate(config.task, model, reader, group)
                 if group.is_main:
-                    print(json.dumps([evaluation.confusion_matrix, round(evaluation.loss, 5)]))
+                    print(json.dumps([evaluation.measures["confusion_matrix"], round(evaluation.measures["loss"], 5)]))
 
 
 def test_the_evaluation_counts_every_image_once_in_every_world(tmp_path):
     sizes = (1, 3, 49, 50, 51)  # one below, at and above the batch
     lines = {world: run_ranks(tmp_path, Evaluate(sizes), world).strip().splitlines() for world in (1, 2, 3, 4)}
     assert lines[1] == lines[2] == lines[3] == lines[4]
-    labels = load_dataset(Config(dataset="synthetic")).test.labels
+    _, labels = load_data(configure(dataset="synthetic"))[1].test.tensors
     for size, line in zip(sizes, lines[1], strict=True):
         assert [sum(row) for row in json.loads(line)[0]] == labels[:size].bincount(minlength=10).tolist()
 
 
-def test_an_evaluation_that_counts_another_number_is_an_error(monkeypatch):
-    dataset = load_dataset(Config(dataset="synthetic", test_size=40))
-    with join_group(find_world({}), Config(precision="fp32")) as group:
-        group.size = 2  # the planted fault: half of the images belong to a rank that is not there
-        with pytest.raises(RunError, match="counted 20 images, but the split has 40"):
-            evaluate(build_model(0), dataset.test, 0.0, 1.0, group)
+def test_an_evaluation_that_counts_another_number_is_an_error():
+    config, loaded = load_data(configure(dataset="synthetic", test_size=40, precision="fp32"))
+    with join_group(find_world({}), config) as group:
+        # The planted fault: half of the images belong to a rank that is not there.
+        shares = list_shares(40, SimpleNamespace(rank=0, size=2))
+        reader = Reader(loaded.test, config, group, "test", shares)
+        with reader, pytest.raises(RunError, match="counted 20 images, but the split has 40"):
+            evaluate(config.task, build_model(config.task, 0), reader, group)
 
 
 def test_what_an_evaluation_says_of_its_matrix():
-    evaluation = Evaluation(0.5, [[8, 2], [1, 9]])
-    assert (evaluation.images, evaluation.errors, evaluation.accuracy) == (20, 3, 0.85)
+    confusion = torch.zeros(10, 10, dtype=torch.float64)
+    confusion[:2, :2] = torch.tensor([[8, 2], [1, 9]])
+    measures = Mnist().measure(torch.cat([torch.tensor([20, 10.0]), confusion.flatten()]))
+    assert (measures["images"], measures["errors"], measures["accuracy"], measures["loss"]) == (20, 3, 0.85, 0.5)
+    assert measures["class_accuracy"] == [0.8, 0.9, *[None] * 8]
+    assert measures["confusion_matrix"] == confusion.int().tolist()
 
 
 @dataclass(frozen=True)
@@ -152,25 +177,23 @@ def test_a_loader_that_is_sharded_twice_is_caught(tmp_path):
 
 
 @dataclass(frozen=True)
-class TurnNaN(Train):
+class TurnNaN(TrainTask):
     """The planted fault: the loss of one rank at one step is not a number."""
 
     rank: int
     step: int
 
-    def __call__(self):
-        from mnist_dist import loop
+    def make_task(self):
+        rank, fault = self.rank, self.step - 1
 
-        draw = loop.draw_transforms
+        class NotANumber(Mnist):
+            def draw(self, seed, step, size):
+                transforms = super().draw(seed, step, size).clone()
+                if step == fault:
+                    transforms[rank] = float("nan")
+                return transforms
 
-        def draw_with_nan(config, step):
-            transforms = draw(config, step).clone()
-            if step + 1 == self.step:
-                transforms[self.rank] = float("nan")
-            return transforms
-
-        loop.draw_transforms = draw_with_nan
-        return super().__call__()
+        return NotANumber
 
 
 def test_a_nan_stops_every_rank_and_is_named_with_its_step_and_rank(tmp_path):
@@ -186,28 +209,28 @@ def test_a_nan_stops_every_rank_and_is_named_with_its_step_and_rank(tmp_path):
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
-    config = Config(steps=100, learning_rate=0.5, warmup=0.2)
+    config = configure(steps=100, learning_rate=0.5, warmup=0.2)
     rates = [learning_rate_at(config, step) for step in range(100)]
     assert max(rates) == pytest.approx(0.5, rel=0.01)
     assert rates.index(max(rates)) in (19, 20)
     assert 0 < rates[-1] < rates[0] < 0.02
     assert rates[:20] == sorted(rates[:20])
     assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert {learning_rate_at(config.model_copy(update={"schedule": "constant"}), step) for step in range(100)} == {0.5}
-    steps = [learning_rate_at(config.model_copy(update={"schedule": "step"}), step) for step in range(100)]
+    assert {learning_rate_at(config.replace(schedule="constant"), step) for step in range(100)} == {0.5}
+    steps = [learning_rate_at(config.replace(schedule="step"), step) for step in range(100)]
     assert steps == pytest.approx([0.5] * 75 + [0.05] * 25)
     for warmup in (0.0, 1.0):
-        assert all(0 < learning_rate_at(config.model_copy(update={"warmup": warmup}), step) <= 0.5 for step in range(100))
+        assert all(0 < learning_rate_at(config.replace(warmup=warmup), step) <= 0.5 for step in range(100))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
 def test_every_optimizer_learns(optimizer):
-    model = build_model(0)
-    build = build_optimizer(model.parameters(), Config(optimizer=optimizer, learning_rate=0.01), "fp32")
-    split = Split(torch.zeros(4, 28, 28, dtype=torch.uint8), torch.tensor([1, 1, 1, 1]))
+    model = build_model(Mnist(), 0)
+    build = build_optimizer(model.parameters(), configure(optimizer=optimizer, learning_rate=0.01), "fp32")
+    images, labels = torch.zeros(4, 1, 28, 28), torch.tensor([1, 1, 1, 1])
     losses = []
     for _ in range(5):
-        loss = torch.nn.functional.cross_entropy(model(split.images.unsqueeze(1).float()), split.labels)
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         build.step()
         build.zero_grad()
@@ -229,11 +252,13 @@ def test_training_twice_in_one_process_works_and_leaves_the_environment_alone(tm
         "threads": 1,
     }
     for precision in ("fp32", "bf16"):
-        result = train(Config(**values, epochs=1, precision=precision, run_dir=str(tmp_path / precision)))
+        result = train(configure(**values, epochs=1, precision=precision, run_dir=str(tmp_path / precision)))
         assert result.values["precision"] == precision
     assert dict(os.environ) == before
 
 
-def test_splits_can_be_moved():
-    split = Split(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.arange(3))
-    assert len(replace(split).to(torch.device("cpu"))) == 3
+def test_splits_are_kept_on_the_device():
+    split = TensorDataset(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.arange(3))
+    kept = InMemory(split, torch.device("meta"))
+    assert len(kept) == 3
+    assert {tensor.device.type for tensor in kept.tensors} == {"meta"}

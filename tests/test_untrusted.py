@@ -21,12 +21,12 @@ from launch import cluster, jobs, submit
 from launch.runs import read_state
 from launch.training import write_note
 from mnist_dist import checkpoint, lock
-from mnist_dist.config import Config, make_config, parse_command_line
+from mnist_dist.config import configure, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.files import expand_path, is_marked, mark_folder, read_file
-from mnist_dist.lock import Lock
+from mnist_dist.lock import Lock, read_holder
 from mnist_dist.options import read_options_file
-from mnist_dist.record import Record, list_newest_first, read_config, read_holder, read_result, read_run
+from mnist_dist.record import Record, list_newest_first, read_config, read_result, read_run
 
 LONG = [*TINY, "--steps", "5000"]
 
@@ -273,7 +273,7 @@ def test_options_that_came_later_do_not_part_a_run_from_its_older_checkpoints(ru
     newest = list_newest_first(run_dir / "checkpoints")[0]
     state = checkpoint.decode(newest.read_bytes())
     for name in ("holdout", "nesterov", "label_smoothing"):  # as if these options had not been there yet
-        assert state["recipe"].pop(name) == Config.model_fields[name].default
+        assert state["recipe"].pop(name) == configure().fields()[name].default
     del state["rows"]
     newest.unlink()
     checkpoint.write(run_dir / "checkpoints", 10, checkpoint.encode(state), keep=1)
@@ -435,7 +435,7 @@ def test_held_out_figures_of_older_runs_are_found_under_their_own_name(tmp_path)
         path = tmp_path / "run" / name
         path.write_text(path.read_text().replace('"holdout/', '"test/'))
     assert read_run(tmp_path / "run") == new
-    assert read_state(tmp_path / "run", []).accuracy == new.result["holdout/accuracy"]
+    assert read_state(tmp_path / "run", []).best == new.result["holdout/accuracy"]
 
 
 # Paths
@@ -453,7 +453,7 @@ def test_a_folder_is_found_as_a_shell_would_find_it(monkeypatch, tmp_path):
             expand_path(text)
     (tmp_path / "config.yaml").write_text("run_dir: ~/runs\ndataset: kmnist\ndata_dir: $SCRATCH/data\n")
     config = parse_command_line(["--config", "~/config.yaml"])
-    assert (config.run_dir, config.data_dir) == (f"{tmp_path}/runs", "/scratch/me/data")
+    assert (config.run_dir, config.task.data_dir) == (f"{tmp_path}/runs", "/scratch/me/data")
     assert make_config({"run_dir": "~/x"}).run_dir == parse_command_line(["--run_dir=~/x"]).run_dir == f"{tmp_path}/x"
     with pytest.raises(UserError, match=r"run_dir is '\$NOWHERE/x'; the environment variable NOWHERE is not set"):
         parse_command_line(["--run_dir", "$NOWHERE/x"])
@@ -656,7 +656,7 @@ def test_a_folders_mark_knows_moves_and_copies(tmp_path):
 def test_escape_sequences_in_names_do_not_reach_the_terminal(tmp_path, capsys):
     folder = tmp_path / "runs" / "red\x1b[31m\x07"
     (folder / "slurm").mkdir(parents=True)
-    (folder / "config.yaml").write_text(Config().to_yaml())
+    (folder / "config.yaml").write_text(configure().to_yaml())
     (folder / "starts.jsonl").write_text(json.dumps({"step": 0, "host": "node\x1b[2J"}) + "\n")
     log = folder / "slurm/1.log"
     log.write_text("fine\tso far\n\x1b]0;title\x07done\n")
@@ -680,8 +680,10 @@ def test_two_equal_runs_have_equal_files_of_weights(stopped, tmp_path):
 
 
 def test_the_header_of_the_weights_is_the_same_in_every_process(tmp_path):
-    code = "import safetensors.torch as s, torch, hashlib; from mnist_dist.weights import make_header\n"
-    code += "print(hashlib.sha256(s.save({'a': torch.zeros(2)}, make_header('mnist', 0.1, 0.3))).hexdigest())"
+    code = "import safetensors.torch as s, torch, hashlib; from mnist_dist.source import find_task\n"
+    code += "from mnist_dist.weights import make_header\n"
+    code += "task = find_task('mnist')().with_facts({'dataset': 'mnist', 'mean': 0.1, 'std': 0.3})\n"
+    code += "print(hashlib.sha256(s.save({'a': torch.zeros(2)}, make_header(task))).hexdigest())"
     outputs = {subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout for _ in range(3)}
     assert len(outputs) == 1
 

@@ -8,16 +8,28 @@ from importlib import resources
 import pytest
 from processes import run_ranks
 
+from mnist_dist.config import make_config as config_of
 from mnist_dist.errors import RunError
+from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.verify import TOLERANCE, compare, main, make_config, verify
 
-REFERENCE = json.loads((resources.files("mnist_dist") / "reference.json").read_text())
+REFERENCE = json.loads((resources.files("mnist_dist.tasks.mnist") / "reference.json").read_text())
 
 
 def test_two_ranks_meet_the_recorded_curve(tmp_path):
     text = run_ranks(tmp_path, verify, 2)
     assert text.count("right: 40 steps") == 1
     assert "in a world of 2" in text
+
+
+class AStepLate(Mnist):
+    """The built-in task, with the augmentation of the step that follows."""
+
+    def draw(self, seed, step, size):
+        return super().draw(seed, step + 1, size)
+
+
+AStepLate.name = "mnist"
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,14 @@ class Mistaken:
     mistake: str
 
     def __call__(self):
-        from mnist_dist import loop
+        from mnist_dist.loop import train
 
         config = make_config(self.run_dir)
         if self.mistake == "gradients are summed, not averaged":
-            config = config.model_copy(update={"learning_rate": 2 * config.learning_rate})
+            config = config.replace(learning_rate=2 * config.learning_rate)
         elif self.mistake == "augmentation of another step":
-            draw = loop.draw_transforms
-            loop.draw_transforms = lambda config, step: draw(config, step + 1)
-        loop.train(config)
+            config = config_of(config.values(), task=AStepLate)
+        train(config)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What all classifiers share: loss, confusion matrix, table of classes, right and wrong examples. Imports no torch before it is used."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mnist_dist.errors import UserError
 from mnist_dist.task import Data, Evaluation, Panel, Row, Tally, Task, option
 
 if TYPE_CHECKING:
@@ -19,9 +20,34 @@ class Classification(Task):
     higher_is_better: ClassVar[bool] = True
     in_rows: ClassVar[Sequence[str] | None] = ("loss", "accuracy", "class_accuracy")
 
-    class_names: ClassVar[Sequence[str]]  # label i is the i-th
+    model_config = Task.model_config | {"ignored_types": (tuple, list)}  # so that `class_names = ("a", "b")` needs no annotation
 
     label_smoothing: float = option(0.1, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes; label i is the i-th. Unless a task says otherwise, those that its data set knew: its `classes`."""
+        names = self.facts.get("classes")
+        return names if isinstance(names, list) else ()
+
+    def find_facts(self, train: Any) -> Row:
+        """The names of the classes, if the data set has to know them, as those of torchvision do."""
+        if type(self).class_names is not Classification.class_names:
+            return {}
+        while not hasattr(train, "classes") and hasattr(train, "dataset"):  # a Subset of it
+            train = train.dataset
+        names = getattr(train, "classes", None)
+        if not names:
+            raise UserError(f"task {self.name}: its training data have no attribute `classes`; write the property class_names")
+        return {"classes": [str(name) for name in names]}
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the names of the classes, where they are a fact, are words."""
+        names = facts.get("classes")
+        if type(self).class_names is Classification.class_names and not (
+            isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"says that its classes are {str(names)[:40]!r}; expected a list of names")
 
     def make_inputs(self, batch: Any, drawn: Any = None) -> "tuple[Any, Tensor]":
         """The model's input and the labels int64 [n] of a batch: augmented, if `drawn` are its rows of `draw`."""
@@ -147,18 +173,17 @@ class Classification(Task):
             panels.append(Panel("Predictions", "predictions/confusion_matrix", matrix=(names, evaluation.measures["confusion_matrix"])))
         return panels
 
-    def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
-        panels = []
-        if measures:
-            title = f"{'Test' if data.holdout is None else 'Held-out'} {self.samples} by class"
-            if len(self.class_names) <= _MATRIX_MAX:
-                from mnist_dist.tasks.figures import draw_confusion
+    def draw_measures(self, measures: Row, on: str) -> list[Panel]:  # noqa: D102
+        title = f"{on.capitalize()} {self.samples} by class"
+        table = Panel(title, "classes", table=self._make_class_table(measures))
+        if len(self.class_names) > _MATRIX_MAX:
+            return [table]
+        from mnist_dist.tasks.figures import draw_confusion
 
-                panels.append(Panel(title, "confusion_matrix", figure=draw_confusion(measures["confusion_matrix"], self.class_names)))
-            panels.append(Panel(title, "classes", table=self._make_class_table(measures)))
-        if model is not None:
-            panels += self._draw_predictions(data, model, batches)
-        return panels
+        return [Panel(title, "confusion_matrix", figure=draw_confusion(measures["confusion_matrix"], self.class_names)), table]
+
+    def draw_report(self, data: Data, model: "nn.Module | None", batches: Iterable[Any], measures: Row) -> list[Panel]:  # noqa: D102
+        return [] if model is None else self._draw_predictions(data, model, batches)
 
     def _make_class_table(self, measures: Row) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         rows = []

@@ -60,7 +60,7 @@ class Mnist(Classification):
         return SIZES[self.dataset]
 
     @property
-    def class_names(self) -> Sequence[str]:  # type: ignore[override]
+    def class_names(self) -> Sequence[str]:
         """The names of the ten classes of the data set."""
         return _CLASS_NAMES.get(self.dataset, DIGITS)
 

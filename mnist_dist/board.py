@@ -1,0 +1,266 @@
+"""What the ranks of a run leave for each other in torch's store: why a run fails, which rank is gone or silent, and where the others are.
+
+A collective that fails says only that somebody is missing. The first rank that notices rings a bell. A thread of each living rank answers,
+with the Python stack of its main thread. Who does not answer is stopped or gone; who answers, but is in no failing collective, hangs.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mnist_dist.files import write_atomically
+from mnist_dist.record import STACK_NAME
+from mnist_dist.rendezvous import name_with_hosts
+
+_REACHING_S = 2.0  # until the store must have answered
+_ANSWERING_S = 3.0  # until each living rank must have
+_VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
+_STACK_BYTES = 16_384
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class Board:
+    """One rank's hold of the board, with the thread that answers for it."""
+
+    def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...], timeout: timedelta) -> None:
+        """`connect` opens a connection to the store: one stays, at which a thread waits; others are opened in need.
+
+        The connection of the process group is not used, since a collective that waits for a peer may hold it.
+        """
+        self.folder: Path | None = None  # where the stacks go
+        self._connect, self._rank, self._timeout = connect, rank, timeout
+        self._ear = connect()
+        self._hosts = dict(enumerate(hosts))
+        self._thread_of_run = threading.get_ident()
+        self._told = ""  # why the run fails, once the thread knows
+        self._closing = False
+        self._watcher = threading.Thread(target=self._watch, name="board", daemon=True)
+        self._watcher.start()
+
+    def name(self, ranks: Iterable[int]) -> str:
+        """Ranks and their hosts, in words."""
+        return name_with_hosts(ranks, self._hosts)
+
+    def close(self, store: Any) -> None:
+        """End the thread, by a connection that is no longer used: from here on this rank is gone."""
+        self._closing = True
+        if self._watcher.is_alive():
+            _in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
+            self._watcher.join(1.0)
+
+    def blame_self(self, error: Exception) -> None:
+        """Tell the others that this rank fails, and why."""
+        text = f"{self.name([self._rank])} failed: {type(error).__name__}: {_first_line(error)}"
+
+        def blame() -> None:
+            store = self._connect()
+            _decide(store, text, [])
+            self._ring(store)
+            self._linger(store, set(self._hosts))
+
+        _in_time(blame, _REACHING_S + _ANSWERING_S)
+
+    def report_loss(self) -> None:
+        """Tell the others that this rank waits in vain, and let all of them answer."""
+
+        def report() -> None:
+            store = self._connect()
+            store.set(f"lost/{self._rank}", "1")
+            self._ring(store)
+
+        if not self._told:
+            _in_time(report, _REACHING_S)
+
+    def explain(self, error: Exception) -> str:
+        """Why a collective has failed with `error`: the same words on every rank."""
+        reached, box = threading.Event(), [self._told] if self._told else []
+        work = threading.Thread(target=self._investigate, args=(error, reached, box), daemon=True)
+        work.start()
+        end = time.monotonic() + _REACHING_S
+        while work.is_alive() and not reached.is_set() and not self._told and self._watcher.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        if reached.is_set():
+            work.join(_VERDICT_S)
+        if self._told or box:
+            return self._told or box[0]
+        if self._rank != 0:  # which has the board in its memory, and does not answer
+            silent = is_timeout(error) and self._watcher.is_alive()
+            if silent:
+                self._write_stacks({self._rank: self._describe_stacks()})
+            return self._name_lost([0], silent) + (self._mention_stacks() if silent else "")
+        return f"another rank is gone and left no reason, or it is this: {_first_line(error)}"
+
+    def _linger(self, store: Any, expected: set[int]) -> None:
+        """Rank zero has the board in its memory: let the others read before it ends."""
+        end = time.monotonic() + _ANSWERING_S
+        while self._rank == 0 and time.monotonic() < end and int(store.add("told", 0)) < len(expected):
+            time.sleep(0.02)
+
+    def _ring(self, store: Any) -> None:
+        """Ring the bell of every rank, if this rank is the first to do so."""
+        if store.compare_set("rung", "", str(self._rank)) == str(self._rank).encode():
+            store.multi_set([f"bell/{rank}" for rank in self._hosts], ["ring"] * len(self._hosts))
+
+    def _wait_for(self, store: Any, kind: str) -> set[int]:
+        """The ranks that leave no note of this kind in time."""
+        missing = set(self._hosts)
+        end = time.monotonic() + _ANSWERING_S
+        while (missing := {rank for rank in missing if not store.check([f"{kind}/{rank}"])}) and time.monotonic() < end:
+            time.sleep(0.02)
+        return missing
+
+    def _investigate(self, error: Exception, reached: threading.Event, box: list[str]) -> None:
+        with contextlib.suppress(RuntimeError):
+            store = self._connect()
+            rung = store.compare_set("rung", "", "nobody")
+            reached.set()
+            if rung == str(self._rank).encode():
+                box.append(self._find_verdict(store, error))
+            elif not box:
+                store.wait(["verdict"], timedelta(seconds=_VERDICT_S))
+                box.append(json.loads(store.get("verdict"))["text"])
+            alive = {rank for rank in self._hosts if store.check([f"alive/{rank}"])} if self._rank == 0 else set()
+            self._linger(store, alive)
+
+    def _find_verdict(self, store: Any, error: Exception) -> str:
+        """What the answers of the others say. The rank that was the first to notice finds it for all."""
+        silent = is_timeout(error)
+        dead = self._wait_for(store, "alive")
+        alive = sorted(set(self._hosts) - dead)
+        if dead:
+            text = self._name_lost(dead, silent)
+        elif silent and (stuck := self._wait_for(store, "lost")):
+            seconds = self._timeout.total_seconds()
+            text = "; ".join(
+                f"{self.name([rank])} was silent for {seconds:g} s: it is {json.loads(store.get(f'alive/{rank}'))['where']}"
+                for rank in sorted(stuck)[:4]
+            )
+        else:
+            # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
+            return _decide(store, f"the connection to another rank broke, though all answer: {_first_line(error)}", [])
+        return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
+
+    def _name_lost(self, ranks: Iterable[int], silent: bool) -> str:
+        several = len(list(ranks)) > 1
+        if not silent:
+            return f"{self.name(ranks)} {'are' if several else 'is'} gone and left no reason (killed, or the node went down)"
+        seconds = self._timeout.total_seconds()
+        was = "were" if several else "was"
+        return f"{self.name(ranks)} {was} silent for {seconds:g} s (stopped, or the node is out of reach); see --timeout_s"
+
+    def _mention_stacks(self) -> str:
+        return "" if self.folder is None else f"; where the others were: {self.folder}"
+
+    # The thread.
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it rank zero
+            while not self._hear(f"bell/{self._rank}", 7 * 86_400):
+                pass
+            if self._closing:
+                return
+            answer = {"where": _describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
+            self._ear.set(f"alive/{self._rank}", json.dumps(answer))
+            if not self._hear("verdict", 4 * _VERDICT_S):
+                return
+            verdict = json.loads(self._ear.get("verdict"))
+            self._told = verdict["text"]
+            if self._rank == 0 and verdict["stacks_of"]:
+                answers = self._ear.multi_get([f"alive/{rank}" for rank in verdict["stacks_of"]])
+                self._write_stacks({rank: json.loads(text)["stacks"] for rank, text in zip(verdict["stacks_of"], answers, strict=True)})
+            self._ear.add("told", 1)
+
+    def _hear(self, key: str, seconds: float) -> bool:
+        """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
+        end = time.monotonic() + seconds - 1
+        try:
+            self._ear.wait([key], timedelta(seconds=seconds))
+            return True
+        except RuntimeError:
+            if time.monotonic() < end:
+                raise
+            return False
+
+    def _describe_stacks(self) -> str:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lines = [f"{self.name([self._rank])}, process {os.getpid()}, {now}"]
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames()
+        for ident in sorted(frames, key=lambda ident: (ident != self._thread_of_run, ident)):
+            lines += ["", f"thread {names.get(ident, ident)!a}, innermost call first:"]
+            lines += [f"  {_describe_frame(frame)}" for frame in _walk(frames[ident])]
+        return "\n".join(lines)[:_STACK_BYTES] + "\n"
+
+    def _write_stacks(self, stacks: dict[int, str]) -> None:
+        """Replace what a failure before this one has left in the run folder. A disk that refuses it is no matter now."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._rank == 0:
+                self.folder.mkdir(exist_ok=True)
+                for path in self.folder.iterdir():
+                    if STACK_NAME.fullmatch(path.name):
+                        path.unlink()
+            elif self.folder.parent.is_dir():  # a host that does not share the run folder has none
+                self.folder.mkdir(exist_ok=True)
+            for rank, text in stacks.items():
+                write_atomically(self.folder / f"rank{rank}.txt", text.encode(errors="backslashreplace"))
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether a collective has failed because nothing came, rather than because a connection broke."""
+    return re.search("[Tt]imed? ?out", str(error)) is not None
+
+
+def _decide(store: Any, text: str, stacks_of: list[int]) -> str:
+    """Put up why the run fails, unless that is known already; what is known."""
+    verdict = store.compare_set("verdict", "", json.dumps({"text": text, "stacks_of": stacks_of}))
+    return str(json.loads(verdict)["text"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _in_time(work: Callable[[], object], seconds: float) -> None:
+    """Do `work` in a thread, and wait for it so long: the rank that serves the board may be the one that no longer answers."""
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _walk(frame: FrameType | None) -> Iterable[FrameType]:
+    for _ in range(100):
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back
+
+
+def _describe_frame(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def _describe_place(ident: int) -> str:
+    """Where a thread is: its innermost call, and the innermost one of this package if that is another."""
+    frames = list(_walk(sys._current_frames().get(ident)))
+    if not frames:
+        return "at an unknown place"
+    own = next((frame for frame in frames if Path(frame.f_code.co_filename).is_relative_to(_PACKAGE)), frames[0])
+    where = f"at {_describe_frame(frames[0])}"
+    return where if own is frames[0] else f"{where}, called from {_describe_frame(own)}"

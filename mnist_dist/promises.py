@@ -1,0 +1,360 @@
+"""The checks of `python -m mnist_dist.check`: each returns what it found in a few words, or raises what is wrong and what to do."""
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import Subset, TensorDataset
+
+from mnist_dist import checkpoint
+from mnist_dist.config import Config
+from mnist_dist.data import load_data, read_on
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.examination import STEPS, Broken, Ranks, Subject
+from mnist_dist.files import write_atomically
+from mnist_dist.machine import choose_threads
+from mnist_dist.model import build_model
+from mnist_dist.source import describe_exception
+from mnist_dist.task import Row
+from mnist_dist.tier import check_count, check_gradients, check_losses, find_first_difference, is_close, keeping, take
+from mnist_dist.weights import encode_weights
+from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
+from mnist_dist.world import World
+
+_KILLED_AT, _SAVED_AT = 3, 2
+_TOLERANCE = 1e-4  # of losses, weights and sums: rounding alone makes 1e-7 to 1e-5
+_MEASURED = 101  # samples by which the time of an evaluation is known
+_TRIED_STEPS, _TRIED_S = 3, 10.0
+_GRACE_S = 30
+# Layers that a rule exempts, and that compute each row by itself once they are in evaluation mode.
+_EXEMPT = (_BatchNorm, _DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+_SEEDED = "draw from torch's own generator, which is seeded before; numpy, random, the time or a generator of its own are not"
+
+
+class Answer(NamedTuple):
+    """What a check found, and its numbers for --json."""
+
+    passed: bool
+    text: str
+    values: Row = {}  # noqa: RUF012  read, never written
+
+
+def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generator[tuple[str, Answer]]:
+    """Make some checks, in this order. Raises `UserError` where there is nothing to check: the data or the model cannot be had."""
+    if {*names} & {"two processes", "evaluation", "resume"}:
+        config.check_world(2)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True))
+        subject = Subject(config, Path(folder), deadline_s, stack, names)
+        for name in names:
+            yield name, _answer(_CHECKS[name], subject)
+
+
+def _answer(check: "Callable[[Subject], Found]", subject: Subject) -> Answer:
+    try:
+        return Answer(True, *check(subject))
+    except (Broken, UserError, RunError) as error:
+        return Answer(False, " ".join(str(error).split()))
+    except Exception as error:
+        return Answer(False, f"the code of the task failed: {describe_exception(error)}")
+
+
+@contextlib.contextmanager
+def _calming(model: nn.Module) -> Iterator[None]:
+    """Training mode, but for the layers that may be random or see the batch."""
+    with keeping(model):
+        for module in model.modules():
+            if isinstance(module, _EXEMPT):
+                module.eval()
+        yield
+
+
+Found = tuple[str, Row]
+
+
+def _check_losses(subject: Subject) -> Found:
+    samples, drawn, task = subject.samples, subject.drawn, subject.task
+    count = check_count(samples)
+    with _calming(subject.model):
+        whole = subject.trace(samples, drawn)
+        check_losses(task, whole.losses, count)
+        one = slice(1)  # such is the share of a rank where the batch has one sample for each
+        check_losses(task, subject.trace(take(samples, one), take(drawn, one)).losses, 1)
+        if whole.drew is not None:
+            return f"one for each sample, finite; their order is not compared: {whole.drew} draws random numbers", {}
+        order = torch.arange(count).roll(1)
+        other = subject.trace(take(samples, order), take(drawn, order))
+        if not is_close(whole.losses[order], other.losses):
+            raise Broken("the losses do not move with the samples: loss i must be that of sample i and of row i of what is drawn")
+    return "one for each sample, finite, in the order of the samples", {}
+
+
+def _check_rows(subject: Subject) -> Found:
+    samples, drawn = subject.samples, subject.drawn
+    count = check_count(samples)
+    half = count // 2
+    with _calming(subject.model):
+        whole = subject.trace(samples, drawn)
+        check_losses(subject.task, whole.losses, count)
+        if whole.drew is None:
+            where = find_first_difference(whole, subject.trace(take(samples, slice(half)), take(drawn, slice(half))), half)
+        else:  # the same numbers are drawn only for as many samples
+            rows = torch.tensor([*range(half), *range(half)])
+            other = subject.trace(take(samples, rows), take(drawn, rows))
+            where = None if is_close(whole.losses[:half], other.losses[:half]) else "the losses"
+    modules = dict(subject.model.named_modules())
+    known = [f"{name} ({type(module).__name__})" for name, module in modules.items() if isinstance(module, _BatchNorm)]
+    if where is not None and where not in known:
+        raise Broken(
+            f"in {where} the samples of a batch see each other: compute each sample's output and loss from its own row alone; is there a "
+            "mean over the batch, or a shape that mixes its rows? Where it is meant, as in a contrastive loss: --skip rows"
+        )
+    return (f"this world: {known[0]} sees the whole batch, nothing else does" if known else "no sample sees another one"), {}
+
+
+def _check_tier(subject: Subject) -> Found:
+    try:
+        return str(subject.tier), {"tier": subject.tier.name, "reason": subject.tier.reason}
+    except UserError as error:
+        return f"not known yet, for a run would refuse this task: {error}", {"tier": None}
+
+
+def _check_repeat(subject: Subject) -> Found:
+    task, config, model = subject.task, subject.small, subject.model
+    first, second = (task.draw(config.seed, 1, config.batch_size) for _ in range(2))
+    if digest(first) != digest(second):
+        raise Broken("draw gives other numbers for the same seed and step: make them by a generator that is seeded with both")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    passes = []
+    for _ in range(2):
+        samples, drawn = read_batch(config, subject.data, 0)
+        with keeping(model):
+            seen = subject.trace(samples, drawn)
+            gradients = torch.autograd.grad(seen.losses.sum(), list(trained.values()), allow_unused=True)
+        named = [(f"the gradient of {name}", gradient) for name, gradient in zip(trained, gradients, strict=True)]
+        passes.append([*seen.outputs, ("the losses", seen.losses), *named])
+    for (name, one), (_, other) in zip(*passes, strict=False):
+        if digest(one) != digest(other):
+            raise Broken(f"{name} differs between two passes with the same seed and weights: {_SEEDED}; and keep no count in the model")
+    return f"{len(passes[0])} outputs and gradients are the same bits twice", {}
+
+
+def _check_gradients(subject: Subject) -> Found:
+    config, model = subject.config, subject.model
+    config.check_world(2)
+    begun_s, tried = time.monotonic(), 0
+    for step in range(_TRIED_STEPS):
+        for rank in range(2):
+            samples, drawn = read_batch(config, subject.data, step, rank, 2)
+            with keeping(model):
+                losses = subject.trace(samples, drawn).losses
+                check_losses(subject.task, losses, check_count(samples))
+                try:
+                    check_gradients(subject.task, model, losses)
+                except UserError as error:
+                    raise Broken(f"on rank {rank} of 2 in step {step + 1}: {error}") from None
+            tried += 1
+        if time.monotonic() - begun_s > _TRIED_S:
+            break
+    count = sum(parameter.requires_grad for parameter in model.parameters())
+    return f"each of {count} parameters gets one, in {tried} batches of {config.batch_size // 2}", {}
+
+
+def _check_model(subject: Subject) -> Found:
+    here = digest_each(subject.model.state_dict())
+    _compare(
+        "the initial", here, digest_each(build_model(subject.task, subject.config.seed).state_dict()), f"when it is built again: {_SEEDED}"
+    )
+    _compare("the initial", here, subject.found["model"], f"in another process: {_SEEDED}")
+    return f"{len(here)} tensors, the same bits whenever they are built", {}
+
+
+def _check_data(subject: Subject) -> Found:
+    config, rule = subject.config, "a sample may depend on its index and on the generators of torch, numpy and random, seeded before each"
+    here = digest_data(config, subject.data)
+    _compare("", here, digest_data(config, subject.data, backwards=True), f"when it is read again, in another order: {rule}")
+    again, data = load_data(subject.given)
+    fixed = "in load and find_facts, whatever is random needs a generator with a fixed seed"
+    _compare("", here, digest_data(again, data), f"when the data are loaded again: {fixed}; {rule}")
+    _compare("", here, subject.found["data"], f"in another process: {fixed}; {rule}")
+    return f"{len(here)} digests of samples and facts, the same whenever and wherever they are read", {}
+
+
+def _compare(what: str, here: dict[str, str], there: dict[str, str], when: str) -> None:
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise Broken(f"{f'{what} ' if what else ''}{differing[0]}{more} differs {when}")
+
+
+def _check_state(subject: Subject) -> Found:
+    strange = [name for name, value in subject.model.state_dict().items() if not isinstance(value, Tensor)]
+    if strange:
+        raise Broken(f"state_dict holds {strange[0]}, which is no tensor: keep it in a buffer (register_buffer)")
+    encode_weights(subject.model, subject.config)
+    if isinstance(subject.state, str):
+        raise Broken(f"no step can be made: {subject.state}")
+    there = subject.found["state"]
+    if isinstance(there, str):
+        raise Broken(f"another process cannot continue from the state_dict: {there}")
+    changed = f"{subject.changed[0]} changes in a step and is not in state_dict" if subject.changed else ""
+    if subject.state != there:
+        differing = next(name for name in subject.state if subject.state[name] != there.get(name))
+        cause = changed or "something outside of the model's attributes changes in a step"
+        raise Broken(
+            f"{differing} is another in a process that continues from the state_dict: {cause}; keep it in a buffer (register_buffer)"
+        )
+    note = f"; {changed}: harmless while no step depends on it" if changed else ""
+    return f"another process makes the same step from it{note}", {}
+
+
+def _check_two(subject: Subject) -> Found:
+    two = subject.train_on_two()
+    if not subject.tier.is_any_world:
+        _compare_states(two, subject.train("again", 2), "between two runs of two processes")
+        return f"this world: {STEPS} steps of two processes are the same bits in two runs; one process would train otherwise", {}
+    one = subject.train_on_one()
+    two.wait()  # first: where a rank hangs, it is one of these
+    states = one.state["model"], two.state["model"]
+    rule = "a loss must be the same wherever it is computed; does it depend on a rank, a process, or how many samples are with it?"
+    worst = 0.0
+    for step, (here, there) in enumerate(zip(one.losses, two.losses, strict=True), start=1):
+        worst = max(worst, abs(here - there) / max(abs(here), abs(there), 1e-12))
+        if not worst <= _TOLERANCE:
+            raise Broken(f"the loss of step {step} is {here:.6g} in one process and {there:.6g} in two: {rule}")
+    largest = max(
+        (float(tensor.abs().max()) for tensor in states[0].values() if tensor.is_floating_point() and tensor.numel()), default=1.0
+    )
+    for name, here in states[0].items():
+        if here.numel():
+            here, there = here.double(), states[1][name].double()
+            # What moves by rounding alone, as the bias before a normalization, is measured by the others.
+            difference = float((here - there).abs().max()) / max(float(here.abs().max()), 0.01 * largest)
+            worst = max(worst, difference)
+            if not difference <= _TOLERANCE:
+                raise Broken(f"after {STEPS} steps {name} differs by {difference:.1e} of itself between one process and two: {rule}")
+    return f"as one: {STEPS} steps, losses and weights within {worst:.0e} (allowed {_TOLERANCE:.0e})", {"difference": worst}
+
+
+def _compare_states(one: Ranks, other: Ranks, when: str) -> None:
+    here, there = (
+        digest_each({f"the loss of step {step}": loss for step, loss in enumerate(ranks.losses, start=1)})
+        | digest_each(ranks.state["model"])
+        | digest_each({"the optimizer's state": ranks.state["optimizer"]["state"]})
+        for ranks in (one, other)
+    )
+    _compare("", here, there, f"{when}: {_SEEDED}; and all state belongs into state_dict")
+
+
+def _check_evaluation(subject: Subject) -> Found:
+    one, two = subject.train_on_one(), subject.train_on_two()
+    rule = "sums must be added up over the samples, each sample for itself, their number first"
+    with keeping(subject.model), torch.no_grad():
+        (row,) = read_on(_cut(subject.data.evaluated, 1), subject.config, torch.device("cpu"))
+        counted = float(subject.task.tally(subject.model.eval(), row).sums[0])
+    if counted != 1:
+        raise Broken(f"the tally of one sample counts {counted:g}: {rule}")
+    here, there = one.evaluation, two.evaluation
+    for answer, who in ((here, "one process"), (there, "two processes")):
+        if "error" in answer:
+            raise Broken(f"in {who}: {answer['error']}")
+    for index, (a, b) in enumerate(zip(here["sums"], there["sums"], strict=True)):
+        if not abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)):
+            raise Broken(f"sum {index} of tally is {a:.6g} in one process and {b:.6g} in two: {rule}")
+    for name, value in here["measures"].items():
+        pairs = zip(_list_numbers(value), _list_numbers(there["measures"].get(name)), strict=False)
+        if any(abs(a - b) > 10 * _TOLERANCE * max(abs(a), abs(b)) for a, b in pairs):
+            raise Broken(f"the measure {name} differs between one process and two, and their sums do not: compute it from the sums alone")
+    return f"{here['samples']} samples, {len(here['sums'])} sums and the measures are the same on one process and on two", {}
+
+
+def _list_numbers(value: Any) -> list[float]:
+    if isinstance(value, list):
+        return [number for part in value for number in _list_numbers(part)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def _check_resume(subject: Subject) -> Found:
+    unbroken, size = (subject.train_on_one(), 1) if subject.tier.is_any_world else (subject.train_on_two(), 2)
+    subject.train("broken", size, _SAVED_AT, _KILLED_AT, kill=True).wait()
+    resumed = subject.train("broken again", size)
+    _compare_states(unbroken, resumed, f"after {STEPS} steps where the run was killed at step {_KILLED_AT} and resumed from {_SAVED_AT}")
+    return f"killed at step {_KILLED_AT} and resumed from {_SAVED_AT}, {STEPS} steps on {size} process(es) end in the same bits", {}
+
+
+def _check_cost(subject: Subject) -> Found:
+    config, split = subject.config, subject.data.evaluated
+    threads = config.threads or choose_threads(World())
+    torch.set_num_threads(threads)
+    try:
+        model, optimizer = build(config)
+        times_s: list[float] = []
+        while len(times_s) < _TRIED_STEPS + 1 and sum(times_s) < _TRIED_S:
+            times_s.append(_time(lambda: take_step(config, subject.data, model, optimizer, len(times_s))))
+        step_s = sorted(times_s[1:] or times_s)[len(times_s[1:]) // 2]  # the first one allocates
+        some = _cut(split, _MEASURED)
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                for batch in read_on(some, config, torch.device("cpu")):
+                    subject.task.tally(model, batch)
+
+        model.eval()
+        evaluation_s = _time(evaluate) / len(some) * len(split)  # type: ignore[arg-type]
+        content = checkpoint.encode({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        file = subject.folder / "cost.pt"
+        checkpoint_s = _time(
+            lambda: write_atomically(file, checkpoint.encode({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
+        )
+    finally:
+        torch.set_num_threads(1)
+    # The signal may come as a step, an evaluation or the writing of a checkpoint begins; the ranks agree on it one step later.
+    grace_s = max(_GRACE_S, math.ceil(2 * (2 * step_s + evaluation_s + 2 * checkpoint_s)))
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    values = {"parameters": parameters, "checkpoint_bytes": len(content), "checkpoint_s": checkpoint_s, "step_s": step_s}
+    values |= {"evaluation_s": evaluation_s, "threads": threads, "signal_delay_s": grace_s}
+    text = (
+        f"{parameters:,} parameters; a checkpoint is {len(content):,} bytes and takes {checkpoint_s:.2g} s; a step of {config.batch_size} "
+        f"takes {step_s:.2g} s and an evaluation {evaluation_s:.2g} s on {threads} thread(s) of this CPU; twice two steps, two checkpoints "
+        f"and an evaluation: --signal_delay_s at least {grace_s}"
+    )
+    return text, values
+
+
+def _time(work: Callable[[], object]) -> float:
+    begun_s = time.perf_counter()
+    work()
+    return time.perf_counter() - begun_s
+
+
+def _cut(split: Any, count: int) -> Any:
+    """The first samples of a split."""
+    if isinstance(split, TensorDataset):
+        return TensorDataset(*(tensor[:count] for tensor in split.tensors))
+    return Subset(split, range(min(count, len(split))))
+
+
+_CHECKS: dict[str, Callable[[Subject], Found]] = {
+    "losses": _check_losses,
+    "rows": _check_rows,
+    "tier": _check_tier,
+    "repeat": _check_repeat,
+    "gradients": _check_gradients,
+    "model": _check_model,
+    "data": _check_data,
+    "state": _check_state,
+    "two processes": _check_two,
+    "evaluation": _check_evaluation,
+    "resume": _check_resume,
+    "cost": _check_cost,
+}

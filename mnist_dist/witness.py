@@ -1,0 +1,235 @@
+"""What another process finds of a task: `python -m mnist_dist.check` starts these, alone or as the ranks of a run, and compares.
+
+Each has a folder, which has the config and takes the answers, and a job: to look at the task, or to train it for some steps.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from tqdm import tqdm
+
+from mnist_dist.config import Config, make_config
+from mnist_dist.data import Batch, InMemory, Seeded, Share, StepSampler, draw, load_data, seed_generators
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError, is_loss
+from mnist_dist.evaluation import evaluate, open_evaluation
+from mnist_dist.model import build_model
+from mnist_dist.optimization import build_optimizer
+from mnist_dist.options import read_options_file
+from mnist_dist.program import run_program
+from mnist_dist.randomness import derive_seed
+from mnist_dist.record import CHECKPOINTS
+from mnist_dist.source import explaining
+from mnist_dist.task import Data, Row
+
+CONFIG_FILE, STATE_FILE, FOUND_FILE = "config.yaml", "state.pt", "found.json"
+RUN = "run"
+STEPS_BEFORE = 2  # that the other process has trained before it saved its state
+_BLOCKS = 4096  # digests of a split in memory
+_READ = 8  # samples of any other split
+_WAIT_S = 60.0
+
+
+def digest(value: Any, depth: int = 4) -> str:
+    """A short hash of all that a value holds: tensors, arrays, generators, containers, and objects down to a `depth`."""
+    return hashlib.sha256(b"".join(_spell(value, depth))).hexdigest()[:16]
+
+
+def _spell(value: Any, depth: int) -> Iterator[bytes]:
+    yield type(value).__name__.encode()
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        yield f"{value.dtype} {list(value.shape)}".encode()
+        yield value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
+    elif isinstance(value, torch.Generator):
+        yield value.get_state().numpy().tobytes()
+    elif isinstance(value, np.random.Generator):
+        yield repr(value.bit_generator.state).encode()
+    elif isinstance(value, np.random.RandomState):
+        yield repr(value.get_state(legacy=False)).encode()
+    elif isinstance(value, random.Random):
+        yield repr(value.getstate()).encode()
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.items() if isinstance(value, Mapping) else value:
+            yield from _spell(part, depth)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | FunctionType | BuiltinFunctionType | nn.Module):
+        yield from _spell(vars(value), depth - 1) if depth else ()
+    elif " at 0x" not in (text := repr(value)):
+        yield text.encode(errors="replace")
+
+
+def digest_each(values: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of each value by its name."""
+    return {name: digest(value) for name, value in values.items()}
+
+
+def digest_data(config: Config, data: Data, backwards: bool = False) -> dict[str, str]:
+    """Digests of samples by their names, such as `sample 7 of the training data`, and of the facts; read from the last if `backwards`."""
+    found = {f"the fact {name}": digest(value) for name, value in config.task.facts.items()}
+    for what, split in (("training", data.train), ("test", data.evaluated)):
+        found |= {f"sample {index} of the {what} data": text for index, text in _digest_split(split, config, what, backwards).items()}
+    return found
+
+
+def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: bool) -> dict[int, str]:
+    count = len(split)  # type: ignore[arg-type]
+    if isinstance(split, TensorDataset):
+        size = -(-count // _BLOCKS)
+        return {start: digest([tensor[start : start + size] for tensor in split.tensors]) for start in range(0, count, size)}
+    kept = Seeded(split, config.task, config.seed, what)
+    places = sorted({number * (count - 1) // (_READ - 1) for number in range(_READ)})
+    order = reversed(places) if backwards else places
+    return {place: digest(_get(kept, Share(0, torch.tensor([place]), (range(place, place + 1),)))) for place in order}
+
+
+def _get(kept: InMemory | Seeded, share: Share) -> Any:
+    batch = kept.__getitems__(share)
+    if not isinstance(batch, Batch):
+        raise UserError(batch.reason)
+    return batch.samples
+
+
+def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> tuple[Any, Any]:
+    """What one rank of `size` trains on in a step, on the CPU: its samples, and what is drawn for them."""
+    split = data.train
+    kept = InMemory(split, torch.device("cpu")) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "training")
+    share = next(iter(StepSampler(split, config, rank, size, step)))
+    return _get(kept, share), draw(config, step, config.batch_size, share.parts)
+
+
+def take_step(config: Config, data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
+    """Train on one step as the only process does; its loss."""
+    samples, drawn = read_batch(config, data, step)
+    seed_generators(derive_seed(config.seed, "model on rank 0", step))
+    optimizer.zero_grad()
+    with explaining(config.task.name, f"in step {step + 1}", RunError):
+        loss = config.task.losses(model, samples, drawn).sum() / config.batch_size
+        loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def build(config: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model of a config with its initial weights, ready to be trained on the CPU, and its optimizer."""
+    model = build_model(config.task, config.seed).train()
+    return model, build_optimizer(model.parameters(), config, "fp32", torch.device("cpu"))
+
+
+def _look(config: Config, folder: Path, job: Row) -> None:
+    """Build the model, read the data, continue from a saved state; and leave the digests of what comes of it."""
+    found: dict[str, Any] = {"model": digest_each(build_model(config.task, config.seed).state_dict())}
+    config, data = load_data(config)
+    found["data"] = digest_data(config, data)
+    if (folder / STATE_FILE).exists():
+        try:
+            model, optimizer = build(config)
+            saved = torch.load(folder / STATE_FILE, weights_only=True)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            loss = take_step(config, data, model, optimizer, STEPS_BEFORE)
+            found["state"] = digest_each({"the loss": loss, **model.state_dict()})
+        except Exception as error:
+            found["state"] = " ".join(str(error).split())[:500]
+    (folder / FOUND_FILE).write_text(json.dumps(found))
+
+
+def _train(config: Config, folder: Path, job: Row) -> None:
+    """Train until `leave` steps are done and the checkpoint of step `saved` is written; then evaluate the initial weights, or be killed."""
+    from mnist_dist.loop import train
+
+    def take_turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
+        for batch in batches:
+            if batch.step == job["leave"]:
+                _leave(config, folder, group, job)
+            yield batch
+
+    train(config, turns=take_turns)
+
+
+def _leave(config: Config, folder: Path, group: Group, job: Row) -> None:
+    checkpoints = Path(config.run_dir) / CHECKPOINTS
+    _wait_for(lambda: not job["saved"] or any(checkpoints.glob(f"step_{job['saved']:08d}-*.pt")), f"the checkpoint of step {job['saved']}")
+    if job["evaluate"]:
+        _evaluate(config, folder, group)
+    # One that leaves first would close connections from which another still reads.
+    mark = f"left-{job['leave']}"
+    (folder / f"{mark}-{group.rank}").touch()
+    _wait_for(lambda: len(list(folder.glob(f"{mark}-*"))) == group.size, "the other rank")
+    if job["kill"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(0)
+
+
+class _Watched:
+    """A task, and the sums that it measured."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.sums: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def measure(self, sums: Tensor) -> Row:
+        self.sums = sums.tolist()
+        return self._task.measure(sums)
+
+
+def _evaluate(config: Config, folder: Path, group: Group) -> None:
+    config, data = load_data(config)
+    watched: Any = _Watched(config.task)
+    answer: Row
+    try:
+        with open_evaluation(data.evaluated, config, group) as reader:
+            evaluation = evaluate(watched, build_model(config.task, config.seed), reader, group)
+        answer = {"sums": watched.sums, "measures": evaluation.measures, "samples": evaluation.samples}
+    except Exception as error:
+        answer = {} if is_loss(error) else {"error": str(error)}
+    (folder / f"evaluation-{group.rank}.json").write_text(json.dumps(answer))
+    if "sums" not in answer:
+        os._exit(0)  # the other rank may wait for this one
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + _WAIT_S
+    while not condition():
+        if time.monotonic() > end:
+            raise RunError(f"{what} has not come within {_WAIT_S:g} s")
+        time.sleep(0.01)
+
+
+def testify(folder: str, job: Row, environ: dict[str, str], log: str) -> None:
+    """Do the job in a process of its own, whose output goes into the file `log`, and end it."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # Python's own streams may still point elsewhere.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    # Its own lock is one of the system, and a process that is killed, or leaves at once, would not give it back.
+    tqdm.set_lock(threading.RLock())
+
+    def work() -> int:
+        config = make_config(read_options_file(Path(folder) / CONFIG_FILE))
+        {"look": _look, "train": _train}[job["work"]](config, Path(folder), job)
+        return 0
+
+    sys.exit(run_program(work))

@@ -1,0 +1,547 @@
+"""The program that looks whether a task keeps its promises: each fault is planted, and named."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_dist.check import CHECKS, main
+from mnist_dist.source import find_task, is_named_before
+
+SANE = """
+import os
+import random
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from mnist_dist.task import Data, Tally, Task
+
+
+class Sane(Task):
+    hidden: int = 8
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(96, 6, generator=generator)
+        targets = inputs.sum(dim=1, keepdim=True)
+        return Data(TensorDataset(inputs[:64], targets[:64]), TensorDataset(inputs[64:], targets[64:]))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1))
+
+    def losses(self, model, batch, drawn):
+        inputs, targets = batch
+        return ((model(inputs) - targets) ** 2).squeeze(1)
+
+    def tally(self, model, batch):
+        losses = self.losses(model, batch, None).double()
+        return Tally(torch.stack([losses.new_tensor(len(losses)), losses.sum()]))
+
+    def measure(self, sums):
+        count, loss = sums.tolist()
+        return {"loss": loss / count}
+
+
+class Lazy(Dataset):
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        inputs = torch.full((6,), index / 64) + torch.rand(6) + random.random() + np.random.rand()
+        return inputs.float(), inputs.float().sum(dim=0, keepdim=True)
+"""
+
+
+def write(tmp_path, fault=""):
+    """A file with the sane task, or one that has a fault: the body of a class, or more."""
+    file = tmp_path / f"{tmp_path.name}.py"
+    if fault and "class Faulty" not in fault:
+        fault = "class Faulty(Sane):\n" + fault
+    file.write_text(f"{SANE}\n\n{fault}\n")
+    return file
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Check a task with a fault; the exit status, the answers by their names, and standard error."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def call(only, fault="", *more):
+        file = write(tmp_path, fault)
+        status = main(["--task", str(file), "--batch_size", "16", "--only", only, "--json", *more])
+        out, err = capsys.readouterr()
+        return status, {answer["check"]: answer for answer in json.loads(out or "[]")}, err
+
+    return call
+
+
+def test_a_sane_task_passes_all_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    file = write(tmp_path)
+    assert main(["--task", str(file), "--batch_size", "16", "--hidden", "12"]) == 0
+    out, err = capfd.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == [f"PASS {name}" for name in CHECKS]
+    assert "any world" in out
+    assert "97 parameters" in out
+    assert "32 samples, 2 sums" in out
+    assert err == ""
+    assert is_named_before(find_task(str(file)).name)
+    assert not list((tmp_path / "temporary").glob("mnist_dist*"))
+
+
+# The check, what its message must hold, and the fault.
+FAULTS = {
+    "a mean": (
+        "losses",
+        ["shape [] for 4 samples"],
+        """
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn).mean()
+""",
+    ),
+    "one sample loses its dimension": (
+        "losses",
+        ["shape [] for 1 samples"],
+        """
+    def losses(self, model, batch, drawn):
+        return ((model(batch[0]) - batch[1]) ** 2).squeeze()
+""",
+    ),
+    "not finite": (
+        "losses",
+        ["expected finite numbers"],
+        """
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn) / 0
+""",
+    ),
+    "sorted losses": (
+        "losses",
+        ["do not move with the samples"],
+        """
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn).sort().values
+""",
+    ),
+    "a mean over the batch in the losses": (
+        "rows",
+        ["in the losses the samples of a batch see each other"],
+        """
+    def losses(self, model, batch, drawn):
+        losses = super().losses(model, batch, drawn)
+        return losses - 0.5 * losses.mean()
+""",
+    ),
+    "a layer that mixes rows beside dropout": (
+        "rows",
+        ["in 1 (Mixing) the samples of a batch see each other"],
+        """
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, 8), Mixing(), nn.Dropout(0.5), nn.Linear(8, 1))
+
+
+class Mixing(nn.Module):
+    def forward(self, values):
+        return values - values.mean(dim=0)
+""",
+    ),
+    "a mean over the batch beside random numbers of a kind that nobody knows": (
+        "rows",
+        ["in the losses the samples of a batch see each other"],
+        """
+    def losses(self, model, batch, drawn):
+        losses = super().losses(model, batch, drawn)
+        return losses * torch.rand(len(losses)) - losses.mean()
+""",
+    ),
+    "a generator of its own": (
+        "repeat",
+        ["1 (Noise) differs between two passes"],
+        """
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, 8), Noise(), nn.Linear(8, 1))
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, values):
+        return values + torch.rand(values.shape, generator=self.generator)
+""",
+    ),
+    "a gradient by a generator of its own": (
+        "repeat",
+        ["the gradient of 2.weight differs between two passes"],
+        """
+    def build_model(self):
+        model = super().build_model()
+        generator = torch.Generator().manual_seed(1)
+        model[2].weight.register_hook(lambda gradient: gradient + torch.rand(gradient.shape, generator=generator))
+        return model
+""",
+    ),
+    "a draw without its seed": (
+        "repeat",
+        ["draw gives other numbers"],
+        """
+    def draw(self, seed, step, size):
+        return torch.rand(size)
+""",
+    ),
+    "an unused parameter": (
+        "gradients",
+        ["on rank 0 of 2 in step 1", "spare get no gradient"],
+        """
+    def build_model(self):
+        model = super().build_model()
+        model.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+        return model
+
+    def losses(self, model, batch, drawn):
+        inputs, targets = batch
+        return ((model[2](model[1](model[0](inputs))) - targets) ** 2).squeeze(1)
+""",
+    ),
+    "a parameter that some batches leave out": (
+        "gradients",
+        ["1.weight, 1.bias get no gradient"],
+        """
+    def build_model(self):
+        return nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1)])
+
+    def losses(self, model, batch, drawn):
+        inputs, targets = batch
+        outputs = model[0](inputs)
+        if inputs[:, 0].min() < -1.8:
+            outputs = outputs + model[1](inputs)
+        return ((outputs - targets) ** 2).squeeze(1)
+""",
+    ),
+    "numpy in build_model": (
+        "model",
+        ["the initial 0.weight and", "differs when it is built again", "torch's own generator"],
+        """
+    def build_model(self):
+        model = super().build_model()
+        nn.init.constant_(model[0].weight, np.random.rand())
+        model[2].weight.data += np.random.rand()
+        return model
+""",
+    ),
+    "the process in build_model": (
+        "model",
+        ["the initial 2.bias differs in another process"],
+        """
+    def build_model(self):
+        model = super().build_model()
+        nn.init.constant_(model[2].bias, os.getpid())
+        return model
+""",
+    ),
+    "an item that depends on how often it was read": (
+        "data",
+        ["sample 0 of the training data", "differs when it is read again, in another order"],
+        """
+    def load(self):
+        return Data(Counting(), Lazy())
+
+
+class Counting(Lazy):
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)[0] + self.reads, torch.zeros(1)
+""",
+    ),
+    "a random split": (
+        "data",
+        ["sample 0 of the training data", "differs when the data are loaded again", "fixed seed"],
+        """
+    def load(self):
+        data = super().load()
+        order = np.random.permutation(64)
+        return Data(TensorDataset(*(tensor[order] for tensor in data.train.tensors)), data.test)
+""",
+    ),
+    "one sample of another process": (
+        "data",
+        ["sample 27 of the test data differs in another process"],
+        """
+    def load(self):
+        return Data(Lazy(), Own())
+
+
+class Own(Lazy):
+    def __getitem__(self, index):
+        inputs, targets = super().__getitem__(index)
+        return (inputs + os.getpid() if index == 27 else inputs), targets
+""",
+    ),
+    "a counter as an attribute": (
+        "state",
+        ["the loss is another", "the attribute calls of the model (Counted) changes", "register_buffer"],
+        """
+    def build_model(self):
+        return Counted(super().build_model())
+
+
+class Counted(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.inner(inputs) * self.calls
+""",
+    ),
+    "a buffer that is not saved": (
+        "state",
+        ["the loss is another", "the buffer seen of 1 (Averaging) changes"],
+        """
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, 8), Averaging(), nn.Linear(8, 1))
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8), persistent=False)
+
+    def forward(self, values):
+        self.seen += values.detach().abs().mean(dim=0)
+        return values * self.seen
+""",
+    ),
+    "state that is no tensor": (
+        "state",
+        ["state_dict holds 0._extra_state, which is no tensor"],
+        """
+    def build_model(self):
+        return nn.Sequential(Extra(6, 1))
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+""",
+    ),
+    "the rank in the losses": (
+        "two processes",
+        ["the loss of step 1 is", "in one process", "in two"],
+        """
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn) * (1 + int(os.environ.get("RANK", "0")))
+""",
+    ),
+    "the rank in the gradients": (
+        "two processes",
+        [" in one process and ", " in two: a loss must be the same"],
+        """
+    def build_model(self):
+        model = super().build_model()
+        model[2].weight.register_hook(lambda gradient: gradient * (1 + 0.2 * int(os.environ.get("RANK", "0"))))
+        return model
+""",
+    ),
+    "the process in the losses of a task with dropout": (
+        "two processes",
+        ["the loss of step 1", "differs between two runs of two processes"],
+        """
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn) + (os.getpid() % 1009) / 1009
+""",
+    ),
+    "a tally that counts twice": (
+        "evaluation",
+        ["the tally of one sample counts 2"],
+        """
+    def tally(self, model, batch):
+        return Tally(2 * super().tally(model, batch).sums)
+""",
+    ),
+    "a tally of means": (
+        "evaluation",
+        ["sum 1 of tally is", "in one process", "in two"],
+        """
+    def tally(self, model, batch):
+        sums = super().tally(model, batch).sums
+        return Tally(torch.stack([sums[0], sums[1] / sums[0]]))
+""",
+    ),
+    "a tally that leaves samples out": (
+        "evaluation",
+        ["in one process: the evaluation counted 10 samples, but the split has 32"],
+        """
+    def tally(self, model, batch):
+        return super().tally(model, [part[:10] for part in batch])
+""",
+    ),
+    "steps that are counted outside of the model": (
+        "resume",
+        ["after 5 steps where the run was killed at step 3 and resumed from 2", "the loss of step 3"],
+        """
+    def losses(self, model, batch, drawn):
+        COUNTED.append(1)
+        return super().losses(model, batch, drawn) * len(COUNTED)
+
+
+COUNTED = []
+""",
+    ),
+    "a rank that never comes": (
+        "two processes",
+        ["a run of 2 processes gave no answer within 6 s"],
+        """
+    def losses(self, model, batch, drawn):
+        if os.environ.get("RANK") == "1":
+            time.sleep(1000)
+        return super().losses(model, batch, drawn)
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named(check, name):
+    only, words, fault = FAULTS[name]
+    deadline = ["--deadline_s", "6"] if "never comes" in name else []
+    status, answers, err = check(only, fault, *deadline)
+    assert status == 1, (answers, err)
+    assert list(answers) == [only]
+    assert not answers[only]["passed"]
+    for word in words:
+        assert word in answers[only]["text"]
+
+
+WORLDS = {
+    "dropout": ("1 (Dropout) draws random numbers", "nn.Dropout(0.5)"),
+    "batch normalization": ("in 1 (BatchNorm1d) the samples of a batch see each other", "nn.BatchNorm1d(8)"),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_what_is_legitimate_makes_the_tier(check, name):
+    reason, layer = WORLDS[name]
+    body = f"    def build_model(self):\n        return nn.Sequential(nn.Linear(6, 8), {layer}, nn.Linear(8, 1))\n"
+    # One of them also makes its runs.
+    runs = ",two processes,resume,evaluation" if name == "batch normalization" else ""
+    status, answers, err = check(f"losses,rows,tier,repeat,gradients,state{runs}", body)
+    assert status == 0, (answers, err)
+    assert answers["tier"]["tier"] == "this world"
+    assert reason in answers["tier"]["text"]
+    if runs:
+        assert "this world: 1 (BatchNorm1d) sees the whole batch" in answers["rows"]["text"]
+        assert "same bits in two runs" in answers["two processes"]["text"]
+        assert "on 2 process(es)" in answers["resume"]["text"]
+
+
+def test_samples_that_are_read_one_by_one_under_their_seeds_and_tied_weights_pass(check):
+    body = """
+    def load(self):
+        return Data(Lazy(), Lazy())
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1))
+        model[1].weight = model[0].weight
+        return model
+"""
+    status, answers, err = check("model,data,state,cost", body)
+    assert status == 0, (answers, err)
+    assert "16 digests" in answers["data"]["text"]
+    assert answers["cost"]["parameters"] == 6 * 6 + 6 + 6 + 7
+    assert answers["cost"]["signal_delay_s"] >= 30
+    assert answers["cost"]["checkpoint_bytes"] > 4 * 3 * 55
+
+
+def test_the_built_in_task_passes(capsys):
+    assert main(["--dataset", "synthetic", "--only", "losses,rows,tier,repeat"]) == 0
+    assert "PASS tier: any world" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "absent/task.py"], "absent/task.py', which is not a file"),
+        (["--only", "speed"], "only is 'speed', which is no check; allowed: losses, rows"),
+        (["--skip", ",".join(CHECKS)], "skip leaves no check"),
+        (["--deadline_s", "soon"], "deadline_s must be a number of seconds"),
+        (["--batch_size", "none"], "batch_size is None"),
+        (["--batch_size", "1", "--dataset", "synthetic", "--only", "resume"], "batch_size is 1, less than the 2 processes"),
+        (["--rotations", "1"], "did you mean 'rotation'"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_message(capsys, arguments, words):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_a_task_that_cannot_be_loaded_is_one_message(check):
+    status, answers, err = check("model", "    def load(self):\n        raise OSError('no such disk')\n")
+    assert (status, answers) == (2, {})
+    assert "in load" in err
+    assert "no such disk" in err
+
+
+def test_a_task_with_a_fault_elsewhere_fails_only_where_it_must(check):
+    """An unused parameter: the tier is not known, which is no failure; a run would refuse it, which is one."""
+    status, answers, _ = check("losses,tier,evaluation", FAULTS["an unused parameter"][2])
+    assert status == 1
+    assert {name: answer["passed"] for name, answer in answers.items()} == {"losses": True, "tier": True, "evaluation": False}
+    assert "not known yet" in answers["tier"]["text"]
+    assert "spare get no gradient" in answers["evaluation"]["text"]
+
+
+def test_the_threads_of_this_process_are_given_back(check):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check("losses,cost")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ended_by_a_signal_it_leaves_no_process_and_no_folder(tmp_path):
+    file = write(tmp_path, FAULTS["a rank that never comes"][2])
+    environ = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mnist_dist.check", "--task", str(file), "--batch_size", "16", "--only", "tier,two_processes"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline().startswith("PASS tier")
+        end = time.monotonic() + 30
+        while not (marks := list(tmp_path.glob("mnist_dist_check_*/one/left*"))):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        program.terminate()
+        assert program.wait(20) == 143
+        assert program.stderr.read() == ""
+    assert not list(tmp_path.glob("mnist_dist_check_*"))
+    folder = str(marks[0].parents[1]).encode()
+    held = [
+        path for path in Path("/proc").glob("[0-9]*/fd/1") if os.path.lexists(path) and os.fsencode(os.readlink(path)).startswith(folder)
+    ]
+    assert not held

@@ -1,0 +1,468 @@
+"""How the ranks of a run find each other, keep strangers out, and name who is missing, gone or silent."""
+
+import contextlib
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+from processes import TINY, Train, TrainTask, find_free_port, run_ranks, start_ranks
+
+from mnist_dist import board, rendezvous
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.machine import count_open_files, raise_file_limit
+from mnist_dist.rendezvous import describe_run, find_interface, meet, name_ranks, name_with_hosts
+from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.world import World
+
+HOST = platform.node()
+RUN = {"job": "7"}
+
+
+def make_worlds(size, address="127.0.0.1", port=None):
+    port = port or find_free_port()
+    return [World(rank, size, rank, size, "torchrun", address, port) for rank in range(size)]
+
+
+def start_meeting(pool, worlds, run=RUN, timeout_s=20):
+    return [pool.submit(meet, world, run, timeout_s, None, None) for world in worlds]
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(24) as pool:
+        yield pool
+
+
+def test_ranks_in_words():
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks([7, 0, 1, 2, 9]) == "ranks 0-2, 7, 9"
+    assert name_ranks(range(0, 200, 2)).endswith("38 and 80 more groups")
+    assert name_with_hosts([0, 1, 2], {0: "a", 1: "b", 2: "a"}) == "ranks 0, 2 on host a, rank 1 on host b"
+    assert name_with_hosts(range(20), {rank: f"h{rank}" for rank in range(20)}).endswith("rank 7 on host h7, 12 more hosts")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", HOST])
+def test_ranks_meet_and_leave_the_port_free(pool, address):
+    worlds = make_worlds(5, address)
+    places = [meeting.result() for meeting in start_meeting(pool, worlds)]
+    assert {place.hosts for place in places} == {(HOST,) * 5}
+    assert {(place.is_local, place.store, place.address) for place in places} == {(True, "127.0.0.1", "127.0.0.1")}
+    assert len({place.secret for place in places}) == len({place.port for place in places}) == 1
+    assert places[0].port != worlds[0].port
+    assert places[0].listener.getsockname()[0] == "127.0.0.1"  # no other host reaches the store
+    socket.create_server(("", worlds[0].port)).close()
+    places[0].listener.close()
+    assert find_interface("127.0.0.1") == "lo"
+    assert find_interface("192.0.2.1") is None
+
+
+def test_two_runs_that_were_given_one_port_both_meet_their_own(pool):
+    port = find_free_port()
+    meetings = []
+    for run in ({"job": "1"}, {"job": "2"}, {"job": "3"}):
+        meetings.append(start_meeting(pool, reversed(make_worlds(3, port=port)), run))
+    places = [[meeting.result() for meeting in run] for run in meetings]
+    assert [len({place.secret for place in run}) for run in places] == [1, 1, 1]
+    assert len({run[0].secret for run in places}) == 3
+
+
+def wait_until(condition, timeout_s=10):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_open(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def test_a_stranger_is_refused_and_the_run_goes_on_waiting(pool, monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.5)
+    worlds = make_worlds(3)
+    [main] = start_meeting(pool, worlds[:1])
+    wait_until(lambda: is_open(worlds[0].port))
+    begun = time.monotonic()
+    for strange, what in (({"job": "8"}, "job"), (RUN | {"job step": "1"}, "what they are")):
+        with pytest.raises(
+            UserError, match=rf"port {worlds[1].port} on host 127.0.0.1 is taken: another run meets there \({what} differ\)"
+        ):
+            meet(worlds[1], strange, 20, None, None)
+    with pytest.raises(UserError, match=f"port {worlds[0].port} on host {HOST} is taken by another program: set MASTER_PORT"):
+        meet(worlds[0], {"job": "8"}, 20, None, None)
+    assert time.monotonic() - begun < 5
+    [second] = start_meeting(pool, worlds[1:2])
+    time.sleep(0.3)
+    assert not second.done()
+    with pytest.raises(UserError, match=f"rank 1 has come already, from host {HOST}: is this the same command twice"):
+        meet(worlds[1], RUN, 20, None, None)
+    with pytest.raises(UserError, match="no other rank 3 is expected"):
+        meet(World(3, 4, 3, 4, "torchrun", "127.0.0.1", worlds[0].port), RUN, 20, None, None)
+    assert not main.done()
+    [third] = start_meeting(pool, worlds[2:])
+    assert main.result().secret == second.result().secret == third.result().secret
+    main.result().listener.close()
+    assert f"rank 1 on host {HOST} came to port {worlds[0].port}, belongs to another run (job differ) and was refused" in caplog.text
+
+
+RUBBISH = [
+    b"",
+    b"\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"x" * 1_000_000,
+    b'{"run": ',
+    b"[" * 5000 + b"\n",
+    b"[]\n",
+    b"{}\n",
+    b'{"run": 1, "rank": 1, "host": "x"}\n',
+    b'{"run": {"job": "7"}, "rank": "1", "host": "x"}\n',
+    b'{"run": {"job": "7"}, "rank": 1, "host": 5}\n',
+    b'{"run": {"job": "7"}, "rank": 1e99, "host": "x"}\n',
+    b'{"run": {"job": "7"}, "rank": -1, "host": "x"}\n',
+    b"\xff\xfe\n",
+]
+
+
+def test_whatever_else_comes_to_the_port_does_no_harm(pool):
+    worlds = make_worlds(2)
+    [main] = start_meeting(pool, worlds[:1])
+    wait_until(lambda: is_open(worlds[0].port))
+    with contextlib.ExitStack() as stack:
+        for round_ in range(12):
+            for rubbish in RUBBISH:
+                visitor = stack.enter_context(socket.create_connection(("127.0.0.1", worlds[0].port)))
+                visitor.settimeout(2)
+                with contextlib.suppress(OSError):
+                    visitor.sendall(rubbish)
+                    if round_ == 0:
+                        visitor.shutdown(socket.SHUT_WR)
+        assert not main.done()
+        [other] = start_meeting(pool, worlds[1:])
+        assert other.result().secret == main.result().secret
+    main.result().listener.close()
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"mnist_dist": 2}\n', b"close"])
+def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatch, says):
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(rendezvous, "_GREETING_S", 0.4)
+    worlds = make_worlds(2)
+    kept = []
+
+    def serve(server):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                if says != b"close":
+                    connection.sendall(says)
+                    kept.append(connection)
+                else:
+                    connection.close()
+
+    begun = time.monotonic()
+    with socket.create_server(("127.0.0.1", worlds[0].port)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        main, other = start_meeting(pool, worlds)
+        port = worlds[0].port
+        with pytest.raises(UserError, match=f"^port {port} on host {HOST} is taken by another program: set MASTER_PORT to a free one$"):
+            main.result()
+        by = "another version of mnist_dist" if b"2}" in says else "another program, which does not answer as rank zero of a run does"
+        with pytest.raises(UserError, match=f"^port {port} on host 127.0.0.1 is taken: by {by}; set MASTER_PORT to a free one$"):
+            other.result()
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_port_that_is_not_allowed_is_not_said_to_be_taken(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(UserError, match=r"port 80 on host .* cannot be used: Permission denied; set MASTER_PORT"):
+        meet(make_worlds(2, port=80)[0], RUN, 20, None, None)
+
+
+def test_who_did_not_come_is_named_on_every_rank_that_came(pool):
+    worlds = make_worlds(6)
+    begun = time.monotonic()
+    came = start_meeting(pool, [worlds[0], worlds[1], worlds[4]], timeout_s=1.5)
+    for world, meeting in zip((worlds[0], worlds[1], worlds[4]), came, strict=True):
+        with pytest.raises(RunError) as error:
+            meeting.result()
+        assert str(error.value) == (
+            f"rank {world.rank} of 6 could not join the others at 127.0.0.1:{world.port} within 1.5 s: "
+            f"ranks 2-3, 5 of 6 did not come; ranks 0-1, 4 on host {HOST} came"
+        )
+    assert time.monotonic() - begun < 4
+
+
+def test_a_rank_zero_that_does_not_come_is_named(monkeypatch):
+    with pytest.raises(RunError, match=r"rank 1 of 2 could not .* within 0.5 s: rank zero is not there \(Connection refused\)"):
+        meet(make_worlds(2)[1], RUN, 0.5, None, None)
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.1)
+    with pytest.raises(UserError, match=f"MASTER_ADDR is 'no.such.invalid', which host {HOST} does not know"):
+        meet(make_worlds(2, "no.such.invalid")[1], RUN, 20, None, None)
+
+
+def test_a_rank_zero_on_another_host_than_was_said_is_told(pool):
+    with pytest.raises(RunError, match=r"no address of this host is MASTER_ADDR, 192.0.2.7, where the others look for rank zero"):
+        meet(World(0, 2, 0, 1, "torchrun", "192.0.2.7", find_free_port()), RUN, 0.3, None, None)
+
+
+def test_a_rank_that_came_and_left_is_named_and_may_come_again(pool):
+    worlds = make_worlds(3)
+    [main] = start_meeting(pool, worlds[:1], timeout_s=1.5)
+    wait_until(lambda: is_open(worlds[0].port))
+    greeting = b'{"run": {"job": "7"}, "rank": 1, "host": "else\\u001bwhere"}\n'
+    with socket.create_connection(("127.0.0.1", worlds[0].port)) as visitor:
+        visitor.sendall(greeting)
+        assert b"accepted" in visitor.recv(100) + visitor.recv(100)
+    with pytest.raises(
+        RunError, match=r"within 1.5 s: rank 2 of 3 did not come; rank 1 on host else\?where came and left; rank 0 on host .* came$"
+    ):
+        main.result()
+    [main] = start_meeting(pool, worlds[:1])
+    wait_until(lambda: is_open(worlds[0].port))
+    with socket.create_connection(("127.0.0.1", worlds[0].port)) as visitor:
+        visitor.sendall(greeting)
+        assert b"accepted" in visitor.recv(100) + visitor.recv(100)
+    others = start_meeting(pool, worlds[1:])
+    assert {other.result().hosts for other in others} == {(HOST,) * 3}
+    main.result().listener.close()
+
+
+def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):
+    worlds = make_worlds(3)
+    code = f"from mnist_dist.rendezvous import meet\nfrom mnist_dist.world import World\nmeet({worlds[0]!r}, {RUN!r}, 60, None, None)"
+    main = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: is_open(worlds[0].port))
+    [other] = start_meeting(pool, worlds[1:2])
+    time.sleep(0.5)
+    main.kill()
+    main.wait()
+    with pytest.raises(RunError, match=r"rank 1 of 3 was left by rank zero at 127\.0\.0\.1"):
+        other.result(5)
+
+
+def test_what_tells_one_run_from_another():
+    step = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
+    world = replace(make_worlds(2)[0], launcher="srun")
+    run = describe_run(world, step, "runs/a")
+    assert run == describe_run(replace(world, rank=1, local_rank=1), step | {"SLURM_PROCID": "0"}, "runs/a")
+    others = [step | {"SLURM_JOB_ID": "6"}, step | {"SLURM_STEP_ID": "1"}, step | {"SLURM_RESTART_COUNT": "1"}]
+    assert all(describe_run(world, other, "runs/a") != run for other in others)
+    assert describe_run(world, step, "runs/b") != run
+    assert describe_run(make_worlds(3)[0], step, "runs/a") != run
+    # The components of a heterogeneous job have numbers of their own.
+    first, second = (step | {"SLURM_JOB_ID": job, "SLURM_HET_JOB_ID": "5"} for job in ("5", "6"))
+    assert describe_run(world, first, "runs/a") == describe_run(world, second, "runs/a")
+
+
+# Real ranks.
+
+
+def test_a_stray_rank_of_another_run_is_refused_and_the_run_trains(tmp_path):
+    port = str(find_free_port())
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+    def start(rank, folder, log):
+        own = environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return start_ranks(tmp_path / log, Impatient([*TINY, "--run_dir", str(tmp_path / folder)]), 1, own)[0]
+
+    main = start(0, "run", "main")
+    main.wait_for(lambda: is_open(int(port)))
+    stray = start(1, "other", "stray")
+    assert stray.wait() == 2
+    assert f"error: port {port} on host 127.0.0.1 is taken: another run meets there (run_dir differ); set MASTER_PORT" in stray.text
+    assert main.process.is_alive()
+    other = start(1, "run", "other")
+    assert [main.wait(), other.wait()] == [0, 0]
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "other" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_two_steps_of_one_job_on_one_port_at_the_same_time_both_train(tmp_path):
+    port = str(find_free_port())
+    job = {"SLURM_JOB_ID": "77", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "n1"}
+    ranks = []
+    for step in ("0", "7"):
+        for rank in ("1", "0"):
+            own = {"SLURM_STEP_ID": step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "MASTER_PORT": port}
+            ranks += start_ranks(tmp_path / step / rank, Train([*TINY, "--run_dir", str(tmp_path / f"run{step}")]), 1, job | own)
+    assert [rank.wait() for rank in ranks] == [0] * 4, "".join(rank.text for rank in ranks)
+    for step in ("0", "7"):
+        result = (tmp_path / f"run{step}" / "result.json").read_text()
+        assert '"world_size": 2' in result
+        assert '"launcher": "srun"' in result
+
+
+@dataclass(frozen=True)
+class Impatient(Train):
+    """A rank that is soon sure that a port is somebody else's."""
+
+    def __call__(self):
+        rendezvous.PATIENCE_S = 1.0
+        return super().__call__()
+
+
+@dataclass(frozen=True)
+class HangAt(TrainTask):
+    """A rank that hangs in what its task does, and is alive."""
+
+    rank: int
+
+    def make_task(self):
+        is_this_rank = os.environ["RANK"] == str(self.rank)
+
+        class Hanging(Mnist):
+            def draw(self, seed, step, size):
+                if step == 4 and is_this_rank:
+                    hang_in_the_data()
+                return super().draw(seed, step, size)
+
+        return Hanging
+
+
+def hang_in_the_data():
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_path, rank):
+    folder = tmp_path / "run"
+    (folder / "stacks").mkdir(parents=True)
+    ranks = start_ranks(tmp_path, HangAt([*TINY, "--run_dir", str(folder), "--timeout_s", "3"], rank), 3)
+    others = [other for index, other in enumerate(ranks) if index != rank]
+    assert [other.wait(30) for other in others] == [1, 1]
+    assert ranks[rank].process.is_alive()
+    line = hang_in_the_data.__code__.co_firstlineno + 1
+    where = (
+        rf"rank {rank} on host {HOST} was silent for 3 s: it is at {__file__}, line {line}, in hang_in_the_data, called from .*/mnist_dist/"
+    )
+    for other in others:
+        assert re.search(where, other.text), other.text
+        assert other.text.strip().endswith(f"; where the others were: {folder}/stacks")
+        assert "Traceback" not in other.text
+    ranks[rank].kill(signal.SIGKILL)
+    ranks[rank].wait()
+    stacks = {path.name: path.read_text() for path in (folder / "stacks").iterdir()}
+    assert set(stacks) == {"rank0.txt", "rank1.txt", "rank2.txt"}
+    assert f"line {line}, in hang_in_the_data" in stacks[f"rank{rank}.txt"]
+    assert stacks["rank1.txt"].startswith(f"rank 1 on host {HOST}, process ")
+    if rank != 0:
+        assert "was silent for 3 s" in (folder / "ends.jsonl").read_text()
+
+
+@pytest.fixture
+def boards(monkeypatch):
+    monkeypatch.setattr(board, "_ANSWERING_S", 0.5)
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+
+    def connect():
+        return torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+
+    boards = [board.Board(connect, rank, ("a", "b", "b"), timedelta(seconds=9)) for rank in range(3)]
+    yield boards
+    for own in boards:
+        own.close(server)
+    assert not any(own._watcher.is_alive() for own in boards)
+
+
+def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
+    error = torch.distributed.DistBackendError("NCCL error: invalid usage\nmore")
+    for own in boards:
+        own.report_loss()
+    assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
+
+
+def test_the_first_reason_is_everybodys(boards, pool):
+    server = boards[0]._connect()
+    boards[1].close(server)
+    boards[2].report_loss()
+    boards[0].report_loss()
+    error = RuntimeError("[gloo] Connection closed by peer [10.0.0.2]:5")
+    texts = list(pool.map(lambda own: own.explain(error), (boards[0], boards[2])))
+    assert set(texts) == {"rank 1 on host b is gone and left no reason (killed, or the node went down)"}
+    boards[0].blame_self(ZeroDivisionError("too late"))
+    assert boards[2].explain(error) == texts[0]
+
+
+# Open files.
+
+
+@dataclass(frozen=True)
+class LimitFiles:
+    """A rank zero of a large world that may open so many files."""
+
+    soft: int
+    hard: int
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.soft, self.hard))
+        try:
+            raise_file_limit(count_open_files(World(0, 1024, 0, 1, "srun", "a", 5)))
+            print(resource.getrlimit(resource.RLIMIT_NOFILE))
+        except UserError as error:
+            print(error)
+
+
+def test_the_limit_on_open_files_is_raised_or_named_before_anything_starts(tmp_path):
+    assert run_ranks(tmp_path, LimitFiles(300, 4096)).strip() == "(4096, 4096)"
+    words = "this process may open 1024 files, and needs up to 3394 with so many ranks: raise the limit (ulimit -Hn 3394)"
+    assert run_ranks(tmp_path, LimitFiles(256, 1024)).strip() == words
+    assert count_open_files(World(1, 1024, 0, 1, "srun", "a", 5)) < 400
+
+
+@dataclass(frozen=True)
+class CountFiles(TrainTask):
+    """A rank that counts its open files while it trains."""
+
+    def make_task(self):
+        class Counting(Mnist):
+            def draw(self, seed, step, size):
+                if step == 3:
+                    print("open files:", len(os.listdir("/proc/self/fd")), flush=True)
+                return super().draw(seed, step, size)
+
+        return Counting
+
+
+def count_files(tmp_path, world):
+    arguments = [*TINY, "--batch_size", str(world), "--train_size", str(2 * world), "--steps", "4", "--evaluate_every", "4"]
+    ranks = start_ranks(tmp_path, CountFiles([*arguments, "--run_dir", str(tmp_path / "run"), "--timeout_s", "120"]), world)
+    assert [rank.wait(240) for rank in ranks] == [0] * world, ranks[0].text
+    return [int(re.search(r"open files: (\d+)", rank.text)[1]) for rank in ranks]
+
+
+def test_open_files_grow_slowly_with_the_world(tmp_path):
+    small, large = count_files(tmp_path / "small", 3), count_files(tmp_path / "large", 9)
+    assert max(large[1:]) - max(small[1:]) <= 9  # 18 if each rank were connected with each other
+    assert large[0] - small[0] <= 9 + 2 * 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sixty_four_ranks_train_on_a_small_machine(tmp_path):
+    assert psutil.virtual_memory().available > 10 << 30, "64 processes need about 8 GiB"
+    files = count_files(tmp_path, 64)
+    assert max(files[1:]) <= 60
+    assert files[0] <= 60 + 2 * 64
+    assert '"world_size": 64' in (tmp_path / "run" / "result.json").read_text()
