@@ -263,7 +263,10 @@ def test_the_ranks_end_with_the_process_that_started_them(tmp_path, probe):
 
 def test_a_mistake_in_the_options_is_one_message(tmp_path, probe):
     (tmp_path / "train.py").write_text("import sys\nfrom mnist_dist.train import main\nsys.exit(main())\n")
-    for options, words in ([*TINY, "--batch_size", "11"], "multiples of 2"), ([*TINY, "--world_size", "3"], "but 3 was asked for"):
+    for options, words in (
+        ([*TINY, "--batch_size", "1"], "less than the 2 processes"),
+        ([*TINY, "--world_size", "3"], "but 3 was asked for"),
+    ):
         done = run([*accelerate(tmp_path, "--cpu", "--num_processes", 2), str(tmp_path / "train.py"), *options])
         assert (done.returncode, done.stderr.count("error: "), done.stderr.count(words)) == (2, 1, 1), done.stderr
 
