@@ -30,6 +30,7 @@ _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
 _LEAVING_S = 5.0
 _STACK_BYTES = 16_384
 _PACKAGE = Path(__file__).resolve().parent
+_WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.py")}  # ours that wait in collectives
 
 
 class Board:
@@ -277,7 +278,7 @@ def _is_in_collective(ident: int) -> bool:
     """Whether a thread is where it may wait for other ranks, and has nothing to save: in torch's own code, or in what calls it."""
     frame = sys._current_frames().get(ident)
     path = frame.f_code.co_filename if frame is not None else ""
-    return "/torch/distributed/" in path or "/torch/autograd/" in path or path == str(_PACKAGE / "distributed.py")
+    return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
 
 
 def _describe_place(ident: int) -> str:
