@@ -18,15 +18,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mnist_dist.errors import RunError
 from mnist_dist.files import write_atomically
+from mnist_dist.program import make_printable
 from mnist_dist.record import STACK_NAME
 from mnist_dist.rendezvous import name_with_hosts
 
 _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
+_LEAVING_S = 5.0
 _STACK_BYTES = 16_384
 _PACKAGE = Path(__file__).resolve().parent
+_WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.py")}  # ours that wait in collectives
 
 
 class Board:
@@ -179,6 +183,20 @@ class Board:
                 answers = self._ear.multi_get([f"alive/{rank}" for rank in verdict["stacks_of"]])
                 self._write_stacks({rank: json.loads(text)["stacks"] for rank, text in zip(verdict["stacks_of"], answers, strict=True)})
             self._ear.add("told", 1)
+            self._leave_collective()
+
+    def _leave_collective(self) -> None:
+        """End the process if it still waits for a rank that is gone.
+
+        Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before.
+        """
+        end = time.monotonic() + _LEAVING_S
+        while _is_in_collective(self._thread_of_run):
+            if time.monotonic() > end:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"[rank {self._rank}] error: {make_printable(self._told)}\n".encode(errors="backslashreplace"))
+                os._exit(RunError.exit_code)
+            time.sleep(0.2)
 
     def _hear(self, key: str, seconds: float) -> bool:
         """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
@@ -254,6 +272,13 @@ def _walk(frame: FrameType | None) -> Iterable[FrameType]:
 
 def _describe_frame(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def _is_in_collective(ident: int) -> bool:
+    """Whether a thread is where it may wait for other ranks, and has nothing to save: in torch's own code, or in what calls it."""
+    frame = sys._current_frames().get(ident)
+    path = frame.f_code.co_filename if frame is not None else ""
+    return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
 
 
 def _describe_place(ident: int) -> str:

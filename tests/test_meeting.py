@@ -371,6 +371,32 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_pa
         assert "was silent for 3 s" in (folder / "ends.jsonl").read_text()
 
 
+@dataclass(frozen=True)
+class FailWhereNoConnectionBreaks(Train):
+    """A rank that fails while the other waits for it in the store of torch, where only time would tell."""
+
+    def __call__(self):
+        from mnist_dist import distributed
+
+        def check(group):
+            if group.rank == 1:
+                raise UserError("the planted fault")
+            store = torch.distributed.distributed_c10d._get_default_store()
+            torch.distributed.distributed_c10d._store_based_barrier(0, store, "never", 2, timedelta(seconds=100))
+
+        distributed._check_settings = check
+        return super().__call__()
+
+
+def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(tmp_path):
+    ranks = start_ranks(tmp_path, FailWhereNoConnectionBreaks([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+    assert ranks[1].wait() == 2
+    begun = time.monotonic()
+    assert ranks[0].wait() == 1
+    assert time.monotonic() - begun < 15
+    assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} failed: UserError: the planted fault\n")
+
+
 @pytest.fixture
 def boards(monkeypatch):
     monkeypatch.setattr(board, "_ANSWERING_S", 0.5)
