@@ -63,7 +63,7 @@ class Place:
 
 def describe_run(world: World, environ: Mapping[str, str], run_dir: str) -> dict[str, str]:
     """What all ranks of a run know, and ranks of another run do not by accident."""
-    run = {"launcher": world.launcher, "number of processes": str(world.size), "run_dir": run_dir, "program": Path(sys.argv[0]).stem}
+    run = {"number of processes": str(world.size), "run_dir": run_dir, "program": Path(sys.argv[0]).stem}
     if world.launcher == "srun":
         # The jobs of a heterogeneous one have numbers of their own.
         run["job"] = environ.get("SLURM_HET_JOB_ID") or environ.get("SLURM_JOB_ID", "")

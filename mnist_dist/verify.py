@@ -10,6 +10,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 
+import contextlib
 import json
 import os
 import sys
@@ -84,8 +85,10 @@ def verify(reference: Path | None = None, record: Path | None = None) -> int:
     from mnist_dist.loop import train
 
     signals = StopSignals().install()
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "verify"
+    record = record and record.absolute()
+    # Each rank has a folder of its own, and all of them call it alike: by that they know that they are one run.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        run_dir = Path("verify")
         result = train(make_config(run_dir), signals)
         if result.stop:
             return result.stop.exit_code
