@@ -119,7 +119,7 @@ def test_every_mistake_is_named_before_anything_is_made(no_slurm, tmp_path, caps
 
     error = refuse("--nodes", "0", "--batch_size", "x", "--time", "1", "--cluster", "local")
     assert [line.split(" is ")[0] for line in error.splitlines()] == ["error: nodes", "error: batch_size"]
-    assert "multiples of 3" in refuse("--nodes", "3", "--cluster", "local")
+    assert "less than the 3 processes" in refuse("--batch_size", "2", "--nodes", "3", "--cluster", "local")
     assert "less than 60 s" in refuse("--time", "1", "--cluster", "local")
     assert "world_size is 4, but 2" in refuse("--nodes", "4", "--world_size", "2", "--cluster", "local")
     assert "did you mean 'partition'" in refuse("--partiton", "x")
@@ -265,7 +265,7 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert "run_dir cannot stand" in refuse("run_dir=a,b")
     assert "nothing to sweep" in refuse()
     assert "at most 1000" in refuse("seed=" + ",".join(map(str, range(1001))))
-    assert "multiples of 3" in refuse("seed=0,1", "--tasks_per_node", "3")
+    assert "less than the 3 processes" in refuse("seed=0,1", "--batch_size", "2", "--tasks_per_node", "3")
     for text, words in (
         ("sweep: {seed: 3}", "seed needs a list"),
         ("swep: {seed: [3]}", "has 'swep'; allowed: config, sweep, fixed"),
