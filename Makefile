@@ -13,9 +13,9 @@ train: .venv/.installed
 help: .venv/.installed
 	@$(BIN)/python -m mnist_dist.train --help
 
-# Two at a time: many tests wait for processes. The other suites measure time, and run alone.
+# Three at a time: many tests wait for processes. The other suites measure time, and run alone.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(OPTIONS)
 
 slow-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(OPTIONS)

@@ -376,7 +376,12 @@ class Reader:
         busy = self._describe_workers()
         iterator = getattr(self.loader.base_dataloader, "_iterator", None)
         if iterator is not None:
-            iterator._shutdown_workers()
+            try:
+                iterator._shutdown_workers()
+            except RuntimeError as late:  # a worker may be lost at this very moment
+                if not is_lost_worker(late):
+                    raise
+                error = error or late
         for pid, _sample in self.workers.tolist():
             with contextlib.suppress(OSError):  # it has gone, as it should
                 if pid > 0:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, is_lost_worker
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.world import find_world
 
@@ -47,6 +47,12 @@ def run_program(work: Callable[[], int]) -> int:
         with contextlib.suppress(OSError):
             print("interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not is_lost_worker(error):
+            raise
+        with contextlib.suppress(OSError):
+            print(f"{_find_prefix()}error: a worker that reads data is lost: {str(error).splitlines()[0]}", file=sys.stderr)
+        return RunError.exit_code
 
 
 def print_answer(work: Callable[[], int]) -> int:

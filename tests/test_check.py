@@ -328,22 +328,6 @@ class Averaging(nn.Module):
         return values * self.seen
 """,
     ),
-    "state that is no tensor": (
-        "state",
-        ["state_dict holds 0._extra_state, which is no tensor"],
-        """
-    def build_model(self):
-        return nn.Sequential(Extra(6, 1))
-
-
-class Extra(nn.Linear):
-    def get_extra_state(self):
-        return {"calls": 1}
-
-    def set_extra_state(self, state):
-        pass
-""",
-    ),
     "the rank in the losses": (
         "two processes",
         ["the loss of step 1 is", "in one process", "in two"],

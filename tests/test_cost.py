@@ -49,6 +49,7 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each step's memory back to the system")
+@pytest.mark.slow
 def test_steps_use_the_memory_of_the_steps_before(tmp_path):
     faults = []
 

@@ -237,7 +237,7 @@ def test_torchrun_starts_two_ranks_of_one_run(tmp_path):
     assert "[rank 1]" not in done.stderr
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_path, size):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
     done, folder = launch(tmp_path, *command, "--num_processes", str(size), "-m")

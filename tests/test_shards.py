@@ -115,7 +115,9 @@ def test_a_start_that_computes_otherwise_is_told_where_bits_are_promised(tmp_pat
     assert "the last start had" not in run_ranks(tmp_path, Train(arguments), 2)
 
 
-@pytest.mark.parametrize("world", [3, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize(
+    "world", [3, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_any_number_of_processes_shares_a_batch(tmp_path, world):
     recipe = "--dataset synthetic --batch_size 64 --steps 20 --optimizer sgd --learning_rate 0.001 --momentum 0 --schedule constant"
     arguments = [*recipe.split(), *COMMON[2:], "--precision", "fp32", "--test_size", "101"]

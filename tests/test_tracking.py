@@ -550,6 +550,7 @@ def refused_with_a_wish_to_stop_then(play):
 SLOW_PLAYS |= {"refused_with_a_wish_to_stop_then"}
 
 
+@pytest.mark.slow
 def test_stop_on_the_page_of_the_run_is_a_request_to_the_training(plays):
     play = plays("stop_pressed_on_the_page")
     assert "stop was pressed on the page of this run" in play.logs

@@ -31,7 +31,8 @@ def read_rows(folder):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("optimizer", "steps", "tolerance"), [("sgd", 30, 1e-4), ("muon", 10, 1e-3), pytest.param("sgd", 100, 1e-4, marks=pytest.mark.slow)]
+    ("optimizer", "steps", "tolerance"),
+    [("sgd", 30, 1e-4), pytest.param("muon", 10, 1e-3, marks=pytest.mark.slow), pytest.param("sgd", 100, 1e-4, marks=pytest.mark.slow)],
 )
 def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_path, optimizer, steps, tolerance):
     # A calm learning rate: as a network leaves its first plateau, rounding grows tenfold every few steps on any number of ranks, and

@@ -68,6 +68,7 @@ def test_what_is_compared():
             compare(losses, REFERENCE)
 
 
+@pytest.mark.slow
 def test_the_curve_that_ships_can_be_recorded_again_and_another_be_compared_with(tmp_path):
     run_ranks(tmp_path, Main(("--record", str(tmp_path / "curve.json"))), 2)
     recorded = json.loads((tmp_path / "curve.json").read_text())
