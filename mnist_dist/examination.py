@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from functools import cached_property
@@ -47,6 +48,7 @@ _ROWS = 16  # samples of a step that is only looked at
 _EVALUATED = 101  # samples: two processes do not have equally many
 _CLEANUP_S = 5.0
 # A server that has imported torch, and nothing of the task: each process is forked from it in milliseconds.
+_PATH_MAX = 60  # of TMPDIR, below which a socket is made in it
 _context = multiprocessing.get_context("forkserver")
 _LAUNCHERS = ("SLURM_", "SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
 
@@ -55,12 +57,23 @@ class Broken(Exception):  # noqa: N818  not an error of this program
     """A promise that is not kept, and what to do."""
 
 
+def _start_server() -> None:
+    """Start the process from which the others are forked. It listens at a path of at most a hundred letters: a TMPDIR may have more."""
+    before = tempfile.tempdir
+    if len(tempfile.gettempdir()) > _PATH_MAX:
+        tempfile.tempdir = "/tmp"  # noqa: S108  a folder of its own is made in it
+    try:
+        ensure_running()
+    finally:
+        tempfile.tempdir = before
+
+
 class Subject:
     """The task under examination, with its data and its model, and the processes that look at it, too."""
 
     def __init__(self, config: Config, folder: Path, deadline_s: float, stack: contextlib.ExitStack, names: Collection[str]) -> None:
         _context.set_forkserver_preload(["mnist_dist.loop", "mnist_dist.witness"])
-        ensure_running()
+        _start_server()
         self.given, self.folder, self.deadline_s, self.stack = config, folder, deadline_s, stack
         self.config, self.data = load_data(config)
         self.task = self.config.task

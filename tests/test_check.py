@@ -510,6 +510,7 @@ def test_the_threads_of_this_process_are_given_back(check):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_ended_by_a_signal_it_leaves_no_process_and_no_folder(tmp_path):
     file = write(tmp_path, FAULTS["a rank that never comes"][2])
     environ = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}

@@ -228,14 +228,14 @@ def test_a_rank_zero_on_another_host_than_was_said_is_told(pool):
 
 def test_a_rank_that_came_and_left_is_named_and_may_come_again(pool):
     worlds = make_worlds(3)
-    [main] = start_meeting(pool, worlds[:1], timeout_s=1.5)
+    [main] = start_meeting(pool, worlds[:1], timeout_s=3)
     wait_until(lambda: is_open(worlds[0].port))
     greeting = b'{"run": {"job": "7"}, "rank": 1, "host": "else\\u001bwhere"}\n'
     with socket.create_connection(("127.0.0.1", worlds[0].port)) as visitor:
         visitor.sendall(greeting)
         assert b"accepted" in visitor.recv(100) + visitor.recv(100)
     with pytest.raises(
-        RunError, match=r"within 1.5 s: rank 2 of 3 did not come; rank 1 on host else\?where came and left; rank 0 on host .* came$"
+        RunError, match=r"within 3 s: rank 2 of 3 did not come; rank 1 on host else\?where came and left; rank 0 on host .* came$"
     ):
         main.result()
     [main] = start_meeting(pool, worlds[:1])

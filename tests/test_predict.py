@@ -317,6 +317,7 @@ class PrepareMutants:
         print(json.dumps({"answered": answered, "refused": refused, "cpu_s": time.process_time() - start, "grown_mib": grown_mib}))
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_pictures_do_no_harm(tmp_path):
     result = json.loads(run_ranks(tmp_path, PrepareMutants(tmp_path)).strip().splitlines()[-1])
     assert result["answered"] + result["refused"] == 1000
