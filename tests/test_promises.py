@@ -102,7 +102,7 @@ def environ(tmp_path_factory):
     return {"PICTURES": str(write_classes(folder / "pictures")), "XDG_STATE_HOME": str(folder)}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=list_cases(CASES))
 def story(request, tmp_path_factory, environ):
     """What `Story` made of a task in one process: the case, the folder, and what was printed."""
     folder = tmp_path_factory.mktemp(request.param)
