@@ -95,10 +95,10 @@ def test_requeues_are_counted(cluster, tmp_path, most):
 
 
 def test_user_mistake_is_not_requeued(cluster, tmp_path):
-    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=2", "--config smoke --batch_size 33")
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=2", "--config smoke --batch_size 3")
     job.wait_state("FAILED")
     assert job.show("ExitCode") == "2:0"
-    assert "multiples of 4" in job.log
+    assert "batch_size is 3, less than the 4 processes" in job.log
 
 
 def test_two_jobs_share_nodes(cluster, tmp_path):
