@@ -112,7 +112,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
 
     config = read(CONFIG_FILE, lambda: read_config(path))
     starts = read(STARTS_FILE, lambda: read_starts(path)) or []
-    config = with_noted_sizes(config, starts) if config else None
+    sized = read(STARTS_FILE, lambda: with_noted_sizes(config, starts) if config else None)
+    config = sized or config
     result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
     rows = read(METRICS_FILE, lambda: read_rows(path, config or make_config({}), _TAIL_BYTES)) or []
     noted, ended = (read_own_note(path, name) for name in ("job", "end"))

@@ -115,8 +115,10 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     add_config_options(parser, Task)
     known, _ = parser.parse_known_args(arguments)
     values: dict[str, Any] = {}
-    if known.words and "=" not in known.words[0] and os.path.isfile(expand_word(known.words[0])):
-        values = read_options_file(Path(expand_word(known.words[0])))
+    # The value of an option that is not known yet, a task's own, stands among the words.
+    file_name = next((word for word in known.words if "=" not in word and os.path.isfile(expand_word(word))), None)
+    if file_name is not None:
+        values = read_options_file(Path(expand_word(file_name)))
     fixed, file = values.get("fixed"), known.config or values.get("config")
     recipe = read_recipe(file if isinstance(file, str) else None)
     named = fixed.get("task") if isinstance(fixed, dict) else None
@@ -136,7 +138,7 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
         if unknown:
             raise UserError(f"{path} has {', '.join(unknown)}; allowed: config, sweep, fixed")
         axes = _spell_out(_read_mapping(values, "sweep", path), options)
-        fixed = _spell_out(_read_mapping(values, "fixed", path), options)
+        fixed = _spell_out(_read_mapping(values, "fixed", path), options, ("task",))
         wrong = [key for key, value in axes.items() if not isinstance(value, list)]
         if wrong or not isinstance(values.get("config"), str | None):
             raise UserError(f"{path}: {wrong[0] if wrong else 'config'} needs {'a list of values, such as [0, 1]' if wrong else 'a name'}")
@@ -156,11 +158,11 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
     return fixed, axes, name
 
 
-def _spell_out(mapping: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+def _spell_out(mapping: dict[str, Any], options: Sequence[str], kept: Sequence[str] = ()) -> dict[str, Any]:
     """`mapping` by the whole names of its options. Raises `UserError` where two keys mean one option."""
     spelt: dict[str, Any] = {}
     for key, value in mapping.items():
-        name = "task" if key == "task" else _find_option(key, options)
+        name = key if key in kept else _find_option(key, options)
         if name in spelt:
             raise UserError(f"{name} stands there twice, once as {key!r}: leave one of them out")
         spelt[name] = value

@@ -126,7 +126,7 @@ class Writer:
     def submit(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write a copy of the state, once the last one is written (`is_free`). A failure is a warning: training goes on.
 
-        One whose weights are not finite is not written; the next row of the record will tell.
+        One whose weights are not finite is not written, with a warning.
         """
         self._report()
         self._running = self._thread.submit(self._write_if_finite, step, state)
@@ -151,8 +151,10 @@ class Writer:
         return {} if self._took_s is None else {"health/checkpoint_s": round(self._took_s, 3)}
 
     def _write_if_finite(self, step: int, state: dict[str, Any]) -> None:
-        if _is_finite(state):
-            self._write(step, state)
+        if not _is_finite(state):
+            _log.warning("no checkpoint at step %d: its weights are not finite", step)
+            return
+        self._write(step, state)
 
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         begun_s = time.monotonic()

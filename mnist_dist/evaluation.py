@@ -41,12 +41,12 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
     model.train(training)
     sums = _add_up(task, total, group)
     count = len(reader)
-    if round(float(sums[0])) != count:
-        raise RunError(f"the evaluation counted {sums[0]:.0f} {task.samples}, but the split has {count}: its ranks do not share it rightly")
     if not sums.isfinite().all():
         raise RunError(
             f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
         )
+    if round(float(sums[0])) != count:
+        raise RunError(f"the evaluation counted {sums[0]:.0f} {task.samples}, but the split has {count}: its ranks do not share it rightly")
     with explaining(task.name, "in measure"):
         measures = task.measure(sums)
     _check_measures(task, measures)
@@ -81,6 +81,8 @@ def _check_tally(task: Task, tally: Any, count: int) -> None:
     for name, values in (("scores", tally.scores), ("outputs", tally.outputs)):
         if values is not None and (not isinstance(values, Tensor) or not values.ndim or len(values) != count):
             raise UserError(f"task {task.name}: the {name} of tally must be a tensor of {count} rows, one for each sample of the batch")
+    if tally.scores is not None and tally.scores.ndim != 1:
+        raise UserError(f"task {task.name}: the scores of tally have shape {list(tally.scores.shape)}; expected one number for each sample")
 
 
 def _check_measures(task: Task, measures: Any) -> None:
@@ -92,7 +94,7 @@ def _check_measures(task: Task, measures: Any) -> None:
         for name, value in names.items()
         if not isinstance(name, str) or not is_measure(value, name) or (name in needed and not is_number(value))
     ]
-    missing = [name for name in needed if name not in names]
+    missing = [name for name in dict.fromkeys((*needed, *(task.in_rows or ()))) if name not in names]
     if missing or wrong:
         what = f"it lacks {missing[0]}" if missing else f"{wrong[0]} is {names[wrong[0]]!r:.80}"
         raise UserError(

@@ -94,7 +94,10 @@ class Flat:
         """The parts of a vector, each shaped and laid out as the tensor that it stands for."""
         views, start = [], 0
         for tensor in self.tensors:
-            views.append(flat[start : start + tensor.numel()].as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + start))
+            part = flat[start : start + tensor.numel()]
+            # One with gaps in its memory, such as a slice, has no such layout here.
+            is_dense = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+            views.append(part.as_strided(tensor.shape, tensor.stride(), part.storage_offset()) if is_dense else part.view(tensor.shape))
             start += tensor.numel()
         return views
 

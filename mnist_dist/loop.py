@@ -64,6 +64,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         # What is trained, by which code, and when the ranks meet for more than a step.
         source = {"the source of the task": config.task.source}
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
+        shared |= {"micro_batch": config.micro_batch}
         if (main := group.broadcast(shared)) != shared:
             differing = ", ".join(sorted(name for name in {*main, *shared} if main.get(name) != shared.get(name)))
             raise UserError(
@@ -85,6 +86,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             "parameters": state.count_parameters(),
             "tier": ANY_WORLD if state.is_any_world else THIS_WORLD,
             "best": task.best,
+            "micro_batch": config.micro_batch,
             "processor": find_processor(),
             "torch": torch.__version__,
             **config.name_sizes(),
@@ -92,7 +94,9 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.describe_tier())
-        run.show_samples(state.step, data, draw(config, state.step, config.batch_size, (range(config.batch_size),)))
+        run.show_samples(
+            state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size, (range(config.batch_size),))
+        )
 
         def compute(samples: Any, drawn: Any, parts: Sequence[range]) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):

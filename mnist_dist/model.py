@@ -10,6 +10,8 @@ from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
 from mnist_dist.task import Task
 
+_BUFFER_TYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)  # those that all backends exchange
+
 
 def build_model(task: Task, seed: int) -> nn.Module:
     """The model of `task`, its initial weights a function of `seed` alone; the global random state is left as it was.
@@ -24,6 +26,17 @@ def build_model(task: Task, seed: int) -> nn.Module:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
+        if isinstance(value, UninitializedParameter):
+            continue
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"task {task.name}: {name} of its model holds values that are not finite, as a mask may; keep it out of checkpoints: "
+                "register_buffer(..., persistent=False)"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.dtype not in _BUFFER_TYPES:
+            allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
+            raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(

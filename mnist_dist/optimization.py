@@ -65,6 +65,8 @@ def describe_state(parameters: Iterable[nn.Parameter], config: Config) -> dict[s
     """The shape of each tensor that the optimizer of `config` keeps once it has made a step, by the parameter's index and its own name."""
     shapes: dict[str, list[int]] = {}
     for index, parameter in enumerate(parameters):
+        if not parameter.requires_grad:  # a frozen one is never stepped
+            continue
         like_parameter, single = {
             "muon": (["average"], []) if parameter.ndim >= 2 else (["average", "square_average"], ["updates"]),
             "sgd": (["momentum_buffer"] if config.momentum else [], []),

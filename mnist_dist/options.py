@@ -193,6 +193,10 @@ class Parser(argparse.ArgumentParser):
         for name, field in model.model_fields.items():
             if describe_kind(model, name) is None:  # not an option: a config's task
                 continue
+            if f"--{name}" in self._option_string_actions:
+                raise UserError(
+                    f"the option {name} of a task has the name of one of {self.prog.removeprefix('python -m ')}; give it another"
+                )
             title = str(trait(field, "group"))
             if title not in groups:
                 groups[title] = self.add_argument_group(title)

@@ -18,7 +18,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, write_atomically
 from mnist_dist.options import read_options_file
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
-from mnist_dist.task import Task
+from mnist_dist.task import Task, shorten_name
 
 # All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
@@ -286,7 +286,8 @@ def read_config(run_dir: Path, task: type[Task] | None = None) -> Config:
     if values.get("log_with") not in Config.allowed("log_with"):  # older versions knew more trackers
         del values["log_with"]
     name = values.get("task", BUILT_IN)
-    if task is None or task.name != name:
+    # A file that was moved is the same task; what is another one's is told by the comparison of the recipes.
+    if task is None or shorten_name(task.name) != shorten_name(str(name)):
         task = find_task(name) if isinstance(name, str) and is_built_in(name) else make_unknown(name)
     return make_config(values, str(path), task).replace_run_dir(run_dir)
 

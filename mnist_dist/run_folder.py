@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
 
 # What the rounding of sums depends on, of the facts of a start.
-_BIT_NAMES = ("processor", "device", "precision", "threads", "torch")
+_BIT_NAMES = ("processor", "device", "precision", "threads", "micro_batch", "torch")
 
 _log = logging.getLogger(__name__)
 

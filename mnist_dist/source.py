@@ -190,7 +190,7 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
             raise  # the task itself is not there
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
     except (Exception, SystemExit) as error:
-        if is_loss(error) or is_lost_worker(error):  # not the task's doing
+        if kind is RunError and (is_loss(error) or is_lost_worker(error)):  # in a step, where ranks and workers are waited for
             raise
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
 

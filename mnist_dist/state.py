@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,9 @@ class TrainingState:
             self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer)
             self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
-            self.averaged = [buffer for buffer in self.bare_model.buffers() if buffer.is_floating_point()]
-            self.flat = Flat([*self.trained, *self.averaged], extra=1)
+            averaged = {name: buffer for name, buffer in self.bare_model.named_buffers() if buffer.is_floating_point()}
+            self.averaged = list(averaged)
+            self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
         if config.cuda_graph:
@@ -111,14 +112,14 @@ class TrainingState:
     def _add_up(self, tree: TreeSum, samples: Any, drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
         ends = list(itertools.accumulate(map(len, parts)))
-        before = [buffer.clone() for buffer in self.bare_model.buffers()]
+        starts = {name: buffer.clone() for name, buffer in self.bare_model.named_buffers()}
 
         def compute(shard: int) -> Tensor:
             number = shard - tree.mine[0]
             rows = slice(ends[number] - len(parts[number]), ends[number])
             with torch.no_grad():  # each shard begins with the same statistics
-                for buffer, value in zip(self.bare_model.buffers(), before, strict=True):
-                    buffer.copy_(value)
+                for name, buffer in self.bare_model.named_buffers():
+                    buffer.copy_(starts[name])
             self._seed(f"model on shard {shard}")
             gradients: list[Tensor] = []
             losses = []
@@ -129,15 +130,20 @@ class TrainingState:
                 losses.append(loss.detach())
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
-            return self.flat.pack([*gradients, *self.averaged], [torch.stack(losses).sum()])
+            now = dict(self.bare_model.named_buffers())
+            changes = [now[name] - starts[name] for name in self.averaged]
+            return self.flat.pack([*gradients, *changes], [torch.stack(losses).sum()])
 
         total = tree(compute)
         views = self.flat.views(total)
         for parameter, gradient in zip(self.trained, views, strict=False):
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, value in zip(self.averaged, views[len(self.trained) :], strict=True):
-                buffer.copy_(value / tree.shards)
+            now = dict(self.bare_model.named_buffers())
+            for name, change in zip(self.averaged, views[len(self.trained) :], strict=True):
+                now[name].copy_(starts[name] + change / tree.shards)
+        # What counts is not averaged: the last shard's counts are everybody's.
+        self._hand_out([buffer for name, buffer in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
 
     def _cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
@@ -170,9 +176,13 @@ class TrainingState:
 
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""
-        if self.group.size > 1 and self.tree is None:
-            for buffer in self.bare_model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        if self.tree is None:
+            self._hand_out(self.bare_model.buffers(), 0)
+
+    def _hand_out(self, buffers: Iterable[Tensor], rank: int) -> None:
+        """Give every rank the buffers of one."""
+        for buffer in buffers if self.group.size > 1 else ():
+            torch.distributed.broadcast(buffer, src=rank)
 
     @property
     def elapsed_s(self) -> float:
@@ -205,14 +215,16 @@ class TrainingState:
             "data": self.fingerprint,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
-            "world": None if self.is_any_world else self._describe_world(),
+            "world": None if self.tier.is_any_world else self._describe_world(),
             "model": _copy(self.bare_model.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
         }
 
     def _describe_world(self) -> str:
         micro_batch = self.config.micro_batch
-        return f"{self.group.size} processes" + (f", micro_batch {micro_batch}" if micro_batch else "")
+        size = self.group.size
+        processes = "any number of processes" if self.tree is not None else f"{size} process{'es' * (size > 1)}"
+        return processes + (f", micro_batch {micro_batch}" if micro_batch else "")
 
     def restore(self, saved: checkpoint.Saved) -> list[int]:
         """Take over the state of a checkpoint; the steps of the rows that metrics.jsonl must have.
@@ -249,10 +261,10 @@ class TrainingState:
         world = state.get("world")
         if world is not None and not isinstance(world, str):
             raise RunError("it is damaged: its world is not a text")
-        if not self.is_any_world and world not in (None, self._describe_world()):
+        if not self.tier.is_any_world and world not in (None, self._describe_world()):
             raise UserError(
-                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only on as "
-                f"many processes, because {self.tier.reason}: start as many, or use another run_dir"
+                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only "
+                f"there, because {self.tier.reason}: start as many, or use another run_dir"
             )
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")

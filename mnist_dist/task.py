@@ -119,6 +119,11 @@ def format_measure(name: str, value: float) -> str:
     return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
+def shorten_name(name: str) -> str:
+    """The name of a task without its folder or package."""
+    return Path(name).stem if name.endswith(".py") else name.rpartition(".")[2]
+
+
 class Task(Options):
     """What is trained. Immutable: its fields are options, and `facts` what `find_facts` found."""
 
@@ -141,7 +146,7 @@ class Task(Options):
     @property
     def short_name(self) -> str:
         """The name without its folder or package, as it stands in the recipe of a run."""
-        return Path(self.name).stem if self.name.endswith(".py") else self.name.rpartition(".")[2]
+        return shorten_name(self.name)
 
     def with_facts(self, facts: Mapping[str, Any]) -> "Task":
         """The same task, with the facts of some data or weights."""

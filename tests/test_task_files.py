@@ -89,6 +89,42 @@ WRONG = [
     ("no samples", [("torch.arange(60.0)", "torch.arange(0.0)")], ["hold no samples"], 2),
     ("build_model fails", [(SEQUENTIAL, "nn.Linear(3, 'x')")], ["in build_model", "broken.py:", "TypeError"], 2),
     ("build_model returns no module", [(SEQUENTIAL, "lambda inputs: inputs")], ["build_model returned function", "torch.nn.Module"], 2),
+    (
+        "a mask in a checkpoint",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('mask', torch.full((2,), -torch.inf))\n        return model",
+            )
+        ],
+        ["mask", "not finite", "persistent=False"],
+        2,
+    ),
+    (
+        "a buffer of an odd type",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('odd', torch.zeros(2).short())\n        return model",
+            )
+        ],
+        ["buffer odd", "torch.int16", "allowed: float32"],
+        2,
+    ),
+    ("an option of the program", [("    width: int", "    print_config: int = 3\n    width: int")], ["print_config"], 2),
+    ("an option called help", [("    width: int", "    help: int = 3\n    width: int")], ["option help", "another"], 2),
+    (
+        "load that times out",
+        [("numbers = torch.arange(60.0)", "raise RuntimeError('download timed out')")],
+        ["in load", "download timed out"],
+        2,
+    ),
+    (
+        "measures in rows that there are not",
+        [("    width: int", "    in_rows = ('loss', 'nothing')\n    width: int")],
+        ["it lacks nothing"],
+        2,
+    ),
     ("a lazy layer", [("nn.Linear(3,", "nn.LazyLinear(")], ["has no shape yet", "0.weight"], 2),
     ("half precision", [(SEQUENTIAL, SEQUENTIAL + ".half()")], ["0.weight", "torch.float16", "expected torch.float32"], 2),
     ("the shapes do not fit", [("nn.Linear(3,", "nn.Linear(4,")], ["in losses", "RuntimeError", "shapes"], 2),
@@ -173,6 +209,16 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
     assert "Traceback" not in text
     if "while it was imported" in errors[0] or "in load" in errors[0] or "losses" in words[0]:
         assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_parameter_is_resumed(tmp_path):
+    frozen = f"model = {SEQUENTIAL}\n        model[0].requires_grad_(False)\n        return model"
+    name = write(tmp_path / "frozen.py", SANE, (f"return {SEQUENTIAL}", frozen))
+    for optimizer in ("muon", "sgd", "adamw"):
+        arguments = ["--task", name, "--run_dir", str(tmp_path / optimizer), "--optimizer", optimizer, "--checkpoint_every", "2", *SHORT]
+        run_ranks(tmp_path / "logs", Train(arguments))
+        (tmp_path / optimizer / "result.json").unlink()
+        run_ranks(tmp_path / "logs", Train(arguments))
 
 
 def test_tied_weights_are_trained_saved_and_read(tmp_path):
