@@ -6,6 +6,7 @@ other is read sample by sample, in this process or by workers, each sample under
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import itertools
@@ -89,6 +90,8 @@ class Seeded:
         self.what = what
         # Which sample a worker is at, for the message about one that dies or hangs. Memory that the processes share.
         self.at: Tensor | None = None
+        # To seed numpy and random takes ten times as long as to seed torch: it is done from the first sample on that draws from them.
+        self.draws_elsewhere = not _can_read_places()
 
     def __len__(self) -> int:
         return len(self.split)  # type: ignore[arg-type]
@@ -104,15 +107,30 @@ class Seeded:
             # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
             first = derive_seed(self.seed, self.what, share.step)
             samples = []
+            if not self.draws_elsewhere:
+                seed_generators(first)  # numpy's and random's place is then known
+                untouched = _read_places()
             for index, place in zip(share.indices.tolist(), itertools.chain(*share.parts), strict=True):
                 at[1] = index
-                seed_generators((first + place * 0x9E3779B97F4A7C15) % 2**63)
+                seed = (first + place * 0x9E3779B97F4A7C15) % 2**63
                 try:
-                    samples.append(self.split[index])
+                    if self.draws_elsewhere:
+                        seed_generators(seed)
+                        sample = self.split[index]
+                    else:
+                        torch.default_generator.manual_seed(seed)
+                        sample = self.split[index]
+                        if _read_places() != untouched:  # the first one to draw from numpy or random is read once more, under its seed
+                            self.draws_elsewhere = True
+                            seed_generators(seed)
+                            sample = self.split[index]
+                    samples.append(sample)
                 except Exception as error:
                     return self._fail(f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}")
             try:
-                return Batch(share.step, share.indices, self.task.collate(samples), share.parts)
+                # A tensor more would take a file more of shared memory on its way from a worker.
+                indices: Any = share.indices if worker is None else share.indices.numpy()
+                return Batch(share.step, indices, self.task.collate(samples), share.parts)
             except Exception as error:
                 return self._fail(
                     f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
@@ -132,6 +150,42 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
+
+
+# Where the generators of random and numpy, both Mersenne twisters, keep their place in a block of 624 numbers, and its first number.
+_WORDS = 624
+_RANDOM = id(random.random.__self__) + object.__basicsize__  # type: ignore[attr-defined]
+_NUMPY = np.random.get_bit_generator().ctypes.state_address  # type: ignore[attr-defined]
+_PLACES = (
+    ctypes.c_uint32.from_address(_RANDOM),
+    ctypes.c_uint32.from_address(_RANDOM + 4),
+    ctypes.c_uint32.from_address(_NUMPY),
+    ctypes.c_uint32.from_address(_NUMPY + 4 * _WORDS),
+)
+
+
+def _read_places() -> tuple[int, int, int, int]:
+    """What changes when numpy or random are drawn from: the place moves, or after a whole block comes back beside another first number."""
+    random_place, random_word, numpy_word, numpy_place = _PLACES
+    return random_place.value, random_word.value, numpy_word.value, numpy_place.value
+
+
+@functools.cache
+def _can_read_places() -> bool:
+    """Whether the generators of this Python and this numpy are kept as `_read_places` expects."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        random.seed(1)
+        np.random.seed(1)
+        (random_place, _, _, numpy_place), expected = _read_places(), (_WORDS, _WORDS)
+        random.random()  # noqa: S311
+        after_random = _read_places()
+        np.random.random_sample()
+        after_numpy = _read_places()
+        return (random_place, numpy_place) == expected and (after_random[0], after_random[3], after_numpy[3]) == (2, _WORDS, 2)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
@@ -360,7 +414,8 @@ class Reader:
             if isinstance(batch, _Failure):
                 raise RunError(batch.reason)
             if isinstance(self._kept, Seeded):
-                batch = batch._replace(samples=send_to_device(batch.samples, self.device, non_blocking=True))
+                samples = batch.samples if self.device.type == "cpu" else send_to_device(batch.samples, self.device, non_blocking=True)
+                batch = batch._replace(indices=torch.as_tensor(batch.indices), samples=samples)
             yield batch
             self._is_waiting = True
         self._is_waiting = False

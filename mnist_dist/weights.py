@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
+from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
 from mnist_dist.task import Task
@@ -109,11 +110,12 @@ def encode_weights(model: nn.Module, config: Config) -> bytes:
 def make_header(task: Task) -> dict[str, str]:
     """The metadata of a file of weights. One entry: safetensors writes several in random order, so that equal runs had other bytes.
 
-    The facts stand in it as text; for a task that is not built in, also its name and its options.
+    The facts stand in it as text; for a task that is not built in, also its name and the options of its recipe.
     """
     entries = {name: _to_text(value) for name, value in task.facts.items()}
     if task.name != BUILT_IN:
-        entries = {"task": task.name, "options": json.dumps(task.model_dump()), "facts": json.dumps(dict(task.facts))}
+        options = {name: getattr(task, name) for name, field in type(task).model_fields.items() if trait(field, "recipe")}
+        entries = {"task": task.name, "options": json.dumps(options), "facts": json.dumps(dict(task.facts))}
     return {_HEADER: json.dumps(entries, sort_keys=True)}
 
 
