@@ -156,18 +156,14 @@ def seed_generators(seed: int) -> None:
 _WORDS = 624
 _RANDOM = id(random.random.__self__) + object.__basicsize__  # type: ignore[attr-defined]
 _NUMPY = np.random.get_bit_generator().ctypes.state_address  # type: ignore[attr-defined]
-_PLACES = (
-    ctypes.c_uint32.from_address(_RANDOM),
-    ctypes.c_uint32.from_address(_RANDOM + 4),
-    ctypes.c_uint32.from_address(_NUMPY),
-    ctypes.c_uint32.from_address(_NUMPY + 4 * _WORDS),
-)
+_RANDOM_PLACE = (ctypes.c_uint32 * 2).from_address(_RANDOM)
+_NUMPY_WORD = (ctypes.c_uint32 * 1).from_address(_NUMPY)
+_NUMPY_PLACE = (ctypes.c_uint32 * 1).from_address(_NUMPY + 4 * _WORDS)
 
 
 def _read_places() -> tuple[int, int, int, int]:
     """What changes when numpy or random are drawn from: the place moves, or after a whole block comes back beside another first number."""
-    random_place, random_word, numpy_word, numpy_place = _PLACES
-    return random_place.value, random_word.value, numpy_word.value, numpy_place.value
+    return _RANDOM_PLACE[0], _RANDOM_PLACE[1], _NUMPY_WORD[0], _NUMPY_PLACE[0]
 
 
 @functools.cache
