@@ -7,7 +7,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from mnist_dist.errors import RunError
 from mnist_dist.exchange import Flat, TreeSum
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.program import run_program
+from mnist_dist.starter import find_free_port
 from mnist_dist.tasks.mnist.model import PARAMETERS
 
 _WARM_UP_STEPS = 3
@@ -269,7 +269,7 @@ class Ranks:
         self.size = size
         self.processes: list[BaseProcess] = []
         self.pipes: list[Connection] = []
-        port = _find_free_port()
+        port = find_free_port()
         for rank in range(size):
             here, there = context.Pipe()
             variables: Row = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size} if size > 1 else {}
@@ -307,12 +307,6 @@ class Ranks:
             pipe.send(("stop", 0))
         for process in self.processes:
             process.join(60)
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measure(options: argparse.Namespace) -> Row:

@@ -7,7 +7,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from mnist_dist.config import configure
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError
 from mnist_dist.program import run_program
+from mnist_dist.starter import find_free_port
 
 _STEPS = 4
 _MEMORY_EACH = 150 << 20  # of a rank, beyond what all share
@@ -57,11 +57,6 @@ def run_rank(environ: dict[str, str], folder: str) -> None:
     sys.exit(run_program(work))
 
 
-def _find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def _read_own_bytes() -> int:
     """The memory that this process shares with no other."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
@@ -77,7 +72,7 @@ def measure_world(size: int) -> Row:
     with common.temporary_folder() as folder:
         environ = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_find_free_port()),
+            "MASTER_PORT": str(find_free_port()),
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
         }

@@ -174,5 +174,10 @@ class Writer:
             self._running = None
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
 def _is_finite(state: dict[str, Any]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in state["model"].values() if tensor.is_floating_point())
+    return all(map(is_finite, state["model"].values()))

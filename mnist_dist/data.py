@@ -144,6 +144,19 @@ class Seeded:
         return _Failure(f"task {self.task.name}: {reason}")
 
 
+def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.device) -> InMemory | Seeded:
+    """A split as it is read: on `device` if it is kept in memory, else sample by sample."""
+    return InMemory(split, device) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, what)
+
+
+def read_share(kept: InMemory | Seeded, share: Share, kind: type[UserError] | type[RunError] = UserError) -> Any:
+    """The samples of a share, read by this process. Raises `kind` where one cannot be read."""
+    batch = kept.__getitems__(share)
+    if isinstance(batch, _Failure):
+        raise kind(batch.reason)
+    return batch.samples
+
+
 def seed_generators(seed: int) -> None:
     """Seed the generators of torch (on the CPU), numpy and random."""
     # `torch.manual_seed` would visit every kind of device, which takes a hundred times as long.
@@ -197,7 +210,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
     sizes = (_count(task, data.train, "training"), _count(task, data.test, "test"))
     config = config.with_sizes(sizes)
     train, holdout = _hold_out(data.train, config.train_size or sizes[0], config.holdout)
-    data = Data(train, _take(data.test, range(config.test_size or sizes[1])), holdout)
+    data = Data(train, take_samples(data.test, range(config.test_size or sizes[1])), holdout)
     if config.workers and all(isinstance(split, TensorDataset) for split in (data.train, data.evaluated)):
         raise UserError(
             f"workers is {config.workers}, but task {task.name} keeps its data in memory, where no worker has any work: leave it out"
@@ -235,13 +248,14 @@ def _count(task: Task, split: Any, what: str) -> int:
 def _hold_out(split: Dataset[Any], size: int, count: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The first `size` samples without `count` of them, evenly spread and the same for every seed, and those samples."""
     if not count:
-        return _take(split, range(size)), None
+        return take_samples(split, range(size)), None
     held = torch.zeros(size, dtype=torch.bool)
     held[torch.arange(count) * size // count] = True
-    return tuple(_take(split, which.nonzero().flatten().tolist()) for which in (~held, held))  # type: ignore[return-value]
+    return tuple(take_samples(split, which.nonzero().flatten().tolist()) for which in (~held, held))  # type: ignore[return-value]
 
 
-def _take(split: Dataset[Any], places: Sequence[int]) -> Dataset[Any]:
+def take_samples(split: Dataset[Any], places: Sequence[int]) -> Dataset[Any]:
+    """Some samples of a split; a range begins with the first."""
     if len(places) == len(split):  # type: ignore[arg-type]
         return split
     if isinstance(split, TensorDataset):
@@ -262,11 +276,9 @@ def fingerprint(data: Data, task: Task) -> str:
         return digest.hexdigest()[:16]
     count = len(data.train)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
-    batch = Seeded(data.train, task, 0, "training").__getitems__(Share(0, torch.tensor(places), (range(len(places)),)))
-    if isinstance(batch, _Failure):
-        raise UserError(batch.reason)
+    samples = read_share(Seeded(data.train, task, 0, "training"), Share(0, torch.tensor(places), (range(len(places)),)))
     buffer = io.BytesIO()
-    for tensor in list_tensors(batch.samples):
+    for tensor in list_tensors(samples):
         buffer.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digest.update(f"{count} {places}".encode() + buffer.getvalue())
     return digest.hexdigest()[:16]
@@ -276,13 +288,7 @@ def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
     """A few samples, and what is drawn for them, by which a model is tried. On the CPU."""
     places = [place % len(split) for place in range(_PROBED)]  # type: ignore[arg-type]
     share = Share(0, torch.tensor(places), (range(_PROBED),))
-    if isinstance(split, TensorDataset):
-        samples: Any = InMemory(split, torch.device("cpu")).__getitems__(share).samples
-    else:
-        batch = Seeded(split, config.task, config.seed, "training").__getitems__(share)
-        if isinstance(batch, _Failure):
-            raise UserError(batch.reason)
-        samples = batch.samples
+    samples = read_share(keep_split(split, config, "training", torch.device("cpu")), share)
     return samples, draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
 
 
@@ -360,12 +366,9 @@ def list_shares(count: int, group: Group) -> list[Share]:
 
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
-    kept = InMemory(split, device) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "test")
+    kept = keep_split(split, config, "test", device)
     for part in torch.split(torch.arange(len(kept)), _EVALUATED_AT_ONCE):
-        batch = kept.__getitems__(Share(0, part, (range(int(part[0]), int(part[-1]) + 1),)))
-        if isinstance(batch, _Failure):
-            raise RunError(batch.reason)
-        yield send_to_device(batch.samples, device)
+        yield send_to_device(read_share(kept, Share(0, part, (range(int(part[0]), int(part[-1]) + 1),)), RunError), device)
 
 
 class Reader:
@@ -378,10 +381,7 @@ class Reader:
         # Of each worker its process, and the sample that it is at, or -1. Memory that the processes share.
         self.workers = torch.full((0 if isinstance(split, TensorDataset) else config.workers, 2), -1, dtype=torch.int64)
         several: dict[str, Any] = {}
-        if isinstance(split, TensorDataset):
-            kept: InMemory | Seeded = InMemory(split, group.device)
-        else:
-            kept = Seeded(split, config.task, config.seed, what)
+        kept = keep_split(split, config, what, group.device)
         if len(self.workers):
             kept.at = self.workers.share_memory_()  # type: ignore[union-attr, no-untyped-call]
             # Forked: a data set of the user's file need not be pickled, nor be found by a fresh interpreter.

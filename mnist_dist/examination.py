@@ -5,9 +5,7 @@ import json
 import math
 import multiprocessing
 import os
-import secrets
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -26,6 +24,7 @@ from mnist_dist.data import load_data, probe, seed_generators
 from mnist_dist.model import build_model
 from mnist_dist.record import CHECKPOINTS, METRICS_FILE
 from mnist_dist.source import describe_exception
+from mnist_dist.starter import find_free_port
 from mnist_dist.task import Row
 from mnist_dist.tier import Tier, Trace, find_tier, keeping, trace
 from mnist_dist.witness import (
@@ -206,7 +205,7 @@ class Ranks:
     def start(self) -> None:
         """Start them."""
         environ = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES and not name.startswith(_LAUNCHERS)}
-        port = _find_free_port()
+        port = find_free_port()
         self.end_s = time.monotonic() + self.deadline_s
         for rank, log in enumerate(self.logs):
             variables = World(rank, self.size, rank, self.size, port=port).variables() if self.size > 1 else {}
@@ -280,11 +279,3 @@ def _deferring_signals() -> Iterator[None]:
             signal.signal(number, handler)
         for one in came:
             signal.raise_signal(one)
-
-
-def _find_free_port() -> int:
-    """A port on which nothing listens, below those that connections take for themselves."""
-    while True:
-        with socket.socket() as probed, contextlib.suppress(OSError):
-            probed.bind(("127.0.0.1", secrets.choice(range(10_000, 32_000))))
-            return int(probed.getsockname()[1])

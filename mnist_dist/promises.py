@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import Subset, TensorDataset
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import load_data, read_on
+from mnist_dist.data import load_data, read_on, take_samples
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
@@ -260,7 +259,7 @@ def _check_evaluation(subject: Subject) -> Found:
     one, two = subject.train_on_one(), subject.train_on_two()
     rule = "sums must be added up over the samples, each sample for itself, their number first"
     with keeping(subject.model), torch.no_grad():
-        (row,) = read_on(_cut(subject.data.evaluated, 1), subject.config, torch.device("cpu"))
+        (row,) = read_on(take_samples(subject.data.evaluated, range(1)), subject.config, torch.device("cpu"))
         counted = float(subject.task.tally(subject.model.eval(), row).sums[0])
     if counted != 1:
         raise Broken(f"the tally of one sample counts {counted:g}: {rule}")
@@ -302,7 +301,7 @@ def _check_cost(subject: Subject) -> Found:
         while len(times_s) < _TRIED_STEPS + 1 and sum(times_s) < _TRIED_S:
             times_s.append(_time(lambda: take_step(config, subject.data, model, optimizer, len(times_s))))
         step_s = sorted(times_s[1:] or times_s)[len(times_s[1:]) // 2]  # the first one allocates
-        some = _cut(split, _MEASURED)
+        some = take_samples(split, range(min(_MEASURED, len(split))))  # type: ignore[arg-type]
 
         def evaluate() -> None:
             with torch.no_grad():
@@ -335,13 +334,6 @@ def _time(work: Callable[[], object]) -> float:
     begun_s = time.perf_counter()
     work()
     return time.perf_counter() - begun_s
-
-
-def _cut(split: Any, count: int) -> Any:
-    """The first samples of a split."""
-    if isinstance(split, TensorDataset):
-        return TensorDataset(*(tensor[:count] for tensor in split.tensors))
-    return Subset(split, range(min(count, len(split))))
 
 
 _CHECKS: dict[str, Callable[[Subject], Found]] = {

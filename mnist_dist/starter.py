@@ -46,7 +46,7 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
     """
     signals = signals or StopSignals().install()
     command = [sys.executable, *sys.orig_argv[1:]]
-    port, ranks, starting = _find_free_port(), list[subprocess.Popen[bytes]](), threading.Lock()
+    port, ranks, starting = find_free_port(), list[subprocess.Popen[bytes]](), threading.Lock()
 
     def hand_on(number: int) -> None:
         with starting:  # one that is not there yet must hear it, too
@@ -98,7 +98,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     return max(128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks)
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
     """A port on which nothing listens; below 32768, where the ports of outgoing connections begin."""
     for _ in range(100):
         port = 10_000 + secrets.randbelow(22_000)

@@ -271,7 +271,7 @@ class TrainingState:
         kinds = {name: tensor.dtype for name, tensor in self.bare_model.state_dict().items()}
         for name, tensor in [*model.items(), *slots.items()]:
             kind = kinds.get(name, torch.float32)
-            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not is_finite(tensor):
+            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not checkpoint.is_finite(tensor):
                 raise RunError(f"it is damaged: {name} holds values that are not finite {str(kind).removeprefix('torch.')} numbers")
         if step != named_step or not 1 <= step <= self.config.total_steps:
             raise RunError(f"it is damaged: its step is {step}, its name says {named_step}, and the run has {self.config.total_steps}")
@@ -288,11 +288,6 @@ class TrainingState:
         self.step = step
         self._start_s = time.perf_counter() - elapsed_s
         return [int(row) for row in rows.tolist()]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _copy(value: Any) -> Any:

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from mnist_dist.checkpoint import is_finite
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
@@ -70,7 +71,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     for name, tensor in tensors.items():
         kind = expected[name].dtype
-        if tensor.dtype != kind or (tensor.is_floating_point() and not tensor.isfinite().all()):
+        if tensor.dtype != kind or not is_finite(tensor):
             wanted = str(kind).removeprefix("torch.")
             raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
     model.load_state_dict(tensors)

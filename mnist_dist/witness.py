@@ -23,9 +23,9 @@ from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, InMemory, Seeded, Share, StepSampler, draw, load_data, seed_generators
+from mnist_dist.data import Batch, Seeded, Share, StepSampler, draw, keep_split, load_data, read_share, seed_generators
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, UserError, is_loss
+from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
@@ -95,22 +95,15 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
     kept = Seeded(split, config.task, config.seed, what)
     places = sorted({number * (count - 1) // (_READ - 1) for number in range(_READ)})
     order = reversed(places) if backwards else places
-    return {place: digest(_get(kept, Share(0, torch.tensor([place]), (range(place, place + 1),)))) for place in order}
-
-
-def _get(kept: InMemory | Seeded, share: Share) -> Any:
-    batch = kept.__getitems__(share)
-    if not isinstance(batch, Batch):
-        raise UserError(batch.reason)
-    return batch.samples
+    return {place: digest(read_share(kept, Share(0, torch.tensor([place]), (range(place, place + 1),)))) for place in order}
 
 
 def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> tuple[Any, Any]:
     """What one rank of `size` trains on in a step, on the CPU: its samples, and what is drawn for them."""
-    split = data.train
-    kept = InMemory(split, torch.device("cpu")) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, "training")
-    share = next(iter(StepSampler(split, config, rank, size, step)))
-    return _get(kept, share), draw(config, step, config.batch_size, share.parts)
+    share = next(iter(StepSampler(data.train, config, rank, size, step)))
+    return read_share(keep_split(data.train, config, "training", torch.device("cpu")), share), draw(
+        config, step, config.batch_size, share.parts
+    )
 
 
 def take_step(config: Config, data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
