@@ -15,6 +15,7 @@ import os
 import random
 import re
 import signal
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -48,6 +49,9 @@ class Share(NamedTuple):
     indices: Tensor
     parts: tuple[range, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _send_plainly(self)
+
 
 class Batch(NamedTuple):
     """A share with its samples: the tensors of a data set in memory, or what the task's `collate` made; on the device."""
@@ -56,6 +60,18 @@ class Batch(NamedTuple):
     indices: Tensor
     samples: Any
     parts: tuple[range, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _send_plainly(self)
+
+
+def _send_plainly(sent: Share | Batch) -> tuple[Any, ...]:
+    """How one goes to a worker or comes back: on its own way the tensor of indices would take a file of shared memory."""
+    return _receive, (type(sent), sent.step, sent.indices.numpy(), *sent[2:])
+
+
+def _receive(kind: type[Share] | type[Batch], step: int, indices: Any, *rest: Any) -> Share | Batch:
+    return kind(step, torch.from_numpy(indices), *rest)
 
 
 class _Failure(NamedTuple):
@@ -106,31 +122,12 @@ class Seeded:
         try:
             # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
             first = derive_seed(self.seed, self.what, share.step)
-            samples = []
-            if not self.draws_elsewhere:
-                seed_generators(first)  # numpy's and random's place is then known
-                untouched = _read_places()
-            for index, place in zip(share.indices.tolist(), itertools.chain(*share.parts), strict=True):
-                at[1] = index
-                seed = (first + place * 0x9E3779B97F4A7C15) % 2**63
-                try:
-                    if self.draws_elsewhere:
-                        seed_generators(seed)
-                        sample = self.split[index]
-                    else:
-                        torch.default_generator.manual_seed(seed)
-                        sample = self.split[index]
-                        if _read_places() != untouched:  # the first one to draw from numpy or random is read once more, under its seed
-                            self.draws_elsewhere = True
-                            seed_generators(seed)
-                            sample = self.split[index]
-                    samples.append(sample)
-                except Exception as error:
-                    return self._fail(f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}")
+            seeds = [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in itertools.chain(*share.parts)]
+            samples = self._read(share.indices.tolist(), seeds, at.data)
+            if isinstance(samples, str):
+                return self._fail(samples)
             try:
-                # A tensor more would take a file more of shared memory on its way from a worker.
-                indices: Any = share.indices if worker is None else share.indices.numpy()
-                return Batch(share.step, indices, self.task.collate(samples), share.parts)
+                return Batch(share.step, share.indices, self.task.collate(samples), share.parts)
             except Exception as error:
                 return self._fail(
                     f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
@@ -139,6 +136,24 @@ class Seeded:
             at[1] = -1
             if worker is None and threads > 1:
                 torch.set_num_threads(threads)
+
+    def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
+        """The samples, each under its seed; or why one cannot be read."""
+        seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
+        places = None if self.draws_elsewhere else _read_places()
+        samples: list[Any] | str = []
+        for index, its_seed in zip(indices, seeds, strict=True):
+            at[1] = index
+            try:
+                seed(its_seed)
+                samples.append(self.split[index])  # type: ignore[union-attr]
+            except Exception as error:
+                samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
+                break
+        if places not in (None, _read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
+            self.draws_elsewhere = True
+            return self._read(indices, seeds, at)
+        return samples
 
     def _fail(self, reason: str) -> _Failure:
         return _Failure(f"task {self.task.name}: {reason}")
@@ -409,9 +424,8 @@ class Reader:
             self._is_waiting = False
             if isinstance(batch, _Failure):
                 raise RunError(batch.reason)
-            if isinstance(self._kept, Seeded):
-                samples = batch.samples if self.device.type == "cpu" else send_to_device(batch.samples, self.device, non_blocking=True)
-                batch = batch._replace(indices=torch.as_tensor(batch.indices), samples=samples)
+            if isinstance(self._kept, Seeded) and self.device.type != "cpu":
+                batch = batch._replace(samples=send_to_device(batch.samples, self.device, non_blocking=True))
             yield batch
             self._is_waiting = True
         self._is_waiting = False
@@ -426,24 +440,27 @@ class Reader:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         busy = self._describe_workers()
         iterator = getattr(self.loader.base_dataloader, "_iterator", None)
+        # A worker that dies while its samples are on their way breaks the connection, maybe before torch has seen that it is dead.
+        is_cut_off = self._is_waiting and isinstance(error, (OSError, EOFError)) and iterator is not None
         if iterator is not None:
             try:
+                is_cut_off = is_cut_off and _has_dead_worker(iterator)
                 iterator._shutdown_workers()
             except RuntimeError as late:  # a worker may be lost at this very moment
                 if not is_lost_worker(late):
                     raise
-                error = error or late
+                error = late if is_cut_off else error or late
         for pid, _sample in self.workers.tolist():
             with contextlib.suppress(OSError):  # it has gone, as it should
                 if pid > 0:
                     os.kill(pid, signal.SIGKILL)
         # torch raises these wherever this process happens to be when a worker is lost.
-        if error is None or not is_lost_worker(error):
+        if error is None or not (is_cut_off or is_lost_worker(error)):
             return
         what = f"task {self.task.name}: a worker that reads the {self.what} data"
         if "timed out" in str(error) and self._is_waiting:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
-        if {int(pid) for pid in re.findall(r"\d+", str(error))} & set(self.workers[:, 0].tolist()):
+        if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & set(self.workers[:, 0].tolist()):
             raise RunError(f"{what} died: {busy} ({str(error).splitlines()[0].rstrip(' .')}; out of memory?)") from error
 
     def _describe_workers(self) -> str:
@@ -453,6 +470,14 @@ class Reader:
             if sample >= 0
         ]
         return ", ".join(gone[:8]) or "none was at a sample"
+
+
+def _has_dead_worker(iterator: Any) -> bool:
+    """Whether a worker of torch's iterator is dead, or is within two seconds."""
+    end = time.monotonic() + 2
+    while not (is_dead := any(not worker.is_alive() for worker in iterator._workers)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return is_dead
 
 
 def _begin_work(workers: Tensor, number: int) -> None:

@@ -39,7 +39,21 @@ def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_p
     # two threads differ from one as much. At 0.003 that begins within these steps, to 2e-4 on some machines; here it stays below 1e-6.
     # Muon lifts the smallest parts of a gradient, rounding among them, to the size of the others: fewer steps, and a wider tolerance.
     recipe = f"--optimizer {optimizer} --momentum 0.9 --weight_decay 0.0005 --steps {steps} --learning_rate 0.001 --schedule constant"
-    recipe = [*recipe.split(), "--precision", "fp32", "--log_every", "1", "--test_size", "500", "--report", "false", "--wandb", "disabled"]
+    recipe = [
+        *recipe.split(),
+        "--threads",
+        "1",
+        "--precision",
+        "fp32",
+        "--log_every",
+        "1",
+        "--test_size",
+        "500",
+        "--report",
+        "false",
+        "--wandb",
+        "disabled",
+    ]
     rows, weights = {}, {}
     for name, world in (("1", 1), ("2", 2), ("2 again", 2), ("4", 4)):
         run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / name)]), world)

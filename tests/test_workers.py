@@ -10,6 +10,13 @@ import pytest
 import torch
 from processes import Train, run_ranks, start_ranks
 from safetensors.torch import load_file
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from mnist_dist.config import make_config
+from mnist_dist.data import Reader, Share
+from mnist_dist.distributed import join_group
+from mnist_dist.errors import RunError
+from mnist_dist.world import World
 
 TASK = str(Path(__file__).with_name("noisy_task.py"))
 NOISY = ["--task", TASK, "--batch_size", "12", "--steps", "10", "--evaluate_every", "5", "--log_every", "1", "--checkpoint_every", "0"]
@@ -93,6 +100,23 @@ def test_a_worker_that_dies_or_hangs_is_named(tmp_path, fault, words):
     assert "of 2 (process" in rank.text
     assert "was at sample 71" in rank.text
     assert "Traceback" not in rank.text
+
+
+def test_a_worker_that_dies_while_it_hands_over_its_samples_is_named(monkeypatch):
+    # Then the connection breaks, maybe before torch has seen that the worker is dead.
+    def lose(iterator, *_, **__):
+        os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", lose)
+    config = make_config({"task": TASK, "workers": 1, "batch_size": 12})
+    shares = [Share(0, torch.arange(12), (range(12),))]
+    with (
+        join_group(World(), config) as group,
+        pytest.raises(RunError, match=r"a worker that reads the training data died: .*out of memory"),
+        Reader(config.task.load().train, config, group, "training", shares) as reader,
+    ):
+        next(iter(reader))
 
 
 def list_children(pid):
