@@ -226,6 +226,7 @@ def test_a_row_tells_no_host_and_no_path():
     assert "/" not in row
 
 
+@pytest.mark.slow
 def test_accuracies_are_kept_by_recipe_and_seed_and_summed_up_with_an_interval(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.jsonl"
     training = ["--steps", "2", "--train_size", "40", "--test_size", "20", "--batch_size", "4", "--device", "cpu"]

@@ -47,6 +47,7 @@ def finish(folder, *options, measures, page):
     return result, text
 
 
+@pytest.mark.slow
 def test_the_pictures_are_told_apart_and_the_run_can_be_asked_everything(tmp_path, pictures):
     options = ["--task", ROOT / "examples/image_folder.py", "--data_dir", pictures, "--arch", "mobilenet_v3_small", "--side", "32"]
     result, text = finish(tmp_path, *options, "--steps", "8", measures=("accuracy", "loss"), page=("Test pictures by class", "Predictions"))

@@ -180,6 +180,7 @@ def test_a_job_gets_the_very_config_that_was_checked():
     assert list_arguments(make_config({})) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_path):
     folder = tmp_path / "runs/a b"

@@ -147,7 +147,10 @@ def find_centre(image):
     return (weights.sum(1) @ torch.arange(28.0).double()).item(), (weights.sum(0) @ torch.arange(28.0).double()).item()
 
 
-@pytest.mark.parametrize("style", STYLES)
+OFTEN = ("as it is", "photo", "squared paper", "one bit")
+
+
+@pytest.mark.parametrize("style", [style if style in OFTEN else pytest.param(style, marks=pytest.mark.slow) for style in STYLES])
 def test_a_picture_of_an_mnist_digit_becomes_that_digit_again(tmp_path, style):
     make, most = STYLES[style]
     distances = []
@@ -338,6 +341,7 @@ class Prepare:
         print(image.sum().item(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_the_largest_picture_takes_bounded_memory(tmp_path, mode):
     path = tmp_path / "large.png"

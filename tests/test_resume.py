@@ -96,7 +96,9 @@ class StopAtEveryStep:
 
 
 # The optimizers without a state of their own (no momentum), and with the most.
-@pytest.mark.parametrize("recipe", [[*TINY, *CALM], [*TINY, "--optimizer", "muon"]], ids=["sgd", "muon"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param([*TINY, *CALM], id="sgd"), pytest.param([*TINY, "--optimizer", "muon"], id="muon", marks=pytest.mark.slow)]
+)
 def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, recipe):
     run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
     run_ranks(tmp_path, StopAtEveryStep(str(tmp_path), recipe))

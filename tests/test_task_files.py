@@ -266,6 +266,7 @@ def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch)
     assert make_config(config.values()) == config
 
 
+@pytest.mark.slow
 def test_jobs_and_sweeps_take_a_task(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = write(tmp_path / "mine.py")

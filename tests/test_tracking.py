@@ -1065,6 +1065,7 @@ def test_a_run_stopped_by_a_signal_is_preempted_on_the_page_and_has_its_pictures
     assert (ends[0]["start"], ends[0]["why"]) == (1, "stopped by a signal to end, or Stop on W&B, saved")
 
 
+@pytest.mark.slow
 def test_stop_on_the_page_saves_and_ends_the_training(tmp_path):
     run = tmp_path / "run"
     with BadServer() as server:
