@@ -46,13 +46,14 @@ class TrainingState:
             # Its gradients are added up along the tree, not by DDP.
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
-            self.optimizer = group.accelerator.prepare_optimizer(optimizer)
+            self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
             self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
             averaged = {name: buffer for name, buffer in self.bare_model.named_buffers() if buffer.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
-            self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer)
+            # The optimizer has no state yet that could be moved. To find that out, Accelerate would make torch import its compiler.
+            self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
         if config.cuda_graph:
             if not self.tier.is_any_world:
                 raise UserError(

@@ -3,6 +3,8 @@
 #   slurm/dev_cluster.sh up [--install]    start it (--install: with apt-get, where packages are missing) and print how to use it
 #   slurm/dev_cluster.sh status            its nodes; exit status 0 only if it is up
 #   slurm/dev_cluster.sh down              cancel its jobs, stop its daemons, remove its folder
+#   slurm/dev_cluster.sh fetch DIR         put a newer Slurm, Debian 13's, into the new folder DIR; nothing is installed (Debian, amd64).
+#                                          With DIR/bin first in PATH, the cluster and all of Slurm's commands are of that one
 # Runs as root or as an ordinary user, whose jobs alone it then runs. Touches nothing of a Slurm or munge that the machine may have.
 set -euo pipefail
 
@@ -15,6 +17,8 @@ MARK=.mnist-dist-dev-cluster # only a folder with this file is ever removed
 
 PACKAGES=(slurmctld slurmd slurm-client munge)
 COMMANDS=(slurmctld slurmd sbatch srun scontrol squeue sinfo scancel munged)
+NEWER=trixie                      # Debian 13: Slurm 24.11
+PLUGINS=usr/lib/x86_64-linux-gnu/slurm-wlm # of a fetched Slurm, below its root
 
 # Node names that resolve, or no rank could find rank zero by its node's name: an address is the one name that every machine resolves
 # without a change to /etc/hosts, and all of 127.0.0.0/8 is this machine.
@@ -62,11 +66,53 @@ is_up() {
     [[ $(wc -l <<<"$states") -eq ${#NODE_LIST[@]} ]] && ! grep -Eqv '^(idle|allocated|mixed|completing)$' <<<"$states"
 }
 
+# The folder that `fetch` has filled, where Slurm's commands are of it; else nothing.
+find_fetched() {
+    local command
+    command=$(realpath -- "$(command -v slurmctld)")
+    [[ ! -d ${command%/bin/slurmctld}/root/$PLUGINS ]] || echo "${command%/bin/slurmctld}"
+}
+
+# Its packages with all that they need, libc included, are unpacked and not installed. Each program is told where its loader and its
+# libraries are; what runs as a job on the cluster is the machine's own.
+fetch() {
+    local folder mirror apt command
+    [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || fail "fetch takes Debian's packages for amd64" 2
+    folder=$(realpath --canonicalize-missing -- "$1")
+    # shellcheck disable=SC2016  # apt-get expands these
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 'Origin: Debian' | awk '$2 !~ /-/ { print $1; exit }')
+    [[ -n $mirror ]] || fail "apt-get knows no archive of Debian (run apt-get update); fetch is for Debian" 2
+    [[ $folder =~ ^[[:graph:]]+$ && ! -e $folder ]] || fail "folder $folder: expected a new one, without spaces" 2
+    mkdir -p "$folder" || fail "folder $folder cannot be made" 2
+    # shellcheck disable=SC2064  # this folder, whatever the name means at the end
+    trap "rm -rf -- '$folder'" EXIT
+    mkdir -p "$folder"/{root,bin} "$folder"/apt/{lists,archives}/partial
+    : >"$folder/apt/status" # nothing is installed
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $NEWER main" >"$folder/apt/sources.list"
+    apt=(apt-get --quiet --option "Dir::State=$folder/apt" --option "Dir::State::status=$folder/apt/status" --option "Dir::Cache=$folder/apt"
+        --option "Dir::Etc::SourceList=$folder/apt/sources.list" --option Dir::Etc::SourceParts=/dev/null --option Debug::NoLocking=1)
+    "${apt[@]}" update
+    "${apt[@]}" install --download-only --yes --no-install-recommends "${PACKAGES[@]}" patchelf
+    find "$folder/apt/archives" -name '*.deb' -exec dpkg-deb --extract {} "$folder/root" \;
+    local root=$folder/root library loader
+    library=$root/${PLUGINS%/*} loader=$root/usr/lib64/ld-linux-x86-64.so.2
+    for command in "${COMMANDS[@]}" slurmstepd; do
+        cp --dereference "$(compgen -G "$root/usr/sbin/$command-wlm" || compgen -G "$root/usr/*bin/$command")" "$folder/bin/$command"
+        "$loader" --library-path "$library" "$root/usr/bin/patchelf" --set-interpreter "$loader" \
+            --force-rpath --set-rpath "$library:$root/$PLUGINS" "$folder/bin/$command"
+    done
+    rm -r "$folder/apt"
+    trap - EXIT
+    echo "$("$folder/bin/slurmctld" -V) is in $folder. To use it:"
+    echo "    export PATH=$folder/bin:\$PATH"
+}
+
 write_config() {
     # Slurm binds to every address, or, by NoInAddrAny and NoCtldInAddrAny, to the one that the host's own name resolves to: there is no
     # option for another. So where that is a loopback address, all of the cluster (srun included) listens there alone. Where it is not,
     # the daemons must listen everywhere to be reached on loopback; they answer only to those who have this cluster's munge key.
-    local host address listen=NoInAddrAny,NoCtldInAddrAny
+    local host address fetched listen=NoInAddrAny,NoCtldInAddrAny
+    fetched=$(find_fetched)
     host=$(hostname)
     address=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }') || true
     if [[ $address != 127.* ]]; then
@@ -78,6 +124,7 @@ write_config() {
 ClusterName=dev
 SlurmctldHost=${host%%.*}($address)
 SlurmctldPort=$PORT
+${fetched:+PluginDir=$fetched/root/$PLUGINS}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
@@ -141,9 +188,10 @@ start_daemons() {
     munged --key-file="$FOLDER/munge.key" --socket="$FOLDER/munge.socket" --pid-file="$FOLDER/munged.pid" \
         --log-file="$FOLDER/munged.log" --seed-file="$FOLDER/munged.seed" || return
     slurmctld || return
-    local node
+    local node fetched
+    fetched=$(find_fetched)
     for node in "${NODE_LIST[@]}"; do
-        slurmd -N "$node" || return
+        slurmd ${fetched:+-d "$fetched/bin/slurmstepd"} -N "$node" || return
     done
 }
 
@@ -250,5 +298,6 @@ up) up ;;
 "up --install") up --install ;;
 status) status ;;
 down) down ;;
-*) fail "usage: dev_cluster.sh up [--install] | status | down" 2 ;;
+fetch\ ?*) fetch "${*:2}" ;;
+*) fail "usage: dev_cluster.sh up [--install] | status | down | fetch DIR" 2 ;;
 esac

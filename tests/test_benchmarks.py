@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, common, scaling, startup, stock, throughput, time_to_accuracy, worlds
+from benchmarks import accuracy, commits, common, scaling, startup, stock, throughput, time_to_accuracy, worlds
 from mnist_dist.config import configure, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.program import run_program
@@ -20,7 +20,7 @@ from mnist_dist.tasks.mnist.model import CNN
 # What time_to_accuracy makes of a command line without options.
 OPTIONS = argparse.Namespace(config="fast", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
 TINY = {"dataset": "synthetic", "steps": 3, "batch_size": 4, "train_size": 20, "test_size": 5, "report": False, "wandb": "disabled"}
-PROGRAMS = [accuracy, scaling, startup, throughput, time_to_accuracy, worlds]
+PROGRAMS = [accuracy, commits, scaling, startup, throughput, time_to_accuracy, worlds]
 
 
 def test_the_operations_of_a_training_step_are_counted_right():
@@ -224,6 +224,18 @@ def test_a_table_without_results_is_one_clear_line(program, tmp_path, capsys):
 def test_a_row_tells_no_host_and_no_path():
     row = json.dumps(common.describe_machine() | common.describe_origin())
     assert "/" not in row
+
+
+@pytest.mark.slow
+def test_two_checkouts_train_in_turn(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    assert commits.main(["--results", str(path), "--beside", str(common.ROOT), "--config", "smoke", "--rounds", "2", "--steps", "100"]) == 0
+    [row] = common.read_rows(path)
+    assert all(one["this"] > 0 < one["other"] for one in row["rounds"])
+    assert "| smoke" in capsys.readouterr().out
+    for wrong in ({"beside": tmp_path}, {"beside": common.ROOT, "steps": 50}):
+        with pytest.raises(UserError, match=f"{[*wrong][-1]} is "):
+            commits.measure(argparse.Namespace(**{"config": "smoke", "rounds": 1, "steps": 100} | wrong))
 
 
 @pytest.mark.slow
