@@ -179,6 +179,9 @@ class Task(Options):
 
     # What a task may have.
 
+    def load_ahead(self) -> None:
+        """Begin, in a thread, what `load` will wait for. A training calls this before torch is imported, which takes a second."""
+
     def tally(self, model: "nn.Module", batch: Any) -> Tally:
         """Count what `model`, in evaluation mode, gets right and wrong in a batch of a test split; by default its losses."""
         import torch

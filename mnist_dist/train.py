@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import os
 
         from mnist_dist.config import parse_command_line
+        from mnist_dist.source import explaining
         from mnist_dist.starter import find_size, start_ranks
 
         config = parse_command_line(arguments)
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config.check_world(size)
         if alone:
             return start_ranks(size, signals)
+        with explaining(config.task.name, "in load_ahead"):
+            config.task.load_ahead()
         from mnist_dist.loop import train
 
         return train(config, signals).stop.exit_code

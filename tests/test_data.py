@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from mnist_dist.config import configure
 from mnist_dist.data import Reader, StepSampler, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
-from mnist_dist.tasks.mnist import data
+from mnist_dist.tasks.mnist import data, embedded
 from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.tasks.mnist.data import measure_pixels
 from mnist_dist.world import World
@@ -86,6 +88,16 @@ def test_a_damaged_embedded_file_is_refused(tmp_path, damage):
         file.write_bytes(lzma.compress(raw))
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.xz is .*install the package again"):
         data._load_embedded_mnist(tmp_path)
+
+
+def test_the_embedded_files_are_unpacked_before_torch_is_there():
+    code = "import sys; from mnist_dist.tasks.mnist import Mnist, embedded; Mnist().load_ahead(); Mnist(dataset='synthetic').load_ahead()\n"
+    code += "assert 'torch' not in sys.modules; assert [len(begun) for begun in embedded._ahead] == [4]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    embedded.load_ahead()
+    ahead, later = embedded.read_files(), embedded.read_files()
+    assert ahead == later
+    assert not embedded._ahead
 
 
 def test_the_packing_script_makes_what_the_package_holds(tmp_path):

@@ -51,6 +51,12 @@ DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(i
 
 # What is wrong, the changes that make it so, words of the message, the exit status.
 WRONG = [
+    (
+        "load_ahead fails",
+        [(LOAD, "    def load_ahead(self):\n        1 / 0\n\n    def load(self):")],
+        ["in load_ahead", "ZeroDivisionError"],
+        2,
+    ),
     ("a syntax error", [(LOAD, "    def load(self:")], ["was imported", "line 12", "SyntaxError"], 2),
     (
         "an import that fails",

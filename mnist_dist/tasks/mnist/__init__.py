@@ -71,6 +71,12 @@ class Mnist(Classification):
 
         return Limits(self.rotation, self.shear, self.scale, self.shift)
 
+    def load_ahead(self) -> None:  # noqa: D102
+        from mnist_dist.tasks.mnist.embedded import load_ahead
+
+        if self.dataset == "mnist":
+            load_ahead()
+
     def load(self) -> Data:  # noqa: D102
         from mnist_dist.tasks.mnist.data import load_dataset
 

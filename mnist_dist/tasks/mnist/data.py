@@ -1,15 +1,10 @@
 """MNIST and its relatives: the embedded files, those of torchvision's data sets in a folder, a synthetic set. Each is one uint8 tensor."""
 
 import gzip
-import hashlib
 import io
-import json
-import lzma
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import read_file
 from mnist_dist.randomness import make_generator
 from mnist_dist.tasks.mnist import CLASSES, SIZES
+from mnist_dist.tasks.mnist.embedded import read_files
 
 Split = tuple[Tensor, Tensor]  # images uint8 [n, 28, 28] and labels int64 [n]
 
@@ -68,22 +64,11 @@ def measure_pixels(images: Tensor) -> tuple[float, float]:
 
 
 def _load_embedded_mnist(folder: Any = None) -> tuple[Split, Split]:
-    folder = folder or resources.files("mnist_dist.tasks.mnist") / "files"
-    checksums = json.loads((folder / "checksums.json").read_text())
-
-    def read(name: str) -> Tensor:
-        file = folder / f"{name}.xz"
-        try:
-            raw = lzma.decompress(file.read_bytes())
-        except (OSError, lzma.LZMAError, EOFError) as error:
-            raise UserError(f"the data file {file} is missing or damaged ({error}): install the package again") from error
-        if hashlib.sha256(raw).hexdigest() != checksums[name]:
-            raise UserError(f"the data file {file} is damaged (its checksum differs): install the package again")
-        header = 16 if "images" in name else 8  # idx: a magic number and the sizes, four bytes each
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header)
-
-    with ThreadPoolExecutor(2) as threads:  # lzma releases the interpreter lock
-        tensors = dict(zip(checksums, threads.map(read, checksums), strict=True))
+    tensors = {
+        # idx: a magic number and the sizes, four bytes each
+        name: torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=16 if "images" in name else 8)
+        for name, raw in read_files(folder).items()
+    }
     train, test = (
         (tensors[f"{part}-images-idx3-ubyte"].reshape(-1, 28, 28), tensors[f"{part}-labels-idx1-ubyte"].long())
         for part in ("train", "t10k")
