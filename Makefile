@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow-test slurm-test hosts-test check help clean
+.PHONY: train test slow-test slurm-test slurm-test-newer hosts-test check help clean
 
 train: .venv/.installed
 	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
@@ -22,6 +22,11 @@ slow-test: .venv/.installed-dev
 
 slurm-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slurm $(OPTIONS)
+
+# The same on a newer Slurm, unpacked into a folder of its own.
+slurm-test-newer: .venv/.installed-dev
+	test -d .slurm || slurm/dev_cluster.sh fetch .slurm
+	PATH="$(CURDIR)/.slurm/bin:$$PATH" $(BIN)/python -m pytest -m slurm $(OPTIONS)
 
 hosts-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m hosts $(OPTIONS)

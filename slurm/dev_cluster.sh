@@ -16,7 +16,7 @@ DOWN_TIMEOUT_S=60
 MARK=.mnist-dist-dev-cluster # only a folder with this file is ever removed
 
 PACKAGES=(slurmctld slurmd slurm-client munge)
-COMMANDS=(slurmctld slurmd sbatch srun scontrol squeue sinfo scancel munged)
+COMMANDS=(slurmctld slurmd sbatch srun salloc scontrol squeue sinfo sacct scancel munged)
 NEWER=trixie                      # Debian 13: Slurm 24.11
 PLUGINS=usr/lib/x86_64-linux-gnu/slurm-wlm # of a fetched Slurm, below its root
 

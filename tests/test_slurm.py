@@ -169,7 +169,8 @@ def start(cluster, tmp_path):
     def run(command, **variables):
         words = shlex.split(command.format(python=python))
         done = subprocess.run(words, env={**cluster, **root, **variables}, cwd=tmp_path, text=True, capture_output=True, timeout=60)
-        return sorted(re.findall("^(?:rank|refused).*$", done.stdout, re.MULTILINE))
+        # The lines of two ranks may come as one.
+        return sorted(re.findall(r"(?:rank \d|refused).*?(?=rank \d+ of \d+ local|$)", done.stdout, re.MULTILINE))
 
     return run
 
