@@ -5,6 +5,7 @@ import os
 import pickletools
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def test_no_program_imports_torch():
 def test_the_script_is_the_one_that_was_looked_at(no_slurm, tmp_path, capsys, name):
     job = "--config smoke --nodes 2 --tasks_per_node 2 --gpus_per_node 2 --cpus_per_task 8 --memory_gb 64 --time 90 --partition gpu"
     job += " --account team --qos high --constraint a100&ib --name digits --signal_delay_s 300 --max_requeues 5 --dry_run"
+    job += " --exclude node[3-5],node9 --nodelist node1 --reservation course --srun --cpu-bind=cores"
     words = ["lr=0.05,0.1", "seed=0,1,2", "--parallel", "2"] if name == "sweep" else ["--run_dir", "runs/a b"]
+    words += ["--sbatch", "--mail-type=END --comment='it is; \"$HOME\" #1' --nice"]
     assert sys.modules[f"launch.{name}"].main([*words, *job.split()]) == 0
     answer = capsys.readouterr()
     assert "no Slurm here" in answer.err
@@ -90,19 +93,81 @@ def test_the_commands_of_the_documents_are_right(no_slurm, monkeypatch, command)
     assert sys.modules[program].main([*words, "--dry_run"]) == 0
 
 
+def test_the_policy_and_its_callers_are_clean_bash():
+    for name in ("launch/policy.sh", "slurm/train.sh"):
+        assert subprocess.run(["/bin/bash", "-n", ROOT / name]).returncode == 0
+    if shutil.which("shellcheck"):
+        answer = subprocess.run(["shellcheck", "-x", "launch/policy.sh", "slurm/train.sh"], cwd=ROOT, text=True, capture_output=True)
+        assert answer.returncode == 0, answer.stdout
+
+
 HOSTILE = ["a\nb", "a;b", "a b", "$(id)", "`id`", 'a"b', "a'b", "-x", "", "ä", "a" * 101, "a\\b", "a#b"]
 
 
-@pytest.mark.parametrize("option", ["name", "partition", "account", "qos", "constraint"])
+@pytest.mark.parametrize("option", ["name", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation"])
 def test_a_hostile_value_is_refused(no_slurm, tmp_path, capsys, option):
     for value in HOSTILE:
-        if option == "constraint" and value == "a" * 101:
+        if option in ("constraint", "exclude", "nodelist") and value == "a" * 101:
             continue
         assert submit.main(["--config", "smoke", "--dry_run", f"--{option}={value}"]) == 2, value
         answer = capsys.readouterr()
         assert answer.out == ""
         assert re.fullmatch(rf"error: {option} is .*\n", answer.err), answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--signal=USR1@5", "--signal is set by the script: use --signal_delay_s"),
+        ("--sig=USR1@5", "--signal is set by the script"),  # Slurm takes abbreviations
+        ("--ntasks 3", "--ntasks is set by the script: use --nodes and --tasks_per_node"),
+        ("--no-requeue", "use --max_requeues 0"),
+        ("--output=x", "the log is in RUN_DIR/slurm"),
+        ("--gres=lscratch:5,gpu:2", "use --gpus_per_node"),
+        ("--nice --nice=3", "--nice stands there twice"),
+        ("-C a100", "'-C' is not a long option"),
+        ("--Nice", "'--Nice' is not a long option"),
+        ("--ni$ce", "is not a long option"),
+        ("nice", "'nice' is no option"),
+        ("--begin now here", "'here' is no option"),
+        ("--comment='a", "its quotes do not match"),
+        ("--comment=", "must have 1 to 1000 characters"),
+        ("--comment='a\\b'", "no backslash"),
+        ("--comment='a\nb'", "printable"),
+        ("--comment='a\x1bb'", "printable"),
+    ],
+)
+def test_more_of_slurms_options_are_refused_where_they_are_the_scripts(no_slurm, tmp_path, capsys, text, words):
+    for option in ("sbatch", "srun"):
+        assert submit.main(["--config", "smoke", "--dry_run", f"--{option}", text]) == 2
+        answer = capsys.readouterr()
+        assert re.fullmatch(rf"error: {option} is .*\n", answer.err), answer.err
+        assert words in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_srun_gets_the_very_words_that_were_given(no_slurm, tmp_path, capsys):
+    """What a hostile value would run is data in the script: bash, which runs it here, hands it on to a stand-in for srun."""
+    value = "a b; touch x `touch y` $(touch z) \"q\" 'p' #c"
+    assert submit.main(["--config", "smoke", "--dry_run", f"--srun=--label --comment={shlex.quote(value)}"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("srun_options=")]
+    program = f'{line}\nprintf "%s\\n" "${{srun_options[@]}}"'
+    assert subprocess.run(["/bin/bash", "-c", program], text=True, capture_output=True).stdout == f"--label\n--comment={value}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_the_job_come_from_a_file(no_slurm, tmp_path, capsys):
+    (tmp_path / "site.yaml").write_text("partition: gpu\ntime: 30\nsbatch: --mail-type=END --comment='a b'\nsrun: --label\n")
+    for program, words in ((submit, []), (sweep, ["seed=0,1"])):
+        assert program.main([*words, "--config", "smoke", "--dry_run", "--job", "site.yaml", "--time", "9", "--nodelist=n1"]) == 0
+        out = capsys.readouterr().out
+        given = ["partition=gpu", "time=9", "mail-type=END", "comment='a b'", "nodelist=n1"]
+        assert {f"#SBATCH --{words}" for words in given} <= {*out.splitlines()}
+        assert "srun_options=(--label)\n" in out
+    (tmp_path / "site.yaml").write_text("partitoin: gpu\n")
+    assert submit.main(["--config", "smoke", "--dry_run", "--job", "site.yaml"]) == 2
+    assert "did you mean 'partition'?); --help lists all (in site.yaml)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["runs/100%j", "runs/a'b", 'runs/a"b', "runs/a\\b", "runs/a&b", "runs/a;b", "runs/a#b"])
@@ -466,7 +531,11 @@ def test_a_checkpoint_that_is_being_written_is_not_saved_yet(tmp_path):
     assert find_saved_step(tmp_path) == 10
 
 
-@pytest.mark.parametrize("option", ["partition=a", "account=a", "qos=a", "constraint=a", "memory_gb=1", "cpus_per_task=1", "dry_run"])
+SLURM_ONLY = ["partition=a", "account=a", "qos=a", "constraint=a", "memory_gb=1", "cpus_per_task=1", "dry_run"]
+SLURM_ONLY += ["exclude=a", "nodelist=a", "reservation=a", "sbatch=--nice", "srun=--label", "chain=2"]
+
+
+@pytest.mark.parametrize("option", SLURM_ONLY)
 def test_what_only_slurm_understands_is_refused_without_it(no_slurm, capsys, option):
     assert submit.main(["--config", "smoke", "--cluster", "local", f"--{option}"]) == 2
     assert "has no effect with cluster local" in capsys.readouterr().err

@@ -37,12 +37,12 @@ def test_time_limit_saves_requeues_and_continues(cluster, tmp_path):
     job.wait_for("step 20/")
     # Only now: the signal is due at once and comes within 30 s, amid the steps however fast or slow the machine is.
     job.update(TimeLimit=2)
-    job.wait_for("train.sh: requeued")
+    job.wait_for("launch: requeued")
     job.update(TimeLimit=10)
     job.wait_for("from step", 2)
     assert "Exited with exit code 85" in job.log
     # Counted in the log, not by Slurm: its own count has each launch that it failed to make and repeated.
-    assert job.log.count("train.sh: requeued") == len(saved(job)) == 1, job.log
+    assert job.log.count("launch: requeued") == len(saved(job)) == 1, job.log
     assert saved(job)[0] > 0
     assert starts(tmp_path) == [0, saved(job)[0]]
 
@@ -78,7 +78,7 @@ def test_preemption(cluster, tmp_path, request, grace, code, requeued):
     job.wait_state("PENDING")
     job.wait_for("from step", 2)
     assert f"Exited with exit code {code}" in job.log
-    assert ("train.sh: requeued" in job.log) == requeued
+    assert ("launch: requeued" in job.log) == requeued
     assert starts(tmp_path) == [0, saved(job)[0]]
 
 
@@ -91,7 +91,7 @@ def test_requeues_are_counted(cluster, tmp_path, most):
         job.run("scancel", "--signal=USR1", job.id)
     assert job.wait_state("FAILED") == "FAILED"
     assert job.show("ExitCode") == "85:0"
-    assert f"not requeued again (MAX_REQUEUES is {most})" in job.log
+    assert f"not requeued again (max_requeues is {most})" in job.log
 
 
 def test_user_mistake_is_not_requeued(cluster, tmp_path):
@@ -132,9 +132,9 @@ def test_lost_rank_ends_the_job(cluster, tmp_path):
 def test_checkout_and_folder_with_spaces(cluster, tmp_path):
     checkout = tmp_path / "a b/co"
     checkout.mkdir(parents=True)
-    for name in ("mnist_dist", "configs", "slurm"):
+    for name in ("mnist_dist", "launch", "configs", "slurm"):
         shutil.copytree(ROOT / name, checkout / name)
-    (checkout / "mnist_dist/train.py").write_text("print(__file__)")
+    (checkout / "mnist_dist/train.py").write_text("print(__file__)\nmain = len")
     python = str(ROOT / ".venv/bin/python")
     for script in (checkout / "slurm/train.sh", "../a b/co/slurm/train.sh", "./co/slurm/train.sh"):
         job = Job(cluster, tmp_path / "a b", "", script=script, PYTHON=python)
@@ -235,9 +235,9 @@ def test_mpirun_in_an_allocation(start, kind):
 )
 def test_a_job_submitted_from_within_a_job_is_its_own(cluster, tmp_path, outer, options, size):
     checkout = tmp_path / "co"
-    for name in ("mnist_dist", "slurm"):
+    for name in ("mnist_dist", "launch", "slurm"):
         shutil.copytree(ROOT / name, checkout / name)
-    (checkout / "mnist_dist/train.py").write_text(SAY_WORLD)
+    (checkout / "mnist_dist/train.py").write_text(SAY_WORLD + "main = len")
     script = checkout / "slurm/train.sh"
     submit = f"[ $SLURM_PROCID != 0 ] || sbatch --wait --output=inner.out {options} {script}"
     if ":" in options:
