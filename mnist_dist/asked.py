@@ -128,6 +128,6 @@ def _compare_with_job(size: int, job: str, warn: Callable[[str], None]) -> None:
     tasks = re.search(r" NumTasks=(\d{1,7}) ", lines[0]) if lines and " BatchFlag=1 " in lines[0] else None
     if tasks and int(tasks[1]) > size:
         warn(
-            f"this Slurm job has {tasks[1]} tasks, and srun started {size} of them. A batch script that was submitted from within another job "
-            f"must `unset SLURM_NTASKS SLURM_NPROCS` before srun; --world_size {tasks[1]} refuses such a start"
+            f"this Slurm job has {tasks[1]} tasks, and srun started {size} of them. A batch script that was submitted from within another "
+            f"job must `unset SLURM_NTASKS SLURM_NPROCS` before srun; --world_size {tasks[1]} refuses such a start"
         )

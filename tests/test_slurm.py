@@ -1,5 +1,6 @@
 """slurm/train.sh on the development cluster: real Slurm, real signals."""
 
+import datetime
 import json
 import os
 import re
@@ -99,6 +100,62 @@ def test_user_mistake_is_not_requeued(cluster, tmp_path):
     job.wait_state("FAILED")
     assert job.show("ExitCode") == "2:0"
     assert "batch_size is 3, less than the 4 processes" in job.log
+
+
+def submit_chain(cluster, folder, training):
+    """Three jobs, each after those before it, as docs/launching.md says."""
+    jobs = []
+    for _ in range(3):
+        before = ":".join(job.id for job in jobs)
+        options = f"--nodes=2 --ntasks-per-node=1 --dependency=afterany:{before}" if before else "--nodes=2 --ntasks-per-node=1"
+        jobs.append(Job(cluster, folder, options, training, CHAIN=before))
+    return jobs
+
+
+def assert_left(job, words):
+    """Whether a job of a chain ended at once, well, and without srun."""
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert words in job.log
+    assert "launch: job" not in job.log
+    times = [datetime.datetime.fromisoformat(job.show(name)) for name in ("StartTime", "EndTime")]
+    assert (times[1] - times[0]).total_seconds() < 10  # of which Python takes one, where a machine is idle
+
+
+def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
+    slow = "--steps 150 --log_every 1 --evaluate_every 1 --test_size 600 --report false --wandb disabled"
+    first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
+    first.wait_for("step 20/")
+    assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]
+    first.run("scancel", first.id)
+    assert second.wait_state("COMPLETED", "FAILED", timeout=200) == "COMPLETED", second.log
+    assert starts(tmp_path) == [0, saved(first)[0]]
+    assert_left(third, "run is finished: this job of its chain has nothing to do")
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "words"),
+    [
+        ("--optimizer sgd --learning_rate 100 --schedule constant --steps 40", "1:0", "run has failed for good in job {} (failed: the "),
+        ("--batch_size 1 --steps 40", "2:0", "run has failed for good in job {}, by a mistake that its log names"),
+    ],
+)
+def test_a_chain_ends_where_it_would_fail_again(cluster, tmp_path, training, code, words):
+    first, *others = submit_chain(cluster, tmp_path, f"--dataset synthetic --threads 1 --wandb disabled --run_dir run {training}")
+    for job in others:
+        assert_left(job, words.format(first.id))
+    assert first.show("ExitCode") == code
+
+
+def test_a_batch_script_of_ones_own_may_use_the_policy_and_is_warned_without(cluster, tmp_path):
+    """Submitted from within a job of one task, whose SLURM_NTASKS it inherits."""
+    train = f"{sys.executable} -P -m mnist_dist.train --config smoke --threads 1 --wandb disabled --run_dir"
+    for name, lines in (("bare", f"srun {train} bare"), ("policy", f"source {ROOT}/launch/policy.sh\nrun_training {train} policy")):
+        (tmp_path / name).with_suffix(".sh").write_text(f"#!/bin/bash\n{lines}\n")
+        command = ["srun", "-n", "1", "sbatch", "--wait", "--nodes=2", f"--output={name}.out", f"{name}.sh"]
+        subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=120, check=True)
+        log = (tmp_path / f"{name}.out").read_text()
+        size = json.loads((tmp_path / name / "result.json").read_text())["world_size"]
+        assert (size, "this Slurm job has 2 tasks, and srun started 1 of them" in log) == ((1, True) if name == "bare" else (2, False)), log
 
 
 def test_two_jobs_share_nodes(cluster, tmp_path):
