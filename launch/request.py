@@ -14,48 +14,27 @@ from mnist_dist.source import BUILT_IN
 
 _PLACE = "The job"
 _LIMITS = "Time and restarts"
-# What the script itself says or needs, and what to use instead.
-_OWNED = {
-    "job-name": "use --name",
-    "nodes": "use --nodes",
-    "ntasks": "use --nodes and --tasks_per_node",
-    "ntasks-per-node": "use --tasks_per_node",
-    "ntasks-per-core": "use --tasks_per_node",
-    "ntasks-per-gpu": "use --tasks_per_node",
-    "ntasks-per-socket": "use --tasks_per_node",
-    "cpus-per-task": "use --cpus_per_task",
-    "gpus": "use --gpus_per_node",
-    "gpus-per-node": "use --gpus_per_node",
-    "gpus-per-task": "use --gpus_per_node",
-    "mem": "use --memory_gb",
-    "time": "use --time",
-    "partition": "use --partition",
-    "account": "use --account",
-    "qos": "use --qos",
-    "constraint": "use --constraint",
-    "exclude": "use --exclude",
-    "nodelist": "use --nodelist",
-    "nodefile": "use --nodelist",
-    "reservation": "use --reservation",
-    "signal": "use --signal_delay_s",
-    "requeue": "a run that saves before its time limit is requeued",
-    "no-requeue": "use --max_requeues 0",
-    "array": "use launch.sweep",
-    "output": "the log is in RUN_DIR/slurm, where launch.jobs finds it",
-    "error": "the log is in RUN_DIR/slurm, where launch.jobs finds it",
-    "open-mode": "each start adds to the log",
-    "input": "the training reads none",
-    "export": "the training needs the environment of this shell",
-    "export-file": "the training needs the environment of this shell",
-    "kill-on-bad-exit": "it would hide that the run asks to be requeued",
-    "wait": "the job ends two minutes after its first process that ends",
-    "wrap": "the script is made here",
-    "parsable": "sbatch's answer is read here",
-    "quiet": "sbatch's answer is read here",
-    "test-only": "use --dry_run",
-    "multi-prog": "all processes run one program",
-    "jobid": "the job is the script's own",
-    "het-group": "a job has a single component",
+# Options of sbatch and srun that the script itself sets, or that it cannot do with; and what to use instead.
+_OWNED = {name: f"use --{name}" for name in "nodes time partition account qos constraint exclude nodelist reservation".split()} | {
+    name: reason
+    for names, reason in (
+        ("job-name", "use --name"),
+        ("ntasks ntasks-per-node ntasks-per-core ntasks-per-gpu ntasks-per-socket", "use --nodes and --tasks_per_node"),
+        ("cpus-per-task", "use --cpus_per_task"),
+        ("gpus gpus-per-node gpus-per-task", "use --gpus_per_node"),
+        ("mem", "use --memory_gb"),
+        ("nodefile", "use --nodelist"),
+        ("signal", "use --signal_delay_s"),
+        ("requeue no-requeue", "use --max_requeues"),
+        ("array", "use launch.sweep"),
+        ("test-only", "use --dry_run"),
+        ("output error open-mode", "the log is in RUN_DIR/slurm, where launch.jobs finds it"),
+        ("export export-file", "the training needs the environment of this shell"),
+        ("wrap parsable quiet", "the script is made here, and sbatch's answer read"),
+        ("kill-on-bad-exit wait", "a run that saves and asks to be requeued depends on it"),
+        ("input multi-prog jobid het-group", "all processes run one program in this job"),
+    )
+    for name in names.split()
 }
 
 
@@ -164,7 +143,7 @@ def split_options(text: str | None) -> dict[str, str | None]:
         name, sign, value = word[2:].partition("=")
         if not re.fullmatch(r"--[a-z][a-z0-9-]{1,60}", f"{word[:2]}{name}"):
             raise ValueError(f"{word[:80]!r} is not a long option, such as --mail-type=END")
-        owned = next((own for own in _OWNED if own.startswith(name)), None)  # Slurm takes abbreviations
+        owned = name if name in _OWNED else next((own for own in _OWNED if own.startswith(name)), None)  # Slurm takes abbreviations
         if owned is not None:
             raise ValueError(f"--{owned} is set by the script: {_OWNED[owned]}")
         if name in options:

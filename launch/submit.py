@@ -61,6 +61,8 @@ def _submit(arguments: Sequence[str] | None) -> int:
     folder = Path(config.run_dir) / "slurm"
     if request.dry_run:
         print(write_script(make_slurm_executor(request, folder, task=type(config.task))))
+        if wanted.chain > 1:
+            say(f"note: {wanted.chain - 1} more jobs would follow, each with --dependency=afterany on those before it")
         return 0
     run = read_state(Path(config.run_dir), cluster.read_jobs())
     if not check_free(run, config):

@@ -125,7 +125,7 @@ def test_a_hostile_value_is_refused(no_slurm, tmp_path, capsys, option):
         ("--signal=USR1@5", "--signal is set by the script: use --signal_delay_s"),
         ("--sig=USR1@5", "--signal is set by the script"),  # Slurm takes abbreviations
         ("--ntasks 3", "--ntasks is set by the script: use --nodes and --tasks_per_node"),
-        ("--no-requeue", "use --max_requeues 0"),
+        ("--no-requeue", "use --max_requeues"),
         ("--output=x", "the log is in RUN_DIR/slurm"),
         ("--gres=lscratch:5,gpu:2", "use --gpus_per_node"),
         ("--nice --nice=3", "--nice stands there twice"),
