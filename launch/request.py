@@ -15,7 +15,8 @@ from mnist_dist.source import BUILT_IN
 _PLACE = "The job"
 _LIMITS = "Time and restarts"
 # Options of sbatch and srun that the script itself sets, or that it cannot do with; and what to use instead.
-_OWNED = {name: f"use --{name}" for name in "nodes time partition account qos constraint exclude nodelist reservation".split()} | {
+_SAME = ("nodes", "time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation")  # as options of this program
+_OWNED = {name: f"use --{name}" for name in _SAME} | {
     name: reason
     for names, reason in (
         ("job-name", "use --name"),
