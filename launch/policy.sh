@@ -104,10 +104,10 @@ requeue() {
     # Of an array's last job the number is the array's, and all of it would be requeued.
     local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
     if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-        say "not requeued again (max_requeues is $MAX_REQUEUES); submit it again to go on"
+        say "not requeued again (max_requeues is $MAX_REQUEUES); the same command, or the next job of its chain, resumes the run"
     elif scontrol requeue "${id:-$SLURM_JOB_ID}"; then
         say "requeued"
     else
-        say "could not be requeued; submit it again to go on"
+        say "could not be requeued; the same command, or the next job of its chain, resumes the run"
     fi
 }

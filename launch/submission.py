@@ -23,7 +23,7 @@ from launch.request import Request, list_arguments, split_options
 from launch.runs import read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import Stop
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
@@ -156,17 +156,18 @@ def submit_to_slurm(
                 mine.append(job.job_id)
                 more = {"chain": ":".join(mine)} if chain > 1 else {}
                 write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
-    except (FailedJobError, FailedSubmissionError) as error:
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
         if names[0]:
-            run_slurm("scancel", *reversed(names[0]))
+            with contextlib.suppress(RunError):
+                run_slurm("scancel", *reversed(names[0]))
+        if isinstance(error, OSError):
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         for path in reversed(made):  # as if nothing had been asked for
             if path.name == "slurm":
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return names
 
 
