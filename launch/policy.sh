@@ -8,7 +8,7 @@ set -euo pipefail
 
 MAX_REQUEUES=${MAX_REQUEUES:-20} # after so many restarts, of any kind, the job ends, so that no mistake runs for ever
 REQUEUE_STATUS=85                # of the training: saved, and wants to run on
-srun_options=()                  # more of srun's
+srun_options=()                  # more of srun's; an empty array is unset to bash before 4.4
 
 say() { printf 'launch: %s\n' "$*" >&2; }
 
@@ -95,7 +95,7 @@ run_training() {
     # A rank that has not yet come as far as its own signal handlers would die of USR1, and the job with it: until then it is ignored, and
     # one rank that heard it is enough. TERM may end such a rank.
     # shellcheck disable=SC2016  # the inner shell expands "$@"
-    srun "${steps[@]}" "${srun_options[@]}" bash -c 'trap "" USR1; exec "$@"' bash "$@" || status=$?
+    srun "${steps[@]}" ${srun_options[@]+"${srun_options[@]}"} bash -c 'trap "" USR1; exec "$@"' bash "$@" || status=$?
     ((status != REQUEUE_STATUS)) || requeue
     exit "$status"
 }
