@@ -1,14 +1,17 @@
 """What Slurm offers and what it says of jobs: sinfo, squeue and scontrol in forms for machines. No slurmdbd is needed."""
 
+import contextlib
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 
 from launch.request import Request
 from mnist_dist.errors import RunError, UserError
 
 _ANSWER_TIMEOUT_S = 60
+_ESTIMATE_TIMEOUT_S = 2.0
 # Nodes that a job would wait for until somebody repairs them; `*` marks those that do not answer.
 _DOWN = re.compile(r"(down|drain|drained|draining|fail|failing|unknown|future|inval)|.*\*")
 
@@ -50,6 +53,11 @@ class Job:
         """Whether it waits or runs, or is about to."""
         return self.state in _ACTIVE
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has nodes, and works there."""
+        return self.state in ("RUNNING", "COMPLETING")
+
 
 _ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 _ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"}
@@ -60,10 +68,10 @@ def is_slurm_here() -> bool:
     return shutil.which("sinfo") is not None and shutil.which("sbatch") is not None
 
 
-def run_slurm(*command: str) -> str:
+def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
     """What a command of Slurm prints. Raises `RunError` where it fails."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, errors="replace")
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RunError(f"{command[0]} gives no answer: {error}") from error
     if answer.returncode:
@@ -173,3 +181,15 @@ def find_log(job: str) -> str:
         return ""
     match = re.search(r" StdOut=(.*?)(?= [A-Z]\w+=|$)", text.splitlines()[0] if text else "")
     return match[1].strip() if match else ""
+
+
+def estimate_start(job: str) -> str:
+    """When Slurm expects a waiting job to start, in words of Slurm; empty where it does not say within seconds, or the job runs."""
+    end = time.monotonic() + _ESTIMATE_TIMEOUT_S
+    with contextlib.suppress(RunError):
+        while (left_s := end - time.monotonic()) > 0:
+            words = run_slurm("squeue", "--start", "--noheader", "--jobs", job, "--format=%T %S", timeout_s=left_s).split()
+            if words[:1] != ["PENDING"] or re.fullmatch(r"[\d:T-]{16,19}", words[1]):
+                return words[1].replace("T", " ") if words[:1] == ["PENDING"] else ""
+            time.sleep(0.3)  # the scheduler has not come to it yet
+    return ""

@@ -82,10 +82,11 @@ _HEADER = ("run", "state", "step", "loss", "best", "images/s", "left", "restarts
 
 def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
     """The cells of a run in the table."""
+    more = f", {len(run.waiting)} more in its chain" if run.waiting and not run.is_finished else ""
     silent = f", silent for {format_duration(run.silent_s)}" if run.silent_s is not None else ""
     return (
         str(run.path.relative_to(folder)) if run.path != folder else str(run.path),
-        run.state + silent,
+        run.state + silent + more,
         f"{run.step}/{run.total}" if run.total else "",
         f"{run.loss:.4f}" if run.loss is not None else "",
         "" if run.best is None else format_measure(run.measure, run.best),
@@ -104,6 +105,7 @@ def follow(path: Path) -> int:
         run = read_state(path, cluster.read_jobs())
         newest = locate_log(run)
         if newest != log:
+            _copy(log, position)
             log, position = newest, 0
         position = _copy(log, position)
         ended_s = 0.0 if run.is_active else ended_s + _POLL_S
@@ -118,8 +120,8 @@ def follow(path: Path) -> int:
 def locate_log(run: RunState) -> str:
     """The log of a run's last job; empty where there is none."""
     noted = read_own_note(run.path, "job")
-    if noted.get("log") and noted.get("job") == run.job:
-        return str(noted["log"])
+    if noted.get("log") and run.job in str(noted.get("chain") or noted.get("job")).split(":"):
+        return str(noted["log"]) if run.job == noted.get("job") else str(Path(str(noted["log"])).with_name(f"{run.job}.log"))
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
 
 
@@ -144,7 +146,8 @@ def cancel(path: Path) -> int:
         raise UserError(f"{path} does not run: it is {run.state}")
     waited = run.is_waiting
     if run.is_in_queue:
-        cluster.run_slurm("scancel", run.job)  # TERM to every task; KILL comes KillWait seconds later
+        # Those that wait first, so that none begins. TERM to every task; KILL comes KillWait seconds later.
+        cluster.run_slurm("scancel", *run.waiting, run.job)
     elif run.pid is not None:
         os.kill(run.pid, signal.SIGTERM)  # one rank's signal stops all at the same step
     else:

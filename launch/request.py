@@ -1,6 +1,7 @@
 """What a job asks a cluster for, as options, and the training's options as the job gets them. Imports no torch."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,29 @@ from mnist_dist.source import BUILT_IN
 
 _PLACE = "The job"
 _LIMITS = "Time and restarts"
+# Options of sbatch and srun that the script itself sets, or that it cannot do with; and what to use instead.
+_SAME = ("nodes", "time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation")  # as options of this program
+_OWNED = {name: f"use --{name}" for name in _SAME} | {
+    name: reason
+    for names, reason in (
+        ("job-name", "use --name"),
+        ("ntasks ntasks-per-node ntasks-per-core ntasks-per-gpu ntasks-per-socket", "use --nodes and --tasks_per_node"),
+        ("cpus-per-task", "use --cpus_per_task"),
+        ("gpus gpus-per-node gpus-per-task", "use --gpus_per_node"),
+        ("mem", "use --memory_gb"),
+        ("nodefile", "use --nodelist"),
+        ("signal", "use --signal_delay_s"),
+        ("requeue no-requeue", "use --max_requeues"),
+        ("array", "use launch.sweep"),
+        ("test-only", "use --dry_run"),
+        ("output error open-mode", "the log is in RUN_DIR/slurm, where launch.jobs finds it"),
+        ("export export-file", "the training needs the environment of this shell"),
+        ("wrap parsable quiet", "the script is made here, and sbatch's answer read"),
+        ("kill-on-bad-exit wait", "a run that saves and asks to be requeued depends on it"),
+        ("input multi-prog jobid het-group", "all processes run one program in this job"),
+    )
+    for name in names.split()
+}
 
 
 class Request(Options):
@@ -29,6 +53,13 @@ class Request(Options):
     account: str | None = option(_PLACE, None, "account that pays")
     qos: str | None = option(_PLACE, None, "quality of service")
     constraint: str | None = option(_PLACE, None, "features that the nodes must have, in Slurm's notation")
+    exclude: str | None = option(_PLACE, None, "nodes to leave out, in Slurm's notation, such as node[3-5],node9")
+    nodelist: str | None = option(_PLACE, None, "nodes that must take part, in the same notation")
+    reservation: str | None = option(_PLACE, None, "reservation of nodes")
+    sbatch: str | None = option(
+        _PLACE, None, "more options of sbatch, as its command line has them: '--mail-type=END --comment=\"a b\"'", command=True
+    )
+    srun: str | None = option(_PLACE, None, "more options of srun, such as '--cpu-bind=cores'", command=True)
     name: str = option(_PLACE, "mnist-dist", "name of the job")
     dry_run: bool = option(_PLACE, False, "print the batch script and queue nothing")
 
@@ -41,7 +72,7 @@ class Request(Options):
     )
 
     # These go into a script. They are quoted there, too.
-    @field_validator("name", "partition", "account", "qos")
+    @field_validator("name", "partition", "account", "qos", "reservation")
     @classmethod
     def _check_word(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", value):
@@ -55,6 +86,19 @@ class Request(Options):
             raise ValueError("allowed: 1 to 200 letters, digits and _ . : & | * , ( ) [ ] -")
         return value
 
+    @field_validator("exclude", "nodelist")
+    @classmethod
+    def _check_nodes(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]{0,4000}", value):
+            raise ValueError("allowed: names of nodes, of letters, digits and _ . , [ ] -")
+        return value
+
+    @field_validator("sbatch", "srun")
+    @classmethod
+    def _check_more(cls, value: str | None) -> str | None:
+        split_options(value)
+        return value
+
     @model_validator(mode="after")
     def _check_delay(self) -> "Request":
         if self.signal_delay_s >= self.time * 60:
@@ -65,7 +109,8 @@ class Request(Options):
 
     @model_validator(mode="after")
     def _check_effects(self) -> "Request":
-        slurm_only = ("cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint", "dry_run")
+        slurm_only = ["cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint"]
+        slurm_only += ["exclude", "nodelist", "reservation", "sbatch", "srun", "dry_run"]
         given = [name for name in slurm_only if getattr(self, name)]
         if self.cluster == "local" and given:
             raise ValueError(f"{given[0]} has no effect with cluster local, which has no Slurm: leave it out")
@@ -80,6 +125,37 @@ class Request(Options):
     def world_size(self) -> int:
         """Processes of the whole job."""
         return self.nodes * self.tasks
+
+
+def split_options(text: str | None) -> dict[str, str | None]:
+    """The options of sbatch or srun in `text`, each with its value, None without one. Raises ValueError for one that is not allowed."""
+    try:
+        words = shlex.split(text or "")
+    except ValueError as error:
+        raise ValueError(f"its quotes do not match ({error})") from error
+    options: dict[str, str | None] = {}
+    name = None
+    for word in words:
+        if not word.startswith("-"):
+            if name is None or options[name] is not None:
+                raise ValueError(f"{word[:80]!r} is no option; expected words such as --mail-type=END")
+            options[name] = word
+            continue
+        name, sign, value = word[2:].partition("=")
+        if not re.fullmatch(r"--[a-z][a-z0-9-]{1,60}", f"{word[:2]}{name}"):
+            raise ValueError(f"{word[:80]!r} is not a long option, such as --mail-type=END")
+        owned = name if name in _OWNED else next((own for own in _OWNED if own.startswith(name)), None)  # Slurm takes abbreviations
+        if owned is not None:
+            raise ValueError(f"--{owned} is set by the script: {_OWNED[owned]}")
+        if name in options:
+            raise ValueError(f"--{name} stands there twice")
+        options[name] = value if sign else None
+    for name, given in options.items():
+        if given is not None and not re.fullmatch(r"[^\\]{1,1000}", given):  # sbatch drops a backslash
+            raise ValueError(f"the value of --{name} must have 1 to 1000 characters and no backslash")
+        if name == "gres" and re.search(r"\bgpu\b", given or ""):
+            raise ValueError(f"--gres={given} asks for GPUs: use --gpus_per_node")
+    return options
 
 
 def place_config(config: Config, request: Request) -> Config:

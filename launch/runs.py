@@ -69,6 +69,7 @@ class RunState:
     silent_s: float | None = None
     restarts: int = 0
     job: str = ""
+    waiting: tuple[str, ...] = ()  # the other jobs of its chain that are in the queue
     nodes: str = ""
     pid: int | None = None  # of rank zero, where it runs on this machine
 
@@ -119,9 +120,11 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     noted, ended = (read_own_note(path, name) for name in ("job", "end"))
     holder = read_holder(path)
     number = holder.job if holder else ""
+    noted_jobs = str(noted.get("chain") or noted.get("job") or "").split(":")
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
-    matching = [job for job in jobs if job.name == noted.get("job") or (number and job.number == number)]
-    job = max(matching, key=lambda job: (job.is_active, int(job.number)), default=None)
+    # Of a chain the one that runs counts, else the first that waits.
+    matching = [job for job in jobs if job.name in noted_jobs or (number and job.number == number)]
+    job = max(matching, key=lambda job: (job.is_active, job.runs, int(job.number) * (-1 if job.is_active else 1)), default=None)
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
@@ -139,6 +142,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
         "job": job.name if job else str(noted.get("job") or number),
+        "waiting": tuple(other.name for other in matching if other.is_active and other is not job),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }
     damage = f"damaged {', '.join(damaged)}" if damaged else ""
@@ -146,7 +150,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         return RunState(state=_join("finished", damage), is_finished=True, **values)
     pid = find_process(path, holder)
     if job is not None and job.is_active:
-        waits = job.state not in ("RUNNING", "COMPLETING")
+        waits = not job.runs
         state = job.state.lower().replace("_", " ")
         if waits and job.reason and job.reason != "None":
             state += f" ({job.reason})"
@@ -156,15 +160,15 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
-    return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), **values)
+    return RunState(state=damage or _describe_end(job, {*noted_jobs, number}, ended, bool(starts)), **values)
 
 
 def _join(state: str, damage: str) -> str:
     return f"{state}, {damage}" if damage else state
 
 
-def _describe_end(job: Job | None, noted: dict[str, Any], ended: dict[str, Any], started: bool) -> str:
-    if ended and (not noted or ended.get("job") == noted.get("job")):
+def _describe_end(job: Job | None, known: set[str], ended: dict[str, Any], started: bool) -> str:
+    if ended and (known == {""} or ended.get("job") in known):
         status = ended.get("status")
         if status is None or not is_count(status):
             return "failed"

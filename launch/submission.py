@@ -18,16 +18,20 @@ from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
 import mnist_dist
-from launch.request import Request, list_arguments
+from launch.cluster import run_slurm
+from launch.request import Request, list_arguments, split_options
 from launch.runs import read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import Stop
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
 from mnist_dist.world import MPI_VARIABLES, TORCH_VARIABLES
 
+# -P: a folder mnist_dist where the job was submitted is not the package.
+_PYTHON = f"{shlex.quote(sys.executable)} -P"
+_POLICY = Path(__file__).resolve().with_name("policy.sh")
 _LOST = 1  # status of a job that has not noted how it ended
 
 
@@ -46,13 +50,19 @@ class _ScriptWriter(SlurmExecutor):
 
 
 def make_slurm_executor(
-    request: Request, folder: Path, count: int = 1, parallel: int | None = None, group: str = "", task: type[Task] | None = None
+    request: Request,
+    folder: Path,
+    count: int = 1,
+    parallel: int | None = None,
+    group: str = "",
+    task: type[Task] | None = None,
+    before: Sequence[str] = (),
 ) -> SlurmExecutor:
-    """An executor for `count` runs that keeps its files in `folder`; makes no folder. More than one run become an array."""
-    # A rank that has not yet come as far as its own signal handlers would die of USR1, and the job with it: until then it is ignored, and
-    # one rank that heard it is enough. -P: a folder mnist_dist where the job was submitted is not the package.
-    python = f'bash -c \'trap "" USR1; exec "$@"\' bash {shlex.quote(sys.executable)} -P'
-    executor = _ScriptWriter(folder, python=python)
+    """An executor for `count` runs that keeps its files in `folder`; makes no folder. More than one run become an array.
+
+    `before`: the jobs that come before this one in a chain, whose run folder `folder` lies in.
+    """
+    executor = _ScriptWriter(folder, python=f"run_training {_PYTHON}")
     parameters: dict[str, Any] = {
         "job_name": request.name,
         "time": request.time,
@@ -65,17 +75,21 @@ def make_slurm_executor(
         "account": request.account,
         "qos": request.qos,
         "constraint": request.constraint,
+        "exclude": request.exclude,
+        "nodelist": request.nodelist,
         "wckey": None,
         "stderr_to_stdout": True,
         # Not submitit's own signal, whose handler in the job would save and requeue by itself. No "B:": it goes to the tasks.
         "additional_parameters": {
+            **{name: True if value is None else value for name, value in split_options(request.sbatch).items()},
+            **({"reservation": request.reservation} if request.reservation else {}),
+            **({"dependency": f"afterany:{':'.join(before)}"} if before else {}),
             "signal": f"USR1@{request.signal_delay_s}",
             "requeue": True,
             "output": f"{folder}/{'%A_%a' if count > 1 else '%j'}.log",
         },
-        "setup": _list_setup(group, task),
-        "srun_args": _list_srun_arguments(request),
-        "teardown": _list_teardown(request),
+        "setup": _list_setup(request, folder, group, task, before),
+        "use_srun": False,  # the policy calls it
         "array_parallelism": parallel or count,
     }
     executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None or name == "wckey"})
@@ -95,48 +109,24 @@ def _find_paths(task: type[Task] | None) -> list[str]:
     return list(dict.fromkeys(str(folder) for folder in folders if folder is not None))
 
 
-def _list_setup(group: str, task: type[Task] | None) -> list[str]:
-    lines = [
-        "# scancel, requeue and preemption send TERM to this shell, too; it stays to hear how the training ended.",
-        "trap : TERM",
-        "export SUBMITIT_LOG_LEVEL=WARNING",
-    ]
+def _list_setup(request: Request, folder: Path, group: str, task: type[Task] | None, before: Sequence[str]) -> list[str]:
+    lines = [f"source {shlex.quote(str(_POLICY))} || exit", f"MAX_REQUEUES={request.max_requeues}", "export SUBMITIT_LOG_LEVEL=WARNING"]
+    if request.srun:
+        words = [f"--{name}" if value is None else f"--{name}={value}" for name, value in split_options(request.srun).items()]
+        lines.append(f"srun_options=({shlex.join(words)})")
     paths = _find_paths(task)
     if paths:
         lines.append(f"export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}${{PYTHONPATH:+:$PYTHONPATH}}")
     if group:
         lines.append(f"export WANDB_RUN_GROUP={shlex.quote(group)}")
+    if before:
+        lines.append(f"leave_if_done {_PYTHON} -m launch.chain {':'.join(before)} --run_dir={shlex.quote(str(folder.parent))}")
     return lines
-
-
-def _list_srun_arguments(request: Request) -> list[str]:
-    # Not --kill-on-bad-exit=1: the first rank that ends with 85 would make srun send TERM to those still on their way out, and 143 could
-    # hide the 85. --wait alone ends what a lost rank leaves hanging. --output=all: one log, that of the job.
-    arguments = ["--kill-on-bad-exit=0", "--wait=120", "--export=ALL", "--output=all"]
-    if request.cpus_per_task is not None:
-        arguments.append(f"--cpus-per-task={request.cpus_per_task}")  # srun inherits it only before Slurm 22.05
-    return arguments
-
-
-def _list_teardown(request: Request) -> list[str]:
-    return [
-        "status=$?",
-        f'if [ "$status" -eq {Stop.REQUEUE.exit_code} ]; then',
-        f'    if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {request.max_requeues} ]; then',
-        f'        echo "launch: not requeued again (max_requeues is {request.max_requeues}); submit it again to go on"',
-        '    elif scontrol requeue "$SLURM_JOB_ID"; then',
-        '        echo "launch: requeued"',
-        "    else",
-        '        echo "launch: could not be requeued; submit it again to go on"',
-        "    fi",
-        "fi",
-        'exit "$status"',
-    ]
 
 
 def make_local_executor(request: Request, folder: Path) -> LocalExecutor:
     """An executor that runs all tasks of all nodes on this machine."""
-    executor = LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
+    executor = LocalExecutor(folder, python=_PYTHON)
     executor.update_parameters(
         tasks_per_node=request.world_size,
         gpus_per_node=request.gpus_per_node,
@@ -148,29 +138,37 @@ def make_local_executor(request: Request, folder: Path) -> LocalExecutor:
 
 
 def submit_to_slurm(
-    request: Request, configs: Sequence[Config], folder: Path, parallel: int | None = None, group: str = ""
-) -> list[tuple[str, Path]]:
-    """Queue a job for each of `configs`, more than one as an array. Its name and log for each. Raises `UserError`."""
+    request: Request, configs: Sequence[Config], folder: Path, parallel: int | None = None, group: str = "", chain: int = 1
+) -> list[list[str]]:
+    """Queue a job for each of `configs`, more than one as an array; `chain` jobs for one of them, each after those before it.
+
+    The names of each one's jobs; RUN_DIR/slurm/job.json holds them, too. Raises `UserError`, and then nothing is queued.
+    """
     made = _prepare_folders(configs, folder)
-    executor = make_slurm_executor(request, folder, len(configs), parallel, group, type(configs[0].task))
+    names: list[list[str]] = [[] for _ in configs]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
-            jobs = executor.submit_array([_make_training(config) for config in configs])
-        _make_private(folder, jobs[0].job_id)
-        submitted = []
-        for config, job in zip(configs, jobs, strict=True):
-            submitted.append((job.job_id, folder / f"{job.job_id}.log"))
-            write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(submitted[-1][1])})
-    except (FailedJobError, FailedSubmissionError) as error:
+        for _ in range(chain):
+            executor = make_slurm_executor(request, folder, len(configs), parallel, group, type(configs[0].task), names[0])
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
+                jobs = executor.submit_array([_make_training(config) for config in configs])
+            _make_private(folder, jobs[0].job_id)
+            for config, job, mine in zip(configs, jobs, names, strict=True):
+                mine.append(job.job_id)
+                more = {"chain": ":".join(mine)} if chain > 1 else {}
+                write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        if names[0]:
+            with contextlib.suppress(RunError):
+                run_slurm("scancel", *reversed(names[0]))
+        if isinstance(error, OSError):
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         for path in reversed(made):  # as if nothing had been asked for
             if path.name == "slurm":
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    return submitted
+    return names
 
 
 def run_locally(

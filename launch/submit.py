@@ -21,9 +21,21 @@ from launch.runs import RunState, describe_best, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Parser, make_options
+from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
 from mnist_dist.program import make_printable, print_answer
 from mnist_dist.record import check_folder
+
+
+class Chain(Options):
+    """How often one run is queued."""
+
+    chain: int = option(
+        "The chain",
+        1,
+        "jobs that follow each other, where a cluster does not requeue; one that finds nothing to do ends at once",
+        ge=1,
+        le=100,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,37 +48,66 @@ def _submit(arguments: Sequence[str] | None) -> int:
         "launch.submit", "Submit a training as a job, by submitit.", usage="[--config FILE] [--option of the job or the training value ...]"
     )
     task, recipe = find_given_task(arguments, "launch.submit")
-    parser.add_options(Request)
+    add_job_options(parser)
+    parser.add_options(Chain)
     add_config_options(parser, task)
     given = parser.parse(arguments)
+    wanted = make_options(Chain, {name: given.pop(name) for name in Chain.model_fields if name in given})
     request, config = collect_mistakes(
         lambda: read_request(given),
-        lambda: resolve_config({name: value for name, value in take_options(given).items() if name not in Request.model_fields}, recipe),
+        lambda: resolve_config({name: value for name, value in take_options(given).items() if name not in JOB_OPTIONS}, recipe),
     )
     config, _ = collect_mistakes(lambda: place_config(config, request), lambda: compare_with_cluster(request))
     folder = Path(config.run_dir) / "slurm"
     if request.dry_run:
         print(write_script(make_slurm_executor(request, folder, task=type(config.task))))
+        if wanted.chain > 1:
+            say(f"note: {wanted.chain - 1} more jobs would follow, each with --dependency=afterany on those before it")
         return 0
     run = read_state(Path(config.run_dir), cluster.read_jobs())
     if not check_free(run, config):
         print(f"{run.path} is finished, {describe_best(run)}; nothing to do")
         return 0
     if request.cluster == "local":
+        if wanted.chain > 1:
+            raise UserError("chain has no effect with cluster local, which has no Slurm: leave it out")
         status = run_locally(request, [config])[config.run_dir]
         run = read_state(Path(config.run_dir), [])
         best = f", {describe_best(run)}" if run.is_finished else ""
         print(f"{run.path}: {run.state} after step {run.step}{best}")
         return status
-    [(job, log)] = submit_to_slurm(request, [config], folder)
-    print(f"submitted job {job}: {request.world_size} processes on {request.nodes} nodes; log: {log}")
+    [[job, *more]] = submit_to_slurm(request, [config], folder, chain=wanted.chain)
+    print(f"submitted job {job}: {request.world_size} processes on {request.nodes} nodes; log: {folder / f'{job}.log'}")
+    if more:
+        print(f"its chain goes on with {' '.join(more)}, which end at once when nothing is left to do")
+    show_start(job)
     print(f"to watch it: {shlex.join(['python', '-m', 'launch.jobs', 'follow', str(run.path)])}")
     return 0
 
 
+JOB_OPTIONS = {"job", *Request.model_fields}
+
+
+def add_job_options(parser: Parser) -> None:
+    """Add --job and every option of a `Request`."""
+    parser.add_argument("--job", metavar="FILE", type=path_argument, help="YAML file of options of the job, such as those of your site")
+    parser.add_options(Request)
+
+
 def read_request(given: dict[str, Any]) -> Request:
-    """The job options among those given. Raises `UserError`."""
-    return make_options(Request, {name: value for name, value in given.items() if name in Request.model_fields})
+    """The job options among those given, and under them those in the file of --job. Raises `UserError`."""
+    values = {}
+    if file := given.get("job"):
+        values = read_options_file(Path(file))
+        make_options(Request, values, str(file))  # so that a mistake in the file is told as one
+    return make_options(Request, values | {name: value for name, value in given.items() if name in Request.model_fields})
+
+
+def show_start(job: str) -> None:
+    """Print when Slurm expects `job` to start, where it soon says."""
+    start = cluster.estimate_start(job)
+    if start:
+        print(f"Slurm expects it to start at {start}")
 
 
 def collect_mistakes(*works: Callable[[], Any]) -> list[Any]:

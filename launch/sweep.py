@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from launch import cluster
-from launch.request import Request, place_config
+from launch.request import place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
-from launch.submit import collect_mistakes, compare_with_cluster, read_request, say
+from launch.submit import add_job_options, collect_mistakes, compare_with_cluster, read_request, say, show_start
 from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, explain_unknown, find_by_initials, make_options, option, path_argument, read_options_file
@@ -62,7 +62,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
     parser.add_argument("words", nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")
     task, recipe = _find_task(arguments)
     parser.add_options(Sweep)
-    parser.add_options(Request)
+    add_job_options(parser)
     add_config_options(parser, task)
     given = parser.parse(arguments)
     options = [*Config.model_fields, *task.model_fields]
@@ -97,7 +97,9 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         print(make_results(list(axes), placed, _read_runs(placed)))
         return 0 if not any(statuses.values()) and len(statuses) == len(left) else RunError.exit_code
     submitted = submit_to_slurm(request, left, folder / "slurm", sweep.parallel, folder.name)
-    print(f"submitted job {submitted[0][0].partition('_')[0]}: {len(left)} of {len(placed)} runs; logs: {folder / 'slurm'}")
+    job = submitted[0][0]
+    print(f"submitted job {job.partition('_')[0]}: {len(left)} of {len(placed)} runs; logs: {folder / 'slurm'}")
+    show_start(job)
     return 0
 
 
@@ -111,7 +113,7 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     parser = Parser("launch.sweep", "", add_help=False)
     parser.add_argument("words", nargs="*")
     parser.add_options(Sweep)
-    parser.add_options(Request)
+    add_job_options(parser)
     add_config_options(parser, Task)
     known, _ = parser.parse_known_args(arguments)
     values: dict[str, Any] = {}

@@ -1,4 +1,7 @@
-"""What a submitted job runs: a small class of plain values, which is all that a job's pickle holds. Imports no torch."""
+"""What a job runs: the training, and a note of how it ended. Imports no torch.
+
+A job of submitit calls `Training`, whose few plain values are all that its pickle holds; slurm/train.sh runs this module as a program.
+"""
 
 import datetime
 import json
@@ -8,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.runs import is_run
+from mnist_dist.config import parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
 from mnist_dist.train import main  # here, so that nothing is left to import between submitit's signal handlers and ours
@@ -34,12 +39,15 @@ class Training:
     def _note_end(self, status: int | None) -> None:
         """Note on rank zero how this start ended; with None, forget how the one before it did."""
         try:
-            if find_world(os.environ).rank != 0:
+            folder = Path(self.run_dir)
+            # What is in the folder may be somebody's own: the training will refuse it.
+            is_ours = not os.path.lexists(folder) or is_run(folder) or {*os.listdir(folder)} <= {"slurm"}
+            if find_world(os.environ).rank != 0 or not is_ours:
                 return
             if status is None:
-                (Path(self.run_dir) / "slurm/end.json").unlink(missing_ok=True)
+                (folder / "slurm/end.json").unlink(missing_ok=True)
             else:
-                write_note(Path(self.run_dir), "end", {"job": find_job_id(), "status": status})
+                write_note(folder, "end", {"job": find_job_id(), "status": status})
         except (OSError, UserError) as error:
             print(f"launch: how this start ends cannot be noted: {error}", file=sys.stderr)
 
@@ -58,3 +66,11 @@ def write_note(run_dir: Path, name: str, values: dict[str, str | int]) -> None:
     new = folder / f".{name}.{os.getpid()}"
     new.write_text(json.dumps({"time": now, "folder": mark_folder(run_dir), **values}) + "\n")
     new.replace(folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    words = tuple(sys.argv[1:])
+    try:
+        Training(parse_command_line(words).run_dir, words)()
+    except UserError:
+        sys.exit(main(words))  # which says it

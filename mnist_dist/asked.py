@@ -1,13 +1,16 @@
-"""How many processes `accelerate launch` was asked for: it leaves that in no variable. Imports no torch.
+"""How many processes were asked for, where no variable tells it. Imports no torch.
 
-Where it finds no GPUs it starts one process, whatever it was asked for.
+`accelerate launch` starts one process where it finds no GPUs, whatever it was asked for. And srun in a batch script that was submitted from
+within another job starts as many as that one had.
 """
 
 import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from mnist_dist.errors import UserError
 
 _ANCESTORS_MAX = 4  # accelerate launch, mpirun, its proxy of this host, a script
 _COUNT_MAX = 1 << 20
+_CONTROLLER_TIMEOUT_S = 20
 _LAUNCH = re.compile(r"(^|[/\0])accelerate([-.]|/commands/|\0)(commands\.)?(accelerate_cli(\.py)?\0)?launch(\.py)?\0")
 # Where Accelerate's options end and those of the program begin.
 _PROGRAM = re.compile(r"mnist_dist\.\w+|.*\.py")
@@ -105,3 +109,25 @@ def _read_config(path: str) -> dict[str, Any] | None:
 def _to_count(value: object) -> int | None:
     text = str(value).strip()
     return int(text) if re.fullmatch(r"\d{1,7}", text) and 0 < int(text) <= _COUNT_MAX else None
+
+
+def warn_of_smaller_step(size: int, environ: Mapping[str, str], warn: Callable[[str], None]) -> threading.Thread:
+    """Call `warn` if a step of `size` tasks is less than its batch job has. The controller is asked in a thread: nobody waits for it."""
+    thread = threading.Thread(target=_compare_with_job, args=(size, environ.get("SLURM_JOB_ID", ""), warn), daemon=True)
+    thread.start()
+    return thread
+
+
+def _compare_with_job(size: int, job: str, warn: Callable[[str], None]) -> None:
+    try:
+        command = ["scontrol", "--oneliner", "show", "job", job]
+        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CONTROLLER_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return
+    lines = [line for line in answer.stdout.decode(errors="replace").splitlines() if line.startswith(f"JobId={job} ")]
+    tasks = re.search(r" NumTasks=(\d{1,7}) ", lines[0]) if lines and " BatchFlag=1 " in lines[0] else None
+    if tasks and int(tasks[1]) > size:
+        warn(
+            f"this Slurm job has {tasks[1]} tasks, and srun started {size} of them. A batch script that was submitted from within another "
+            f"job must `unset SLURM_NTASKS SLURM_NPROCS` before srun; --world_size {tasks[1]} refuses such a start"
+        )

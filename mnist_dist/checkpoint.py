@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.record import find_step, list_newest_first
 
@@ -135,7 +135,7 @@ class Writer:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
         self.close()
         if not _is_finite(state):
-            raise RunError(f"the weights are not finite after step {step}; the run stops here and keeps its last checkpoint")
+            raise NotFiniteError(f"the weights are not finite after step {step}; the run stops here and keeps its last checkpoint")
         try:
             return self._write(step, state)
         except OSError as error:

@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class NotFiniteError(RunError):
+    """A number of the training is not finite. It would be so again after a start from the same checkpoint."""
+
+
 def is_loss(error: BaseException) -> bool:
     """Whether `error` is how a collective fails when another rank is gone, or never came."""
     is_torchs_own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)

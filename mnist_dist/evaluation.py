@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Reader, list_shares
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
@@ -42,7 +42,7 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
     sums = _add_up(task, total, group)
     count = len(reader)
     if not sums.isfinite().all():
-        raise RunError(
+        raise NotFiniteError(
             f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
         )
     if round(float(sums[0])) != count:

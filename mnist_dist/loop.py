@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
@@ -58,6 +59,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
     signals = signals or StopSignals()
     world = find_world(os.environ)
     set_up_logging(world.rank, world.size)
+    if world.launcher == "srun" and world.rank == 0:
+        warn_of_smaller_step(world.size, os.environ, _log.warning)
     config.check_world(world.size)
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)

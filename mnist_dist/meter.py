@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError
+from mnist_dist.errors import NotFiniteError
 from mnist_dist.record import Row
 from mnist_dist.state import TrainingState
 
@@ -43,7 +43,7 @@ class Meter:
     def check(self) -> float:
         """The mean loss over the global batch of the last step; NaN if there was none since the last reading.
 
-        Raises `RunError` on all ranks if any loss since the last reading was not finite.
+        Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite.
         """
         if not self._losses:
             return math.nan
@@ -51,13 +51,13 @@ class Meter:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
-            raise RunError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1} on rank {rank}; {_ADVICE}")
+            raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1} on rank {rank}; {_ADVICE}")
         self._step += len(self._losses)
         self._losses.clear()
         return losses[:, -1].double().mean().item()
 
     def read(self, state: TrainingState, learning_rate: float) -> Row:
-        """The row of the step just done. Raises `RunError` as `check` does."""
+        """The row of the step just done. Raises `NotFiniteError` as `check` does."""
         steps = len(self._losses)
         loss = self.check()
         assert self._step == state.step
@@ -70,7 +70,7 @@ class Meter:
         self.reset_clock()
         gradient_norm = state.gradient_norm()
         if not math.isfinite(gradient_norm):
-            raise RunError(f"the gradient norm is {gradient_norm} at step {state.step}; {_ADVICE}")
+            raise NotFiniteError(f"the gradient norm is {gradient_norm} at step {state.step}; {_ADVICE}")
         return {
             "step": state.step,
             "epoch": round(state.step / self.config.steps_per_epoch, 4),

@@ -24,15 +24,21 @@ _FILE_BYTES_MAX = 1 << 16  # what takes about a second to parse
 _TEXT_MAX = 4096  # characters of one value: no path may be longer
 
 
-def option(group: str, default: Any, description: str, *, recipe: bool = False, folder: bool = False, **limits: Any) -> Any:
-    """A field of an `Options` model, shown under `group` in --help. `recipe`: see `Config.recipe`. `folder`: see `expand_path`."""
-    return Field(default, description=description, json_schema_extra={"group": group, "recipe": recipe, "folder": folder}, **limits)
+def option(
+    group: str, default: Any, description: str, *, recipe: bool = False, folder: bool = False, command: bool = False, **limits: Any
+) -> Any:
+    """A field of an `Options` model, shown under `group` in --help. `recipe`: see `Config.recipe`. `folder`: see `expand_path`.
+
+    `command`: the value is part of a command line, and may begin with a hyphen.
+    """
+    traits: dict[str, Any] = {"group": group, "recipe": recipe, "folder": folder, "command": command}
+    return Field(default, description=description, json_schema_extra=traits, **limits)
 
 
 def trait(field: FieldInfo, name: str) -> Any:
-    """What `option` noted of a field: its group, recipe or folder. A bare field of a task is an option of its recipe."""
+    """What `option` noted of a field: its group, recipe, folder or command. A bare field of a task is an option of its recipe."""
     noted = field.json_schema_extra
-    return noted[name] if isinstance(noted, dict) else {"group": "The task", "recipe": True, "folder": False}[name]
+    return noted[name] if isinstance(noted, dict) else {"group": "The task", "recipe": True, "folder": False, "command": False}[name]
 
 
 class Options(BaseModel):
@@ -161,13 +167,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
+        self._commands: set[str] = set()
         self._groups: dict[str, Any] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        known, unknown = super().parse_known_args([*map(self._spell_out, words[:end]), *words[end:]], namespace)
+        spelt = list(map(self._spell_out, words[:end]))
+        for index in reversed(range(len(spelt) - 1)):  # argparse takes a value that begins with a hyphen for an option
+            if spelt[index] in self._commands and spelt[index + 1].startswith("-"):
+                spelt[index : index + 2] = ["=".join(spelt[index : index + 2])]
+        known, unknown = super().parse_known_args([*spelt, *words[end:]], namespace)
         for action in self._actions:
             if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`
                 raise UserError(f"{action.dest} needs a value")
@@ -210,6 +221,8 @@ class Parser(argparse.ArgumentParser):
                 **flag,
             )
             self._names.append(name)
+            if trait(field, "command"):
+                self._commands.add(f"--{name}")
 
     def parse(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """The values given, as text; `none` unsets an option, as null does in YAML. Raises `UserError`; exits 0 after --help."""

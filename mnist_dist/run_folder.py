@@ -20,7 +20,7 @@ import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, UserError, is_loss
+from mnist_dist.errors import NotFiniteError, RunError, UserError, is_loss
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop
@@ -203,7 +203,7 @@ class RunFolder:
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()
-            end = {"time": _now(), "step": self._step, "start": self._starts, "why": why}
+            end = {"time": _now(), "step": self._step, "start": self._starts, "why": why, "lasting": isinstance(error, NotFiniteError)}
             append_line(self.path / ENDS_FILE, json.dumps(end).encode())
 
     @property

@@ -5,6 +5,7 @@ import os
 import pickletools
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 from processes import TINY
 
-from launch import cluster, jobs, submit, sweep
+from launch import chain, cluster, jobs, submit, sweep
 from launch.request import Request, list_arguments
 from launch.runs import RunState, find_saved_step, read_state
+from launch.training import Training
+from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.world import find_world
@@ -58,7 +61,8 @@ def wait_for(condition, timeout_s=40):
 
 
 def test_no_program_imports_torch():
-    code = "import sys, launch.submit, launch.sweep, launch.jobs, launch.training; print({'torch', 'accelerate'} & {*sys.modules})"
+    names = "launch.submit, launch.sweep, launch.jobs, launch.chain, launch.training"
+    code = f"import sys, {names}; print({{'torch', 'accelerate'}} & {{*sys.modules}})"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert answer.stdout == "set()\n", answer.stderr
 
@@ -67,7 +71,9 @@ def test_no_program_imports_torch():
 def test_the_script_is_the_one_that_was_looked_at(no_slurm, tmp_path, capsys, name):
     job = "--config smoke --nodes 2 --tasks_per_node 2 --gpus_per_node 2 --cpus_per_task 8 --memory_gb 64 --time 90 --partition gpu"
     job += " --account team --qos high --constraint a100&ib --name digits --signal_delay_s 300 --max_requeues 5 --dry_run"
+    job += " --exclude node[3-5],node9 --nodelist node1 --reservation course --srun --cpu-bind=cores"
     words = ["lr=0.05,0.1", "seed=0,1,2", "--parallel", "2"] if name == "sweep" else ["--run_dir", "runs/a b"]
+    words += ["--sbatch", "--mail-type=END --comment='it is; \"$HOME\" #1' --nice"]
     assert sys.modules[f"launch.{name}"].main([*words, *job.split()]) == 0
     answer = capsys.readouterr()
     assert "no Slurm here" in answer.err
@@ -90,19 +96,81 @@ def test_the_commands_of_the_documents_are_right(no_slurm, monkeypatch, command)
     assert sys.modules[program].main([*words, "--dry_run"]) == 0
 
 
+def test_the_policy_and_its_callers_are_clean_bash():
+    for name in ("launch/policy.sh", "slurm/train.sh"):
+        assert subprocess.run(["/bin/bash", "-n", ROOT / name]).returncode == 0
+    if shutil.which("shellcheck"):
+        answer = subprocess.run(["shellcheck", "-x", "launch/policy.sh", "slurm/train.sh"], cwd=ROOT, text=True, capture_output=True)
+        assert answer.returncode == 0, answer.stdout
+
+
 HOSTILE = ["a\nb", "a;b", "a b", "$(id)", "`id`", 'a"b', "a'b", "-x", "", "ä", "a" * 101, "a\\b", "a#b"]
 
 
-@pytest.mark.parametrize("option", ["name", "partition", "account", "qos", "constraint"])
+@pytest.mark.parametrize("option", ["name", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation"])
 def test_a_hostile_value_is_refused(no_slurm, tmp_path, capsys, option):
     for value in HOSTILE:
-        if option == "constraint" and value == "a" * 101:
+        if option in ("constraint", "exclude", "nodelist") and value == "a" * 101:
             continue
         assert submit.main(["--config", "smoke", "--dry_run", f"--{option}={value}"]) == 2, value
         answer = capsys.readouterr()
         assert answer.out == ""
         assert re.fullmatch(rf"error: {option} is .*\n", answer.err), answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--signal=USR1@5", "--signal is set by the script: use --signal_delay_s"),
+        ("--sig=USR1@5", "--signal is set by the script"),  # Slurm takes abbreviations
+        ("--ntasks 3", "--ntasks is set by the script: use --nodes and --tasks_per_node"),
+        ("--no-requeue", "use --max_requeues"),
+        ("--output=x", "the log is in RUN_DIR/slurm"),
+        ("--gres=lscratch:5,gpu:2", "use --gpus_per_node"),
+        ("--nice --nice=3", "--nice stands there twice"),
+        ("-C a100", "'-C' is not a long option"),
+        ("--Nice", "'--Nice' is not a long option"),
+        ("--ni$ce", "is not a long option"),
+        ("nice", "'nice' is no option"),
+        ("--begin now here", "'here' is no option"),
+        ("--comment='a", "its quotes do not match"),
+        ("--comment=", "must have 1 to 1000 characters"),
+        ("--comment='a\\b'", "no backslash"),
+        ("--comment='a\nb'", "printable"),
+        ("--comment='a\x1bb'", "printable"),
+    ],
+)
+def test_more_of_slurms_options_are_refused_where_they_are_the_scripts(no_slurm, tmp_path, capsys, text, words):
+    for option in ("sbatch", "srun"):
+        assert submit.main(["--config", "smoke", "--dry_run", f"--{option}", text]) == 2
+        answer = capsys.readouterr()
+        assert re.fullmatch(rf"error: {option} is .*\n", answer.err), answer.err
+        assert words in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_srun_gets_the_very_words_that_were_given(no_slurm, tmp_path, capsys):
+    """What a hostile value would run is data in the script: bash, which runs it here, hands it on to a stand-in for srun."""
+    value = "a b; touch x `touch y` $(touch z) \"q\" 'p' #c"
+    assert submit.main(["--config", "smoke", "--dry_run", f"--srun=--label --comment={shlex.quote(value)}"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("srun_options=")]
+    program = f'{line}\nprintf "%s\\n" "${{srun_options[@]}}"'
+    assert subprocess.run(["/bin/bash", "-c", program], text=True, capture_output=True).stdout == f"--label\n--comment={value}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_the_job_come_from_a_file(no_slurm, tmp_path, capsys):
+    (tmp_path / "site.yaml").write_text("partition: gpu\ntime: 30\nsbatch: --mail-type=END --comment='a b'\nsrun: --label\n")
+    for program, words in ((submit, []), (sweep, ["seed=0,1"])):
+        assert program.main([*words, "--config", "smoke", "--dry_run", "--job", "site.yaml", "--time", "9", "--nodelist=n1"]) == 0
+        out = capsys.readouterr().out
+        given = ["partition=gpu", "time=9", "mail-type=END", "comment='a b'", "nodelist=n1"]
+        assert {f"#SBATCH --{words}" for words in given} <= {*out.splitlines()}
+        assert "srun_options=(--label)\n" in out
+    (tmp_path / "site.yaml").write_text("partitoin: gpu\n")
+    assert submit.main(["--config", "smoke", "--dry_run", "--job", "site.yaml"]) == 2
+    assert "did you mean 'partition'?); --help lists all (in site.yaml)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["runs/100%j", "runs/a'b", 'runs/a"b', "runs/a\\b", "runs/a&b", "runs/a;b", "runs/a#b"])
@@ -365,6 +433,180 @@ def test_a_job_that_sbatch_refuses_leaves_no_folder_but_those_that_were_there(fa
     assert Path("runs/a/slurm").stat().st_mode & 0o777 == 0o755
 
 
+def count_up(first):
+    """A stand-in for sbatch that keeps what it is called with, and numbers its jobs; it refuses those from `first` on."""
+    return f"""#!/bin/sh
+echo "sbatch $*" >>../calls
+number=$(grep -c ^sbatch ../calls)
+[ "$number" -lt {first} ] || {{ echo "sbatch: error: Batch job submission failed: too many" >&2; exit 1; }}
+echo "Submitted batch job 1$number"
+"""
+
+
+def test_a_chain_is_queued_as_jobs_that_wait_for_each_other(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, "PENDING 2030-01-02T03:04:05"))
+    (tmp_path / "bin/sbatch").write_text(count_up(9))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a", "--chain", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "submitted job 11: 1 processes" in out
+    assert "its chain goes on with 12 13" in out
+    assert "Slurm expects it to start at 2030-01-02 03:04:05\n" in out
+    scripts = [Path(f"runs/a/slurm/{job}_submission.sh").read_text() for job in (11, 12, 13)]
+    assert not re.search("dependency|leave_if_done", scripts[0])
+    assert "#SBATCH --dependency=afterany:11\n" in scripts[1]
+    assert "#SBATCH --dependency=afterany:11:12\n" in scripts[2]
+    folder = tmp_path / "here/runs/a"
+    assert f"\nleave_if_done {sys.executable} -P -m launch.chain 11:12 --run_dir={folder}\n" in scripts[2]
+    note = json.loads(Path("runs/a/slurm/job.json").read_text())
+    assert (note["job"], note["chain"], note["log"]) == ("11", "11:12:13", str(folder / "slurm/11.log"))
+    assert {path.stat().st_mode & 0o777 for path in Path("runs/a/slurm").glob("*.pkl")} == {0o600}
+
+
+def test_a_chain_of_which_a_part_is_refused_is_taken_back(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO))
+    (tmp_path / "bin/sbatch").write_text(count_up(3))
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "scancel $*" >>../calls\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a", "--chain", "3"]) == 2
+    assert "sbatch refused the job: Batch job submission failed: too many" in capsys.readouterr().err
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "scancel 12 11"
+    assert list(Path().iterdir()) == []
+
+
+def test_an_estimate_of_the_start_never_delays(fake_slurm, tmp_path):
+    fake_slurm(squeue=(0, "PENDING N/A"))
+    for text in ("PENDING N/A", "RUNNING 2030-01-02T03:04:05", "", "odd"):
+        (tmp_path / "bin/squeue").write_text(f"#!/bin/sh\necho '{text}'\n")
+        start = time.monotonic()
+        assert cluster.estimate_start("12") == ""
+        assert time.monotonic() - start < 4
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\nexec sleep 30\n")
+    start = time.monotonic()
+    assert cluster.estimate_start("12") == ""
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize(
+    ("end", "last", "reason"),
+    [
+        ({}, {}, None),  # killed, or the node failed
+        ({"job": "12", "status": 143}, {}, None),
+        ({"job": "12", "status": 85}, {}, None),
+        ({"job": "12", "status": 1}, {"why": "failed: rank 1 is gone", "lasting": False}, None),
+        ({"job": "12", "status": 1}, {"why": "failed: of an older version"}, None),
+        ({"job": "12", "status": 2}, {}, "has failed for good in job 12, by a mistake"),
+        ({"job": "11", "status": 2}, {}, None),  # before the chain
+        ({"job": "13", "status": 1}, {"why": "failed: the loss is nan", "lasting": True}, "in job 13 (failed: the loss is nan)"),
+        ({"job": "13", "status": 143}, {"why": "failed: the loss is nan", "lasting": True}, None),
+    ],
+)
+def test_a_job_of_a_chain_leaves_where_nothing_is_left_to_do(tmp_path, capsys, end, last, reason):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/end.json").write_text(json.dumps(end))
+    (tmp_path / "ends.jsonl").write_text(json.dumps({"step": 3, "start": 1} | last) + "\n" if last else "")
+    assert chain.main(["12:13", f"--run_dir={tmp_path}"]) == (1 if reason is None else 0)
+    assert (reason or "") in capsys.readouterr().out
+
+
+def test_a_job_of_a_chain_says_that_the_run_is_finished_without_torch(tmp_path):
+    result = {"step": 60, "elapsed_s": 1.0, "images_per_s": 1.0, "world_size": 1, "test/loss": 0.5, "test/accuracy": 0.9}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    code = "import sys; from launch import chain; print(chain.main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "12", "--config", "smoke", f"--run_dir={tmp_path}"]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.stdout == f"{tmp_path} is finished: this job of its chain has nothing to do\n0 False\n", answer.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["x"], ["12:"], ["12;id"], ["12", "--steps", "x"]])
+def test_a_chain_that_is_misspelt_is_a_mistake(capsys, words):
+    assert chain.main(words) == 2
+    assert re.match("error: (CHAIN|steps) is ", capsys.readouterr().err)
+
+
+def test_a_chain_is_one_run_for_those_who_look(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/job.json").write_text(json.dumps({"job": "12", "chain": "12:13:14", "log": f"{tmp_path}/slurm/12.log"}))
+
+    def read(*states):
+        queue = [cluster.Job(str(12 + index), str(12 + index), state, "Dependency", "", 0) for index, state in enumerate(states)]
+        run = read_state(tmp_path, queue)
+        return run.job, run.state, run.waiting
+
+    assert read("RUNNING", "PENDING", "PENDING") == ("12", "running", ("13", "14"))
+    assert read("TIMEOUT", "PENDING", "PENDING") == ("13", "pending (Dependency)", ("14",))
+    assert read("FAILED", "RUNNING", "PENDING") == ("13", "running", ("14",))
+    assert jobs.locate_log(read_state(tmp_path, [cluster.Job("13", "13", "RUNNING", "", "", 0)])) == f"{tmp_path}/slurm/13.log"
+    (tmp_path / "slurm/end.json").write_text(json.dumps({"job": "12", "status": 1}))
+    assert read("FAILED", "COMPLETED", "COMPLETED") == ("14", "failed (exit status 1)", ())
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """Runs launch/policy.sh in bash, where srun ends with a status, and scontrol knows one job."""
+
+    def run(lines, status=0, show="JobId=12 NumTasks=2 CPUs/Task=1 NtasksPerN:B:S:C=0:0:*:* ", **variables):
+        stand_ins = f"""
+            scontrol() {{ case $1 in requeue) echo "requeue $2";; *) echo '{show}';; esac; }}
+            srun() {{ echo "srun $*; ${{SLURM_NTASKS-none}} ${{RANK-none}} ${{SLURM_ARRAY_JOB_ID-none}}"; return {status}; }}"""
+        environ = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", **variables}
+        program = f"source {ROOT}/launch/policy.sh\n{stand_ins}\n{lines}"
+        return subprocess.run(["/bin/bash", "-c", program], env=environ, text=True, capture_output=True, timeout=20)
+
+    return run
+
+
+def test_the_policy_says_what_srun_starts(policy):
+    answer = policy("srun_options=(--label)\nrun_training prog 'a b'", SLURM_NTASKS="9", RANK="3", SLURM_ARRAY_JOB_ID="5")
+    assert answer.returncode == 0, answer
+    assert answer.stdout.startswith("srun --kill-on-bad-exit=0 --wait=120 --export=ALL --nodes=2 --ntasks=2 --label bash -c ")
+    assert answer.stdout.endswith(" bash prog a b; none none none\n")  # what an outer job or launcher has left is gone
+    assert policy("run_training prog", show="JobId=12 HetJobId=12 ").returncode == 2
+    assert "--ntasks=3" in policy("run_training prog", show="", SLURM_NTASKS="3").stdout  # a controller that does not answer
+
+
+def test_the_policy_requeues_up_to_its_limit_and_one_job_of_an_array(policy):
+    answer = policy("run_training prog", 85)
+    assert (answer.returncode, answer.stdout.splitlines()[-1]) == (85, "requeue 12")
+    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    shown = "JobId=11 ArrayJobId=12 NumTasks=1 CPUs/Task=1 \nJobId=12 ArrayJobId=12 NumTasks=2 CPUs/Task=1 "
+    answer = policy("run_training prog", 85, shown, **array)
+    assert "--ntasks=2" in answer.stdout
+    assert answer.stdout.splitlines()[-1] == "requeue 12_3"  # `requeue 12` would requeue all of the array
+    answer = policy("MAX_REQUEUES=2\nrun_training prog", 85, SLURM_RESTART_COUNT="2")
+    assert "requeue" not in answer.stdout
+    assert "not requeued again (max_requeues is 2)" in answer.stderr
+    for status in (0, 1, 2, 143):
+        answer = policy("run_training prog", status)
+        assert (answer.returncode, "requeue" in answer.stdout) == (status, False)
+
+
+@pytest.mark.parametrize(("status", "end", "goes_on"), [(0, 0, False), (2, 2, False), (1, 0, True), (137, 0, True)])
+def test_the_policy_asks_before_a_job_of_a_chain_begins(policy, status, end, goes_on):
+    answer = policy(f"leave_if_done bash -c 'exit {status}'\nrun_training prog")
+    assert (answer.returncode, "srun" in answer.stdout) == (end, goes_on)
+
+
+def test_a_job_notes_its_end_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for name in ("new", "somebodys"):
+        training = Training(str(tmp_path / name), ())
+        if name == "somebodys":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "thesis.tex").touch()
+        training._note_end(2)
+    assert json.loads((tmp_path / "new/slurm/end.json").read_text())["status"] == 2
+    assert [path.name for path in (tmp_path / "somebodys").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("tasks", "flag", "warns"), [(4, 1, True), (2, 1, False), (1, 1, False), (4, 0, False)])
+def test_a_step_that_is_smaller_than_its_batch_job_is_noticed(fake_slurm, tasks, flag, warns):
+    lines = [f"JobId={job} JobName=x BatchFlag={flag} NumTasks={count} CPUs/Task=1" for job, count in ((11, 99), (12, tasks))]
+    fake_slurm(scontrol=(0, "\n".join(lines)))
+    said = []
+    warn_of_smaller_step(2, {"SLURM_JOB_ID": "12"}, said.append).join(20)
+    assert [("has 4 tasks, and srun started 2 of them" in line, "unset SLURM_NTASKS" in line) for line in said] == [(True, True)] * warns
+
+
 def test_a_sweep_of_a_file_and_of_words_is_the_same(no_slurm, tmp_path):
     (tmp_path / "s.yaml").write_text("config: smoke\nsweep: {learning_rate: [0.1, 0.10, 1e-3], seed: [0, 1]}\nfixed: {steps: 3}\n")
     task, recipe = sweep._find_task(["s.yaml"])
@@ -467,7 +709,11 @@ def test_a_checkpoint_that_is_being_written_is_not_saved_yet(tmp_path):
     assert find_saved_step(tmp_path) == 10
 
 
-@pytest.mark.parametrize("option", ["partition=a", "account=a", "qos=a", "constraint=a", "memory_gb=1", "cpus_per_task=1", "dry_run"])
+SLURM_ONLY = ["partition=a", "account=a", "qos=a", "constraint=a", "memory_gb=1", "cpus_per_task=1", "dry_run"]
+SLURM_ONLY += ["exclude=a", "nodelist=a", "reservation=a", "sbatch=--nice", "srun=--label", "chain=2"]
+
+
+@pytest.mark.parametrize("option", SLURM_ONLY)
 def test_what_only_slurm_understands_is_refused_without_it(no_slurm, capsys, option):
     assert submit.main(["--config", "smoke", "--cluster", "local", f"--{option}"]) == 2
     assert "has no effect with cluster local" in capsys.readouterr().err

@@ -214,6 +214,48 @@ def test_requeues_are_counted(cluster, tmp_path):
     assert "not requeued again (max_requeues is 1)" in job.log
 
 
+def test_what_is_passed_on_reaches_the_job(cluster, tmp_path):
+    (tmp_path / "site.yaml").write_text("exclude: 127.0.0.1\nsrun: --label\n")
+    more = """--nice=7 --comment='it is; "$HOME" #1'"""
+    job = Launched(cluster, tmp_path, f"--time 5 --job site.yaml --sbatch {shlex.quote(more)} {RECIPE.replace('150', '5')}")
+    text = job.run("scontrol", "show", "job", job.id).stdout
+    assert "Nice=7 " in text
+    assert 'Comment=it is; "$HOME" #1' in text
+    assert "ExcNodeList=127.0.0.1" in text
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert "0: " in job.log  # by srun --label
+    answer = launch(cluster, tmp_path, "submit", f"{RECIPE} --run_dir other --reservation nosuch")
+    assert "sbatch refused the job" in answer.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_chain_is_looked_after_as_one_run(cluster, tmp_path):
+    chain = Launched(cluster, tmp_path, f"--nodes 2 --time 5 --chain 3 {SLOW}")
+    chain.wait_start(1)
+    listing = launch(cluster, tmp_path, "jobs", ".").stdout
+    assert re.search(r"^run +running, 2 more in its chain", listing, re.MULTILINE), listing
+    assert "is in use by job" in launch(cluster, tmp_path, "submit", f"{SLOW} --run_dir run").stderr
+    chain.run("scancel", chain.id)  # this one job alone: the next goes on
+    chain.wait_state("CANCELLED")
+    chain.wait_until(lambda: len(chain.starts) == 2)
+    answer = launch(cluster, tmp_path, "jobs", "cancel run")
+    assert "run is stopped; saved at step" in answer.stdout, answer
+    end = time.monotonic() + 60
+    while queue := chain.run("squeue", "--noheader", "--states=PENDING,RUNNING").stdout:
+        assert time.monotonic() < end, queue
+        time.sleep(0.2)
+    assert len(chain.starts) == 2
+
+
+def test_a_job_submitted_from_within_a_job_is_its_own(cluster, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m launch.submit --time 5 --nodes 2 {RECIPE.replace('150', '5')} --run_dir run"
+    environ = {**cluster, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["srun", "-n", "1", "-c", "2", "bash", "-c", command], env=environ, cwd=tmp_path, check=True, timeout=60)
+    answer = launch(cluster, tmp_path, "jobs", "follow run")
+    assert answer.returncode == 0, answer
+    assert json.loads((tmp_path / "run/result.json").read_text())["world_size"] == 2
+
+
 def test_a_sweep_is_one_array_and_repeats_only_what_failed(cluster, tmp_path):
     recipe = RECIPE.replace("--learning_rate 0.0005", "--steps 40")
     words = f"s.yaml --momentum 0 --run_dir sweep --time 5 --parallel 4 {recipe}"

@@ -1,6 +1,7 @@
 """How the ranks of a run find each other, keep strangers out, and name who is missing, gone or silent."""
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -375,7 +376,8 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_pa
     assert f"line {line}, in hang_in_the_data" in stacks[f"rank{rank}.txt"]
     assert stacks["rank1.txt"].startswith(f"rank 1 on host {HOST}, process ")
     if rank != 0:
-        assert "was silent for 3 s" in (folder / "ends.jsonl").read_text()
+        end = json.loads((folder / "ends.jsonl").read_text())
+        assert ("was silent for 3 s" in end["why"], end["lasting"]) == (True, False)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_a_result(tmp_path, st
     text = run_ranks(tmp_path, TurnNaNAtLast(arguments, stopped), 2, expect=1)
     assert "not finite" in text or "the loss is" in text
     assert "Traceback" not in text
+    assert '"lasting": true' in (folder / "ends.jsonl").read_text()  # so that a chain of jobs ends here
     assert not (folder / "result.json").exists()
     for path in checkpoint.list_newest_first(folder / "checkpoints"):
         assert all(value.isfinite().all() for value in checkpoint.decode(path.read_bytes())["model"].values())

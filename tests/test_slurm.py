@@ -1,5 +1,6 @@
 """slurm/train.sh on the development cluster: real Slurm, real signals."""
 
+import datetime
 import json
 import os
 import re
@@ -37,12 +38,12 @@ def test_time_limit_saves_requeues_and_continues(cluster, tmp_path):
     job.wait_for("step 20/")
     # Only now: the signal is due at once and comes within 30 s, amid the steps however fast or slow the machine is.
     job.update(TimeLimit=2)
-    job.wait_for("train.sh: requeued")
+    job.wait_for("launch: requeued")
     job.update(TimeLimit=10)
     job.wait_for("from step", 2)
     assert "Exited with exit code 85" in job.log
     # Counted in the log, not by Slurm: its own count has each launch that it failed to make and repeated.
-    assert job.log.count("train.sh: requeued") == len(saved(job)) == 1, job.log
+    assert job.log.count("launch: requeued") == len(saved(job)) == 1, job.log
     assert saved(job)[0] > 0
     assert starts(tmp_path) == [0, saved(job)[0]]
 
@@ -78,7 +79,7 @@ def test_preemption(cluster, tmp_path, request, grace, code, requeued):
     job.wait_state("PENDING")
     job.wait_for("from step", 2)
     assert f"Exited with exit code {code}" in job.log
-    assert ("train.sh: requeued" in job.log) == requeued
+    assert ("launch: requeued" in job.log) == requeued
     assert starts(tmp_path) == [0, saved(job)[0]]
 
 
@@ -91,7 +92,7 @@ def test_requeues_are_counted(cluster, tmp_path, most):
         job.run("scancel", "--signal=USR1", job.id)
     assert job.wait_state("FAILED") == "FAILED"
     assert job.show("ExitCode") == "85:0"
-    assert f"not requeued again (MAX_REQUEUES is {most})" in job.log
+    assert f"not requeued again (max_requeues is {most})" in job.log
 
 
 def test_user_mistake_is_not_requeued(cluster, tmp_path):
@@ -99,6 +100,62 @@ def test_user_mistake_is_not_requeued(cluster, tmp_path):
     job.wait_state("FAILED")
     assert job.show("ExitCode") == "2:0"
     assert "batch_size is 3, less than the 4 processes" in job.log
+
+
+def submit_chain(cluster, folder, training):
+    """Three jobs, each after those before it, as docs/launching.md says."""
+    jobs = []
+    for _ in range(3):
+        before = ":".join(job.id for job in jobs)
+        options = f"--nodes=2 --ntasks-per-node=1 --dependency=afterany:{before}" if before else "--nodes=2 --ntasks-per-node=1"
+        jobs.append(Job(cluster, folder, options, training, CHAIN=before))
+    return jobs
+
+
+def assert_left(job, words):
+    """Whether a job of a chain ended at once, well, and without srun."""
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert words in job.log
+    assert "launch: job" not in job.log
+    times = [datetime.datetime.fromisoformat(job.show(name)) for name in ("StartTime", "EndTime")]
+    assert (times[1] - times[0]).total_seconds() < 10  # of which Python takes one, where a machine is idle
+
+
+def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
+    slow = "--steps 150 --log_every 1 --evaluate_every 1 --test_size 600 --report false --wandb disabled"
+    first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
+    first.wait_for("step 20/")
+    assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]
+    first.run("scancel", first.id)
+    assert second.wait_state("COMPLETED", "FAILED", timeout=200) == "COMPLETED", second.log
+    assert starts(tmp_path) == [0, saved(first)[0]]
+    assert_left(third, "run is finished: this job of its chain has nothing to do")
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "words"),
+    [
+        ("--optimizer sgd --learning_rate 100 --schedule constant --steps 40", "1:0", "run has failed for good in job {} (failed: the "),
+        ("--batch_size 1 --steps 40", "2:0", "run has failed for good in job {}, by a mistake that its log names"),
+    ],
+)
+def test_a_chain_ends_where_it_would_fail_again(cluster, tmp_path, training, code, words):
+    first, *others = submit_chain(cluster, tmp_path, f"--dataset synthetic --threads 1 --wandb disabled --run_dir run {training}")
+    for job in others:
+        assert_left(job, words.format(first.id))
+    assert first.show("ExitCode") == code
+
+
+def test_a_batch_script_of_ones_own_may_use_the_policy_and_is_warned_without(cluster, tmp_path):
+    """Submitted from within a job of one task, whose SLURM_NTASKS it inherits."""
+    train = f"{sys.executable} -P -m mnist_dist.train --config smoke --threads 1 --wandb disabled --run_dir"
+    for name, lines in (("bare", f"srun {train} bare"), ("policy", f"source {ROOT}/launch/policy.sh\nrun_training {train} policy")):
+        (tmp_path / name).with_suffix(".sh").write_text(f"#!/bin/bash\n{lines}\n")
+        command = ["srun", "-n", "1", "sbatch", "--wait", "--nodes=2", f"--output={name}.out", f"{name}.sh"]
+        subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=120, check=True)
+        log = (tmp_path / f"{name}.out").read_text()
+        size = json.loads((tmp_path / name / "result.json").read_text())["world_size"]
+        assert (size, "this Slurm job has 2 tasks, and srun started 1 of them" in log) == ((1, True) if name == "bare" else (2, False)), log
 
 
 def test_two_jobs_share_nodes(cluster, tmp_path):
@@ -132,9 +189,9 @@ def test_lost_rank_ends_the_job(cluster, tmp_path):
 def test_checkout_and_folder_with_spaces(cluster, tmp_path):
     checkout = tmp_path / "a b/co"
     checkout.mkdir(parents=True)
-    for name in ("mnist_dist", "configs", "slurm"):
+    for name in ("mnist_dist", "launch", "configs", "slurm"):
         shutil.copytree(ROOT / name, checkout / name)
-    (checkout / "mnist_dist/train.py").write_text("print(__file__)")
+    (checkout / "mnist_dist/train.py").write_text("print(__file__)\nmain = len")
     python = str(ROOT / ".venv/bin/python")
     for script in (checkout / "slurm/train.sh", "../a b/co/slurm/train.sh", "./co/slurm/train.sh"):
         job = Job(cluster, tmp_path / "a b", "", script=script, PYTHON=python)
@@ -236,9 +293,9 @@ def test_mpirun_in_an_allocation(start, kind):
 )
 def test_a_job_submitted_from_within_a_job_is_its_own(cluster, tmp_path, outer, options, size):
     checkout = tmp_path / "co"
-    for name in ("mnist_dist", "slurm"):
+    for name in ("mnist_dist", "launch", "slurm"):
         shutil.copytree(ROOT / name, checkout / name)
-    (checkout / "mnist_dist/train.py").write_text(SAY_WORLD)
+    (checkout / "mnist_dist/train.py").write_text(SAY_WORLD + "main = len")
     script = checkout / "slurm/train.sh"
     submit = f"[ $SLURM_PROCID != 0 ] || sbatch --wait --output=inner.out {options} {script}"
     if ":" in options:
