@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.cluster import Job
+from launch.endings import shorten
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import is_marked
@@ -17,14 +18,17 @@ from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
+    ENDS_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
+    Row,
     find_step,
     is_count,
     is_number,
     list_newest_first,
     read_config,
+    read_ends,
     read_note,
     read_result,
     read_rows,
@@ -55,6 +59,7 @@ class RunState:
 
     path: Path
     state: str
+    why: str = ""  # it ended without being finished, in a word or two; `launch.explain` says more
     is_active: bool = False  # queued, running, or about to
     is_finished: bool = False
     is_in_queue: bool = False  # of Slurm
@@ -112,6 +117,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
 
     config = read(CONFIG_FILE, lambda: read_config(path))
     starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    ends = read(ENDS_FILE, lambda: read_ends(path)) or []
     sized = read(STARTS_FILE, lambda: with_noted_sizes(config, starts) if config else None)
     config = sized or config
     result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
@@ -156,7 +162,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
-    return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), **values)
+    why = _find_why(noted, ended, starts, ends)
+    return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), why=why, **values)
 
 
 def _join(state: str, damage: str) -> str:
@@ -174,6 +181,18 @@ def _describe_end(job: Job | None, noted: dict[str, Any], ended: dict[str, Any],
     if job is not None:
         return _ENDS.get(job.state, "failed")
     return "stopped" if started else "not started"  # its job is gone and has not said how
+
+
+def _find_why(noted: dict[str, Any], ended: dict[str, Any], starts: list[Row], ends: list[Row]) -> str:
+    """Why a run that does not run is not finished, in a word or two; empty where its state says it all."""
+    is_of_job = bool(ended) and (not noted or ended.get("job") == noted.get("job"))
+    status = ended.get("status") if is_of_job else None
+    if not starts or str(noted.get("time", "")) > str(starts[-1].get("time", "")):  # its last job never came to train
+        return "mistake" if status == 2 else ""
+    end = next((end for end in reversed(ends) if end["start"] == len(starts)), None)
+    if end is not None:
+        return shorten(end["why"], end.get("status", status))
+    return "killed" if "memory_kills" in starts[-1] and status is None else ""  # older versions recorded no ends
 
 
 def _describe_progress(path: Path, values: dict[str, Any], config: Config | None) -> dict[str, Any]:
