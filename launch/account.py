@@ -51,7 +51,7 @@ class Account:
             limit = "" if self.limit_s is None else f" of {format_duration(self.limit_s)}"
             words.append(f"time {format_duration(self.elapsed_s)}{limit}")
         if self.memory_mb is not None or self.asked_mb:
-            used = "not known" if self.memory_mb is None else f"{self.memory_mb / 1024:.1f} GB of its largest task"
+            used = "used is not known" if self.memory_mb is None else f"{self.memory_mb / 1024:.1f} GB of its largest task"
             asked = f", asked for {self.asked_mb / 1024:.1f} GB a {self.asked_for}" if self.asked_mb else ""
             words.append(f"memory {used}{asked}")
         if self.nodes:

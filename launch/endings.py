@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from mnist_dist.errors import UserError
 from mnist_dist.preemption import Stop
 
 _LINES_SHOWN = 5
@@ -22,7 +23,7 @@ _WORDS = (
     ("in use", r"is in use by|has removed the lock|put another folder in the place"),
     ("checkpoint", r"checkpoints? .*(is valid|cannot be read|cannot be used)"),
 )
-# Which states of Slurm say more than the run itself could know; those of the second line say less than its own error does.
+# States of Slurm that say more than the run itself could know, and those that say less than an error of its own.
 STRONG_STATES = {"OUT_OF_MEMORY": "memory", "NODE_FAIL": "node failed", "BOOT_FAIL": "node failed"}
 WEAK_STATES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "CANCELLED": "cancelled", "PREEMPTED": "preempted"}
 _NOTICES = (
@@ -83,7 +84,7 @@ def shorten(why: str, status: int | None) -> str:
     number = re.search(r"ranks? (\d{1,7})", find_first(why))
     if kind.startswith("rank ") and number:
         return f"rank {number[1]} {kind.removeprefix('rank ')}"
-    return kind or ("mistake" if status == 2 else f"rank {number[1]} failed" if number else "")
+    return kind or ("mistake" if status == UserError.exit_code else f"rank {number[1]} failed" if number else "")
 
 
 @dataclass

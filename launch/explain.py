@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,9 @@ _PENDING = {
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "BadConstraints": "no node has what it asks for, so it never starts",
 }
+
+
+_NOT_FOR_MEMORY = "not for its memory"
 
 
 @dataclass
@@ -250,9 +254,7 @@ def _gather(path: Path, job: str) -> _Facts:
     rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
     noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
     state = read_state(path, cluster.read_jobs())
-    number = len(starts)
-    if job and job not in (state.job, str(noted.get("job"))):
-        number = max((index for index, start in enumerate(starts, 1) if str(start.get("job")) == job), default=number)
+    number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
     start = starts[number - 1] if number else {}
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
@@ -311,8 +313,8 @@ def _read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
 def _find_run(job: str, account: Account | None) -> Path | None:
     """The run folder of a job: by the notes of the runs here, or where its log and its command lead."""
     folders = [_RUNS]
-    if account is not None and account.log:
-        folders.insert(0, Path(account.log).parent.parent)  # RUN/slurm/12.log, or that of a sweep
+    if account is not None and Path(account.log).parent.name == "slurm":  # RUN/slurm/12.log, or that of a sweep
+        folders.insert(0, Path(account.log).parent.parent)
     for folder in folders:
         for path in find_runs(folder):
             holder = read_holder(path)
@@ -321,10 +323,8 @@ def _find_run(job: str, account: Account | None) -> Path | None:
     if account is None:
         return None
     named = [match[1] for log in _read_logs(_find_log(account, job))[0].values() for line in log.lines if (match := _BEGINS.match(line))]
-    words = account.command.split()
-    named += [
-        word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=True) if word.split("=")[0] == "--run_dir"
-    ]
+    words = [*account.command.split(), ""]
+    named += [word.partition("=")[2] or after for word, after in pairwise(words) if word.split("=")[0] == "--run_dir"]
     for name in reversed(named):
         path = Path(account.work_dir) / name
         if is_run(path):
@@ -356,7 +356,7 @@ def _explain_run(path: Path, job: str) -> Explanation:
         _name_status(facts, answer)
     answer.says = _MEANINGS.get(kind, kind)
     if details := _describe_details(facts, kind):
-        answer.says += f": {details}"
+        answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
     if not is_last:
         answer.notes.append(
             f"the run went on after this start, the {facts.number}. of {len(facts.starts)}; of the last one: the run folder"
@@ -391,8 +391,11 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
         kind = find_kind(why)
         if kind in ("rank gone", ""):
             kills = facts.end.get("memory_kills")
+            host = facts.start.get("host")
             if kills and kind:
-                return "memory", [f"the kernel of {facts.start.get('host')} killed {kills} processes for their memory while this start ran"]
+                return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
+            if kind and facts.start.get("memory_kills") is not None and find_first(why).endswith(f" on host {host}"):
+                return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
         return kind or ("mistake" if facts.end.get("status") == 2 else "rank failed" if find_first(why) else "failed"), []
     if why == "finished":
         return "damaged", [f"it was finished, but {RESULT_FILE} is not there"]
@@ -437,12 +440,13 @@ def _describe_kill(facts: _Facts) -> tuple[str, list[str]]:
     if not is_count(before) or now is None:
         return "killed", ["the kernel of this host does not tell whether it was killed for its memory"]
     if now > before:  # type: ignore[operator]
-        count = now - before  # type: ignore[operator]
-        words = f"the kernel of this host has killed {count} process{'es' if count > 1 else ''} for memory since it began: perhaps this one"
-        return "killed", [words]
-    return "killed", [
-        "not for its memory: the kernel of this host has killed no process for memory since it began; so by SIGKILL or a crash"
-    ]
+        count = _count(now - before, "process", "processes")  # type: ignore[operator]
+        return "killed", [f"the kernel of this host has killed {count} for memory since it began: perhaps this one"]
+    return "killed", [f"{_NOT_FOR_MEMORY}: the kernel of this host has killed no process for memory since it began"]
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _read_boot_time() -> float | None:
@@ -491,7 +495,8 @@ def _describe_details(facts: _Facts, kind: str) -> str:
     words = facts.why.removeprefix("failed: ") if not facts.why.startswith(("stopped", "finished")) else ""
     if not words and not (facts.has_begun and kind in STRONG_STATES.values()):
         words = next((message for message in facts.errors if find_kind(message) == kind), "") or next(iter(facts.errors), "")
-    return words[:400]
+    # What else to do about it is said below.
+    return re.split(r"; (?:the run stops here|where the others were)", words)[0][:400]
 
 
 def _describe_saving(facts: _Facts) -> str:
@@ -614,6 +619,8 @@ def _advise(facts: _Facts, answer: Explanation) -> list[str]:
         "rank failed": "correct what the message names",
         "damaged": "restore or remove the file that is named",
     }.get(kind)
+    if any(note.startswith(_NOT_FOR_MEMORY) for note in answer.notes):
+        first = "look who killed it: SIGKILL comes from a person, a launcher or a site's limits; a crash of Python's prints its reason"
     if kind == "NaN":
         return [first or "", f"the last good state: {_describe_saved(answer)}"]
     if kind == "time limit" and not facts.why.startswith("stopped"):
@@ -625,7 +632,7 @@ def _describe_saved(answer: Explanation) -> str:
     if answer.saved_step is None:
         return "the beginning: nothing was saved"
     lost = (answer.step or 0) - answer.saved_step
-    return f"step {answer.saved_step}" + (f"; {lost} steps are repeated" if lost > 0 else "")
+    return f"step {answer.saved_step}" + (f"; {_count(lost, 'step is', 'steps are')} repeated" if lost > 0 else "")
 
 
 def _ask_memory(facts: _Facts) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.cluster import Job
-from launch.endings import shorten
+from launch.endings import STRONG_STATES, shorten
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import is_marked
@@ -123,6 +123,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
     rows = read(METRICS_FILE, lambda: read_rows(path, config or make_config({}), _TAIL_BYTES)) or []
     noted, ended = (read_own_note(path, name) for name in ("job", "end"))
+    if noted and ended.get("job") != noted.get("job"):
+        ended = {}  # of an earlier job
     holder = read_holder(path)
     number = holder.job if holder else ""
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
@@ -162,37 +164,40 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
-    why = _find_why(noted, ended, starts, ends)
-    return RunState(state=damage or _describe_end(job, noted, ended, bool(starts)), why=why, **values)
+    why, status = _find_why(noted, ended, starts, ends)
+    return RunState(state=damage or _describe_end(job, status, bool(ended), bool(starts)), why=why, **values)
 
 
 def _join(state: str, damage: str) -> str:
     return f"{state}, {damage}" if damage else state
 
 
-def _describe_end(job: Job | None, noted: dict[str, Any], ended: dict[str, Any], started: bool) -> str:
-    if ended and (not noted or ended.get("job") == noted.get("job")):
-        status = ended.get("status")
-        if status is None or not is_count(status):
-            return "failed"
+def _describe_end(job: Job | None, status: int | None, is_noted: bool, started: bool) -> str:
+    if job is not None and job.state in STRONG_STATES:
+        return _ENDS.get(job.state, "failed")
+    if status is not None:
         if job is not None and job.state == "CANCELLED" and status in _STATUSES:
             return "cancelled, saved"
-        return _STATUSES.get(status, f"failed (exit status {status})")
+        if is_noted or job is None or job.state not in _ENDS:
+            return _STATUSES.get(status, f"failed (exit status {status})")
+    if is_noted:
+        return "failed"
     if job is not None:
         return _ENDS.get(job.state, "failed")
     return "stopped" if started else "not started"  # its job is gone and has not said how
 
 
-def _find_why(noted: dict[str, Any], ended: dict[str, Any], starts: list[Row], ends: list[Row]) -> str:
-    """Why a run that does not run is not finished, in a word or two; empty where its state says it all."""
-    is_of_job = bool(ended) and (not noted or ended.get("job") == noted.get("job"))
-    status = ended.get("status") if is_of_job else None
+def _find_why(noted: Row, ended: Row, starts: list[Row], ends: list[Row]) -> tuple[str, int | None]:
+    """Why a run that does not run is not finished, in a word or two, and its exit status; empty and None where neither is recorded."""
+    status = ended.get("status") if is_count(ended.get("status")) else None
     if not starts or str(noted.get("time", "")) > str(starts[-1].get("time", "")):  # its last job never came to train
-        return "mistake" if status == 2 else ""
+        return "mistake" if status == UserError.exit_code else "", status
     end = next((end for end in reversed(ends) if end["start"] == len(starts)), None)
-    if end is not None:
-        return shorten(end["why"], end.get("status", status))
-    return "killed" if "memory_kills" in starts[-1] and status is None else ""  # older versions recorded no ends
+    if end is None:  # older versions recorded none either
+        return "killed" if "memory_kills" in starts[-1] and status is None else "", status
+    if status is None and is_count(end.get("status")):
+        status = end["status"]
+    return shorten(end["why"], status), status
 
 
 def _describe_progress(path: Path, values: dict[str, Any], config: Config | None) -> dict[str, Any]:
