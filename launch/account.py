@@ -118,7 +118,7 @@ def _read_sacct(job: str) -> Account | None:
 
 
 def _read_scontrol(job: str) -> Account | None:
-    lines = _ask("scontrol", "--oneliner", "show", "job", job).splitlines()
+    lines = _ask("scontrol", "--oneliner", "--details", "show", "job", job).splitlines()
     found = [dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", line)) for line in lines[:1]]
     values = found[0] if found else {}
     if "JobState" not in values:

@@ -109,7 +109,9 @@ class Log:
         own = [line for line in self.lines if line.startswith(f"[rank {rank}] ")]
         if not own:
             own = [line for line in self.lines if not re.match(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ", line)]
-        own = own[-_LINES_SHOWN:] + [line for _, tasks, _, line in self.tasks if rank in tasks.split(",")]
+        own = (own or self.lines)[-_LINES_SHOWN:] + [
+            line for _, tasks, _, line in self.tasks if rank in tasks.split(",") and line not in own
+        ]
         return [line[:_LINE_MAX] for line in own]
 
 

@@ -700,7 +700,7 @@ def _explain_job(account: Account) -> Explanation:
         answer.first = next((found for message in messages if (found := find_first(message))), "") or log.first_dead
         ranks = _parse_ranks(answer.first)
         answer.last_lines = log.show_rank(str(ranks[0] if ranks else 0))
-        answer.now = ["correct what the log says" if log.lines else "look at its log", "then submit it again"]
+        answer.now = ["correct what the log says" if log.lines else "look at its log", "submit it again"]
         if account.state in WEAK_STATES:
             answer.now = ["submit it again"]
     return answer
