@@ -35,7 +35,7 @@ _NOTICES = (
 )
 _RANKS = r"(?:ranks? [\d, -]+ on host [^\s;,]+(?:, )?)+"
 _VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|failed: )")
-_PLACE = re.compile(r" on rank (\d{1,7})\b")
+_PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
 _ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
 _HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"
 _TASK = re.compile(rf"srun: error: (\S{{1,255}}): tasks? ([\d,-]{{1,200}}): ({_HOW})$")

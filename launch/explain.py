@@ -227,14 +227,13 @@ class _Facts:
         return self.logs.get(None) or self.logs.get(0) or Log()
 
     @property
-    def errors(self) -> list[str]:
-        """The messages in the logs, each with its rank."""
-        found = []
-        for rank, log in self.logs.items():
-            for named, message in log.errors:
-                number = named or ("" if rank is None or self.world_size == 1 else str(rank))
-                found.append(f"{message} on rank {number}" if number and not find_first(message) else message)
-        return found
+    def errors(self) -> list[tuple[str, str]]:
+        """The messages in the logs, each with its rank: empty if it was alone."""
+        return [
+            (named or ("" if rank is None or len(self.logs) == 1 else str(rank)), message)
+            for rank, log in self.logs.items()
+            for named, message in log.errors
+        ]
 
 
 def _gather(path: Path, job: str) -> _Facts:
@@ -354,6 +353,8 @@ def _explain_run(path: Path, job: str) -> Explanation:
     if kind not in _UNFINISHED | {"finished"}:
         _name_ranks(facts, answer)
         _name_status(facts, answer)
+        if not facts.has_begun and kind not in ("not started", "damaged") and "before the training" not in _describe_details(facts, kind):
+            answer.notes.append("the training had not begun")
     answer.says = _MEANINGS.get(kind, kind)
     if details := _describe_details(facts, kind):
         answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
@@ -399,7 +400,7 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
         return kind or ("mistake" if facts.end.get("status") == 2 else "rank failed" if find_first(why) else "failed"), []
     if why == "finished":
         return "damaged", [f"it was finished, but {RESULT_FILE} is not there"]
-    said = next((kind for message in facts.errors if (kind := find_kind(message))), "")
+    said = next((kind for _, message in facts.errors if (kind := find_kind(message))), "")
     status = facts.status if facts.status is not None else account.status if account else None
     if not facts.has_begun:
         if facts.damaged and not facts.job:
@@ -494,7 +495,8 @@ def _describe_details(facts: _Facts, kind: str) -> str:
         return _describe_saving(facts).removeprefix(", ")
     words = facts.why.removeprefix("failed: ") if not facts.why.startswith(("stopped", "finished")) else ""
     if not words and not (facts.has_begun and kind in STRONG_STATES.values()):
-        words = next((message for message in facts.errors if find_kind(message) == kind), "") or next(iter(facts.errors), "")
+        messages = [message for _, message in facts.errors]
+        words = next((message for message in messages if find_kind(message) == kind), "") or next(iter(messages), "")
     # What else to do about it is said below.
     return re.split(r"; (?:the run stops here|where the others were)", words)[0][:400]
 
@@ -527,8 +529,7 @@ def _name_ranks(facts: _Facts, answer: Explanation) -> None:
     kind = answer.end
     if kind in _SAVED or (facts.why.startswith("stopped") and kind in WEAK_STATES.values()):
         return
-    messages = [facts.why, *facts.errors]
-    first = next((found for message in messages if (found := find_first(message))), "")
+    first = _find_first(facts.why, facts.errors)
     if not first and facts.has_begun and facts.world_size > 1:
         first = facts.log.first_dead or ("rank 0" if kind in ("killed", "memory") and not facts.end else "")
     answer.first = first
@@ -543,6 +544,13 @@ def _name_ranks(facts: _Facts, answer: Explanation) -> None:
     others = sorted(set(range(min(facts.world_size, 1_000_000))) - set(numbers))
     if numbers and others and facts.has_begun:
         answer.consequence = f"{name_ranks(others)} ended because of it"
+
+
+def _find_first(why: str, errors: list[tuple[str, str]]) -> str:
+    """The rank that others name, or the only one with an error of its own; empty where all say the same, or nobody says anything."""
+    named = next((found for message in [why, *(message for _, message in errors)] if (found := find_first(message))), "")
+    ranks = {rank for rank, _ in errors}
+    return named or (f"rank {rank}" if len(ranks) == 1 and (rank := ranks.pop()) else "")
 
 
 def _parse_ranks(text: str) -> list[int]:
@@ -697,7 +705,7 @@ def _explain_job(account: Account) -> Explanation:
     if kind != "finished":
         answer.status = account.status
         answer.meaning = "" if account.status is None else describe_status(account.status)
-        answer.first = next((found for message in messages if (found := find_first(message))), "") or log.first_dead
+        answer.first = _find_first("", log.errors) or log.first_dead
         ranks = _parse_ranks(answer.first)
         answer.last_lines = log.show_rank(str(ranks[0] if ranks else 0))
         answer.now = ["correct what the log says" if log.lines else "look at its log", "submit it again"]

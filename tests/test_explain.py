@@ -212,6 +212,17 @@ def test_a_run_that_runs_is_not_said_to_have_ended(ended):
     assert "exit status" not in text
 
 
+def test_the_command_that_is_proposed_resumes_the_run(ended, tmp_path):
+    folder = ended[0] / "full"
+    program, _, resumed = tell(folder)[0].now[1].partition("   (")
+    words = shlex.split(program)
+    assert words[:3] == ["python", "-m", "mnist_dist.train"]
+    assert resumed == "continues from the beginning: nothing was saved)"
+    [rank] = start_ranks(tmp_path, Train(words[3:]))
+    assert rank.wait() == 0
+    assert tell(folder)[0].end == "finished"
+
+
 @pytest.fixture
 def its_cgroup():
     """A cgroup in which a process may have 48 MB more than it has, where this user may make one."""
@@ -564,6 +575,8 @@ def test_statuses_and_ranks_in_words():
     )
     assert shorten("failed: ranks 1, 3 on host a are gone and left no reason", 1) == "rank 1 gone"
     assert shorten(SAVED, 143) == ""
+    assert explain._find_first("", [("0", "batch_size is 3"), ("1", "batch_size is 3")]) == ""
+    assert explain._find_first("", [("1", "batch_size is 3")]) == "rank 1"
     log = read_log("launch: x\n[rank 0] error: old\nlaunch: requeued\n[rank 1] error: new\n")
     assert log.errors == [("1", "new")]
 
