@@ -196,7 +196,7 @@ def _find_why(noted: Row, ended: Row, starts: list[Row], ends: list[Row]) -> tup
     if end is None:  # older versions recorded none either
         return "killed" if "memory_kills" in starts[-1] and status is None else "", status
     if status is None and is_count(end.get("status")):
-        status = end["status"]
+        status = end["status"] or None  # 0 and no result: somebody has removed that
     return shorten(end["why"], status), status
 
 
