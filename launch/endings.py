@@ -43,6 +43,8 @@ _START = re.compile(r"train\.sh: job \d+, start \d+")
 _REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
 _NOT_REQUEUED = re.compile(r"(?:launch|train\.sh): .*(?:not requeued again|could not be requeued).*")
 
+_NOT_OF_RANKS = re.compile(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ")
+
 _STATUSES = {
     0: "finished",
     1: "an error while running",
@@ -105,13 +107,13 @@ class Log:
         return next((f"rank {tasks} on host {host}" for host, tasks, how, _ in self.tasks if not how.startswith("Exited")), "")
 
     def show_rank(self, rank: str) -> list[str]:
-        """The last lines of a rank, or where lines have no rank, the last lines that are not Slurm's."""
+        """The last lines of a rank, and what srun says of it. Lines that name no rank are shown where it has none of its own."""
         own = [line for line in self.lines if line.startswith(f"[rank {rank}] ")]
-        if not own:
-            own = [line for line in self.lines if not re.match(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ", line)]
-        own = (own or self.lines)[-_LINES_SHOWN:] + [
-            line for _, tasks, _, line in self.tasks if rank in tasks.split(",") and line not in own
-        ]
+        own = own or [line for line in self.lines if not _NOT_OF_RANKS.match(line)]
+        if not own and not any(line.startswith("[rank ") for line in self.lines):
+            own = self.lines
+        own = own[-_LINES_SHOWN:]
+        own += [line for _, tasks, _, line in self.tasks if rank in tasks.split(",") and line not in own]
         return [line[:_LINE_MAX] for line in own]
 
 

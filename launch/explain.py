@@ -34,7 +34,7 @@ from mnist_dist.files import is_marked, read_file
 from mnist_dist.lock import LOCK_FILE, read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
-from mnist_dist.program import print_answer
+from mnist_dist.program import make_printable, print_answer
 from mnist_dist.record import (
     CONFIG_FILE,
     ENDS_FILE,
@@ -62,6 +62,7 @@ _RUNS = Path("runs")
 _LOG_BYTES_MAX = 4 << 20
 _RANK_LOG_BYTES_MAX = 256 << 10
 _RANKS_READ = 64
+_RANKS_NAMED = 100_000
 _NOTE_BYTES_MAX = 64 << 10
 _STACK_LINES = 6
 _KERNEL_TIMEOUT_S = 5
@@ -258,6 +259,7 @@ def _gather(path: Path, job: str) -> _Facts:
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
     is_slurms &= not str(noted.get("log", "")).endswith("_log.out") or noted.get("job") != job
+    job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
     log_path = str(noted.get("log", "")) if noted.get("job") == job else ""
     log_path = log_path or _find_log(account, job)
@@ -393,7 +395,7 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
         if kind in ("rank gone", ""):
             kills = facts.end.get("memory_kills")
             host = facts.start.get("host")
-            if kills and kind:
+            if is_count(kills) and kills and kind:
                 return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
             if kind and facts.start.get("memory_kills") is not None and find_first(why).endswith(f" on host {host}"):
                 return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
@@ -541,7 +543,7 @@ def _name_ranks(facts: _Facts, answer: Explanation) -> None:
         answer.last_lines = facts.log.show_rank(str(rank))
     if kind == "rank silent" and numbers:
         answer.notes += _read_stack(facts.path, rank)
-    others = sorted(set(range(min(facts.world_size, 1_000_000))) - set(numbers))
+    others = sorted(set(range(min(facts.world_size, _RANKS_NAMED))) - set(numbers))
     if numbers and others and facts.has_begun:
         answer.consequence = f"{name_ranks(others)} ended because of it"
 
@@ -736,7 +738,7 @@ def show(answer: Explanation) -> str:
         lines.append(f"  Slurm: {answer.slurm}")
     lines += [f"  note: {note}" if not note.startswith("  ") else f"    {note}" for note in answer.notes]
     lines += [f"  {'now:' if index == 0 else 'then:'} {words}" for index, words in enumerate(answer.now)]
-    return "\n".join(lines)
+    return "\n".join(map(make_printable, lines))  # no text of a file begins a line of its own
 
 
 if __name__ == "__main__":
