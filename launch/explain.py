@@ -392,12 +392,12 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
         return ("interrupted", []) if Stop.INTERRUPT.cause in why else (weak or "stopped", [])
     if why.startswith("failed"):
         kind = find_kind(why)
-        if kind in ("rank gone", ""):
-            kills = facts.end.get("memory_kills")
-            host = facts.start.get("host")
-            if is_count(kills) and kills and kind:
+        host = str(facts.start.get("host"))
+        if kind == "rank gone" and find_first(why).endswith(f" on host {host}"):  # the one that counts what its kernel kills
+            kills = facts.end.get("memory_kills", 0)
+            if is_count(kills) and kills:
                 return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
-            if kind and facts.start.get("memory_kills") is not None and find_first(why).endswith(f" on host {host}"):
+            if facts.start.get("memory_kills") is not None:
                 return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
         return kind or ("mistake" if facts.end.get("status") == 2 else "rank failed" if find_first(why) else "failed"), []
     if why == "finished":

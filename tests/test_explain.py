@@ -303,14 +303,14 @@ START |= {"memory_kills": 0}
 SAVED = "stopped by a signal to end, or Stop on W&B, saved"
 
 
-def make_run(folder, why=None, status=1, log=None, starts=1, noted=True, **end):
+def make_run(folder, why=None, status=1, log=None, starts=1, noted=True, host="n1", **end):
     """A run of job 12 on two nodes of two ranks."""
     (folder / "slurm").mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints/step_00000100-0123456789abcdef.pt").touch()
     (folder / "config.yaml").write_text("dataset: synthetic\nsteps: 600\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 120, "train/loss": 2.0, "health/memory_gb": 1.25}) + "\n")
-    (folder / "starts.jsonl").write_text((json.dumps(START) + "\n") * starts)
+    (folder / "starts.jsonl").write_text((json.dumps(START | {"host": host}) + "\n") * starts)
     if why is not None:
         row = {"time": "2026-11-26T07:46:20+00:00", "step": 120, "start": starts, "why": why, "status": status, **end}
         (folder / "ends.jsonl").write_text(json.dumps(row) + "\n")
@@ -354,6 +354,7 @@ class Case:
     log: str | None = BEGUN
     sacct: str | None = None
     scontrol: str | None = None
+    kills: tuple[str, int] = ("n1", 0)  # the host of rank zero, and what its kernel killed for memory
 
 
 CASES = {
@@ -379,6 +380,8 @@ CASES = {
         OOM,
         scontrol=FAILED,
     ),
+    "killed on the host that counts": Case("memory", ["the kernel of n2 killed 2 processes"], f"failed: {GONE}", LOST, kills=("n2", 2)),
+    "killed on another host than the one that counts": Case("rank gone", ["on n2: dmesg"], f"failed: {GONE}", LOST, kills=("n1", 2)),
     "memory of a GPU": Case("GPU memory", ["--micro_batch"], "failed: CUDA out of memory. Tried to allocate 2.00 GiB"),
     "node, by sacct": Case("node failed", ["Node failure on n2", "sinfo -R"], log=NODE, sacct=account("NODE_FAIL", code="0:0")),
     "node, by scontrol": Case(
@@ -432,7 +435,8 @@ CASES = {
 def test_an_end_that_slurm_knows_is_explained(slurm, tmp_path, name):
     case = CASES[name]
     status = 85 if case.why and "requeue" in case.why else 143 if case.why == SAVED else 1
-    folder = make_run(tmp_path / "runs/x", case.why, status, case.log)
+    host, kills = case.kills
+    folder = make_run(tmp_path / "runs/x", case.why, status, case.log, host=host, **({"memory_kills": kills} if kills else {}))
     slurm(sacct=case.sacct, scontrol=case.scontrol)
     answer, text = tell(folder)
     assert answer.end == case.kind, text
@@ -707,3 +711,33 @@ def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
         assert answer["run"].endswith("limited")
         assert (answer["end"], answer["status"]) == ("time limit", 143), answer
         assert answer["says"].endswith("and saved")
+
+
+GROWING = """
+import os
+from mnist_dist.tasks.mnist import Mnist
+
+
+class Growing(Mnist):
+    def draw(self, seed, step, size):
+        if step == 6 and os.environ["SLURM_PROCID"] == "1":
+            with open(os.environ["ITS_CGROUP"] + "/cgroup.procs", "w") as file:
+                file.write(str(os.getpid()))
+            kept = []
+            while True:
+                kept.append(os.urandom(1 << 22))
+        return super().draw(seed, step, size)
+"""
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(200)
+def test_a_real_task_that_the_kernel_kills_for_its_memory_is_explained(cluster, tmp_path, its_cgroup):
+    (tmp_path / "growing.py").write_text(GROWING)
+    job = submit({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, "grown", f"--nodes 2 --time 5 --task growing.py {SLOW}")
+    job.wait_state("FAILED")
+    answer = ask(cluster, tmp_path, job.id)
+    assert (answer["end"], answer["status"]) == ("memory", 1), answer
+    assert answer["first"].startswith("rank 1 on host ")
+    assert answer["last_lines"][-1].endswith(": task 1: Killed")
+    assert any("for memory while this start ran" in note for note in answer["notes"])
