@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -77,7 +78,7 @@ def _list(folder: Path, as_json: bool) -> int:
     return 0
 
 
-_HEADER = ("run", "state", "step", "loss", "best", "images/s", "left", "restarts", "job", "nodes")
+_HEADER = ("run", "state", "why", "step", "loss", "best", "images/s", "left", "restarts", "job", "nodes")
 
 
 def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
     return (
         str(run.path.relative_to(folder)) if run.path != folder else str(run.path),
         run.state + silent + more,
+        run.why,
         f"{run.step}/{run.total}" if run.total else "",
         f"{run.loss:.4f}" if run.loss is not None else "",
         "" if run.best is None else format_measure(run.measure, run.best),
@@ -114,6 +116,8 @@ def follow(path: Path) -> int:
         time.sleep(_POLL_S)
     _copy(log, position)
     print(f"{path}: {run.state}, step {run.step}" + (f" of {run.total}" if run.total else ""))
+    if not run.is_finished:
+        print(f"why: {shlex.join(['python', '-m', 'launch.explain', str(path)])}")
     return 0 if run.is_finished else RunError.exit_code
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.cluster import Job
+from launch.endings import STRONG_STATES, shorten
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import is_marked
@@ -17,14 +18,17 @@ from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
+    ENDS_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
+    Row,
     find_step,
     is_count,
     is_number,
     list_newest_first,
     read_config,
+    read_ends,
     read_note,
     read_result,
     read_rows,
@@ -55,6 +59,7 @@ class RunState:
 
     path: Path
     state: str
+    why: str = ""  # it ended without being finished, in a word or two; `launch.explain` says more
     is_active: bool = False  # queued, running, or about to
     is_finished: bool = False
     is_in_queue: bool = False  # of Slurm
@@ -113,6 +118,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
 
     config = read(CONFIG_FILE, lambda: read_config(path))
     starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    ends = read(ENDS_FILE, lambda: read_ends(path)) or []
     sized = read(STARTS_FILE, lambda: with_noted_sizes(config, starts) if config else None)
     config = sized or config
     result = read(RESULT_FILE, lambda: read_result(path, config)) or {}
@@ -121,6 +127,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     holder = read_holder(path)
     number = holder.job if holder else ""
     noted_jobs = str(noted.get("chain") or noted.get("job") or "").split(":")
+    if (known := {*noted_jobs, number}) != {""} and ended.get("job") not in known:
+        ended = {}  # of an earlier job
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
     # Of a chain the one that runs counts, else the first that waits.
     matching = [job for job in jobs if job.name in noted_jobs or (number and job.number == number)]
@@ -160,24 +168,40 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
-    return RunState(state=damage or _describe_end(job, {*noted_jobs, number}, ended, bool(starts)), **values)
+    why, status = _find_why(noted, ended, starts, ends)
+    return RunState(state=damage or _describe_end(job, status, bool(ended), bool(starts)), why=why, **values)
 
 
 def _join(state: str, damage: str) -> str:
     return f"{state}, {damage}" if damage else state
 
 
-def _describe_end(job: Job | None, known: set[str], ended: dict[str, Any], started: bool) -> str:
-    if ended and (known == {""} or ended.get("job") in known):
-        status = ended.get("status")
-        if status is None or not is_count(status):
-            return "failed"
+def _describe_end(job: Job | None, status: int | None, is_noted: bool, started: bool) -> str:
+    if job is not None and job.state in STRONG_STATES:
+        return _ENDS.get(job.state, "failed")
+    if status is not None:
         if job is not None and job.state == "CANCELLED" and status in _STATUSES:
             return "cancelled, saved"
-        return _STATUSES.get(status, f"failed (exit status {status})")
+        if is_noted or job is None or job.state not in _ENDS:
+            return _STATUSES.get(status, f"failed (exit status {status})")
+    if is_noted:
+        return "failed"
     if job is not None:
         return _ENDS.get(job.state, "failed")
     return "stopped" if started else "not started"  # its job is gone and has not said how
+
+
+def _find_why(noted: Row, ended: Row, starts: list[Row], ends: list[Row]) -> tuple[str, int | None]:
+    """Why a run that does not run is not finished, in a word or two, and its exit status; empty and None where neither is recorded."""
+    status = ended.get("status") if is_count(ended.get("status")) else None
+    if not starts or str(noted.get("time", "")) > str(starts[-1].get("time", "")):  # its last job never came to train
+        return "mistake" if status == UserError.exit_code else "", status
+    end = next((end for end in reversed(ends) if end["start"] == len(starts)), None)
+    if end is None:  # older versions recorded none either
+        return "killed" if "memory_kills" in starts[-1] and status is None else "", status
+    if status is None and is_count(end.get("status")):
+        status = end["status"] or None  # 0 and no result: somebody has removed that
+    return shorten(end["why"], status), status
 
 
 def _describe_progress(path: Path, values: dict[str, Any], config: Config | None) -> dict[str, Any]:

@@ -377,6 +377,18 @@ def _read_notes(path: Path) -> list[Row]:
     return rows
 
 
+def count_memory_kills() -> int | None:
+    """How many processes the kernel of this host has killed for their memory since it booted; None where it does not tell.
+
+    Of a process that was killed nothing else tells an ordinary user why: two counts, of its start and of now, do.
+    """
+    try:
+        match = re.search(rb"^oom_kill (\d{1,15})$", Path("/proc/vmstat").read_bytes(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) if match else None
+
+
 def read_note(path: Path) -> Row:
     """The JSON object in a small file; an empty one where there is none, or where it is damaged."""
     try:

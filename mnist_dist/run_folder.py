@@ -36,6 +36,7 @@ from mnist_dist.record import (
     Record,
     Row,
     check_folder,
+    count_memory_kills,
     is_run,
     read_result,
     read_starts,
@@ -70,6 +71,7 @@ class RunFolder:
         self._trackers: list[NoTracker] = []
         self._saved_s = time.monotonic()
         self._starts = 0  # with this one
+        self._memory_kills: int | None = None  # of this host, before this start
         self._step = 0  # of the last row or checkpoint
         self._stop = Stop.NONE
         self._is_finished = False
@@ -143,7 +145,9 @@ class RunFolder:
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
         assert self._record is not None
         self._step = step
+        self._memory_kills = count_memory_kills()
         start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": self.config.task.source}
+        start["memory_kills"] = self._memory_kills  # a start that is killed can note nothing more
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
@@ -192,18 +196,24 @@ class RunFolder:
         self._record.sync()
 
     def _note_end(self, error: BaseException | None) -> None:
+        status = 0
         if self._is_finished:
             why = "finished"
         elif self._stop:
-            why = f"stopped by {self._stop.cause}, saved"
+            why, status = f"stopped by {self._stop.cause}, saved", self._stop.exit_code
         else:
+            status = getattr(error, "exit_code", RunError.exit_code)
             lost = error is not None and is_loss(error) and self.group.size > 1
             lines = (self.group.explain(error) if lost and error is not None else str(error).strip()).splitlines()
             why = f"failed: {(lines[0] if lines else type(error).__name__)[:300]}"
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()
-            end = {"time": _now(), "step": self._step, "start": self._starts, "why": why, "lasting": isinstance(error, NotFiniteError)}
+            end: Row = {"time": _now(), "step": self._step, "start": self._starts, "why": why, "status": status}
+            end["lasting"] = isinstance(error, NotFiniteError)
+            kills = count_memory_kills()
+            if kills is not None and self._memory_kills is not None and kills > self._memory_kills:
+                end["memory_kills"] = kills - self._memory_kills
             append_line(self.path / ENDS_FILE, json.dumps(end).encode())
 
     @property

@@ -1,0 +1,140 @@
+"""Kinds of ends of a run, and the words by which they are told apart: in its record, its logs, and Slurm's messages. Imports no torch."""
+
+import re
+from dataclasses import dataclass, field
+
+from mnist_dist.errors import UserError
+from mnist_dist.preemption import Stop
+
+_LINES_SHOWN = 5
+_LINE_MAX = 300
+_WORDS_MAX = 2000
+
+# What the words of a message mean; the first that matches counts.
+_WORDS = (
+    ("GPU memory", r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|OutOfMemoryError"),
+    ("NaN", r"the (loss|gradient norm) is (nan|-?inf)|are not finite"),
+    ("disk full", r"No space left on device|[Dd]isk quota exceeded|File too large"),
+    ("memory", r"out of memory\?\)|Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
+    ("rank gone", r"(is|are) gone and left no reason|connection to another rank broke"),
+    ("rank silent", r"(was|were) silent for [\d.]+ s"),
+    ("did not meet", r"could not join the others|did not come|was left by rank zero"),
+    ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
+    ("in use", r"is in use by|has removed the lock|put another folder in the place"),
+    ("checkpoint", r"checkpoints? .*(is valid|cannot be read|cannot be used)"),
+)
+# States of Slurm that say more than the run itself could know, and those that say less than an error of its own.
+STRONG_STATES = {"OUT_OF_MEMORY": "memory", "NODE_FAIL": "node failed", "BOOT_FAIL": "node failed"}
+WEAK_STATES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "CANCELLED": "cancelled", "PREEMPTED": "preempted"}
+_NOTICES = (
+    ("memory", r"oom[_-]kill event|: task \d+: Out Of Memory|Exceeded job memory limit|exceeded memory limit"),
+    ("node failed", r"DUE TO NODE FAILURE|[Nn]ode failure on"),
+    ("time limit", r"DUE TO TIME LIMIT|Exceeded time limit"),
+    ("preempted", r"CANCELLED AT \S+ DUE TO PREEMPTION"),
+    ("cancelled", r"error: \*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
+)
+_RANKS = r"(?:ranks? [\d, -]+ on host [^\s;,]+(?:, )?)+"
+_VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|failed: )")
+_PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
+_ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
+_HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"
+_TASK = re.compile(rf"srun: error: (\S{{1,255}}): tasks? ([\d,-]{{1,200}}): ({_HOW})$")
+_START = re.compile(r"train\.sh: job \d+, start \d+")
+_REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
+_NOT_REQUEUED = re.compile(r"(?:launch|train\.sh): .*(?:not requeued again|could not be requeued).*")
+
+_NOT_OF_RANKS = re.compile(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ")
+
+_STATUSES = {
+    0: "finished",
+    1: "an error while running",
+    2: "a mistake in options, files or the number of processes",
+    Stop.REQUEUE.exit_code: "saved, and asked to be requeued",
+    Stop.INTERRUPT.exit_code: "stopped by Ctrl-C",
+    Stop.TERMINATE.exit_code: "stopped by a signal to end (SIGTERM or SIGHUP)",
+}
+_SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
+
+
+def describe_status(status: int) -> str:
+    """What an exit status means: the program's own, or 128 and the number of a signal."""
+    if status in _STATUSES:
+        return _STATUSES[status]
+    if 128 < status < 193:
+        return f"ended by signal {status - 128}" + (f" ({_SIGNALS[status - 128]})" if status - 128 in _SIGNALS else "")
+    return "not a status of this program: of its launcher, or of the shell"
+
+
+def find_kind(words: str) -> str:
+    """The kind of failure that a message is of; empty where it is none of those known."""
+    return next((kind for kind, pattern in _WORDS if re.search(pattern, words[:_WORDS_MAX])), "")
+
+
+def find_first(words: str) -> str:
+    """The rank that a message names as the first to fail, with its host where it has one; empty where it names none."""
+    if match := _VERDICT.search(words[:_WORDS_MAX]):
+        return match[1].rstrip(", ")
+    match = _PLACE.search(words[:_WORDS_MAX])
+    return f"rank {match[1]}" if match else ""
+
+
+def shorten(why: str, status: int | None) -> str:
+    """Why a run failed, in a word or two: for a table. `why` is that of ends.jsonl, or empty."""
+    if why.startswith(("stopped", "finished")):
+        return ""
+    kind = find_kind(why)
+    number = re.search(r"ranks? (\d{1,7})", find_first(why))
+    if kind.startswith("rank ") and number:
+        return f"rank {number[1]} {kind.removeprefix('rank ')}"
+    return kind or ("mistake" if status == UserError.exit_code else f"rank {number[1]} failed" if number else "")
+
+
+@dataclass
+class Log:
+    """What the log of a job's last start says."""
+
+    lines: list[str] = field(default_factory=list)
+    errors: list[tuple[str, str]] = field(default_factory=list)  # the rank, empty if alone, and its message
+    tasks: list[tuple[str, str, str, str]] = field(default_factory=list)  # of srun: node, tasks, how they ended, the line
+    notice: str = ""  # the kind of end that Slurm's own lines are of
+    notice_line: str = ""
+    requeue: str = ""  # why there was none
+    has_begun: bool = False
+
+    @property
+    def first_dead(self) -> str:
+        """The task that srun saw end by a signal, the first of them, such as `rank 1 on host n1`."""
+        return next((f"rank {tasks} on host {host}" for host, tasks, how, _ in self.tasks if not how.startswith("Exited")), "")
+
+    def show_rank(self, rank: str) -> list[str]:
+        """The last lines of a rank, and what srun says of it. Lines that name no rank are shown where it has none of its own."""
+        own = [line for line in self.lines if line.startswith(f"[rank {rank}] ")]
+        own = own or [line for line in self.lines if not _NOT_OF_RANKS.match(line)]
+        if not own and not any(line.startswith("[rank ") for line in self.lines):
+            own = self.lines
+        own = own[-_LINES_SHOWN:]
+        own += [line for _, tasks, _, line in self.tasks if rank in tasks.split(",") and line not in own]
+        return [line[:_LINE_MAX] for line in own]
+
+
+def read_log(text: str) -> Log:
+    """Read the text of a log, of which what comes before the last start is left out."""
+    log = Log()
+    for line in text.splitlines():
+        line = line.rpartition("\r")[2].rstrip()[:_WORDS_MAX]
+        if _START.search(line) or (log.lines and _REQUEUED.search(log.lines[-1])):
+            log = Log()
+        if not line:
+            continue
+        log.lines.append(line)
+        log.has_begun |= re.search(r" from step \d+ of \d+: ", line) is not None
+        if match := _ERROR.match(line):
+            log.errors.append((match[1] or "", match[2]))
+        if match := _TASK.match(line):
+            log.tasks.append((match[1], match[2], match[3], line))
+        if match := _NOT_REQUEUED.match(line):
+            log.requeue = match[0]
+        kind = next((kind for kind, pattern in _NOTICES if re.search(pattern, line)), "")
+        if kind and (not log.notice or log.notice == "cancelled"):
+            log.notice, log.notice_line = kind, line
+    return log

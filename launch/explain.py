@@ -1,0 +1,745 @@
+"""The program `python -m launch.explain RUN|JOB`: why a run ended, which rank was the first, and what to do now. Reads only."""
+
+if __name__ == "__main__":
+    from mnist_dist.program import end_on_interrupt
+
+    end_on_interrupt()
+
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launch import cluster
+from launch.account import JOB_NAME, Account, read_account
+from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind, read_log
+from launch.runs import RunState, describe_best, find_runs, find_saved_step, is_run, read_own_note, read_state
+from mnist_dist.config import Config
+from mnist_dist.console import format_duration
+from mnist_dist.errors import UserError
+from mnist_dist.files import is_marked, read_file
+from mnist_dist.lock import LOCK_FILE, read_holder
+from mnist_dist.options import Parser, path_argument
+from mnist_dist.preemption import Stop
+from mnist_dist.program import make_printable, print_answer
+from mnist_dist.record import (
+    CONFIG_FILE,
+    ENDS_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    STACKS,
+    STARTS_FILE,
+    Row,
+    count_memory_kills,
+    is_count,
+    is_number,
+    read_config,
+    read_ends,
+    read_note,
+    read_result,
+    read_rows,
+    read_starts,
+)
+from mnist_dist.rendezvous import name_ranks
+from mnist_dist.source import is_named_before
+
+T = TypeVar("T")
+
+_RUNS = Path("runs")
+_LOG_BYTES_MAX = 4 << 20
+_RANK_LOG_BYTES_MAX = 256 << 10
+_RANKS_READ = 64
+_RANKS_NAMED = 100_000
+_NOTE_BYTES_MAX = 64 << 10
+_STACK_LINES = 6
+_KERNEL_TIMEOUT_S = 5
+_DAY_S = 86_400.0
+
+# What each kind of end means.
+_MEANINGS = {
+    "finished": "finished",
+    "running": "still running",
+    "silent": "still running, but it has added no row for long",
+    "waiting": "its job waits",
+    "to be continued": "saved, and asked to be requeued, which did not happen",
+    "stopped": "told to end, and saved",
+    "interrupted": "stopped by Ctrl-C, and saved",
+    "time limit": "ended by its time limit",
+    "cancelled": "cancelled",
+    "preempted": "ended to make room for another job",
+    "memory": "out of memory",
+    "GPU memory": "out of memory of a GPU",
+    "node failed": "a node failed",
+    "host restarted": "its host was restarted",
+    "NaN": "the numbers of the training are not finite",
+    "disk full": "the disk is full",
+    "rank gone": "a rank was killed, or its node went down",
+    "rank silent": "a rank was silent",
+    "rank failed": "a rank failed",
+    "did not meet": "the ranks did not find each other",
+    "no samples": "the data came no more",
+    "in use": "another job had the run folder",
+    "checkpoint": "its checkpoints cannot be used",
+    "mistake": "a mistake in options, files or the number of processes",
+    "not started": "its job ended before the training began",
+    "killed": "killed: it recorded no end",
+    "damaged": "its record is damaged",
+    "failed": "failed",
+    "unknown": "not known",
+}
+_UNFINISHED = {"running", "silent", "waiting"}
+_SAVED = {"to be continued", "stopped", "interrupted"}
+_PENDING = {
+    "Resources": "it waits for nodes",
+    "Priority": "other jobs come before it",
+    "BeginTime": "it was requeued, and Slurm waits a while before it starts it again",
+    "JobArrayTaskLimit": "it waits for other runs of its sweep (--parallel)",
+    "JobHeldUser": "somebody holds it back",
+    "JobHeldAdmin": "the site holds it back",
+    "Dependency": "it waits for another job",
+    "DependencyNeverSatisfied": "the job that it waits for did not end well, so it never starts",
+    "PartitionTimeLimit": "its time limit is longer than its partition allows, so it never starts",
+    "PartitionNodeLimit": "it asks for more nodes than its partition allows, so it never starts",
+    "ReqNodeNotAvail": "nodes that it needs are down or reserved",
+    "BadConstraints": "no node has what it asks for, so it never starts",
+}
+
+
+_NOT_FOR_MEMORY = "not for its memory"
+
+
+@dataclass
+class Explanation:
+    """Why a run ended; what is not known is None or empty."""
+
+    run: str
+    job: str
+    end: str  # the kind
+    says: str  # one line
+    step: int | None = None
+    total: int | None = None
+    started: str = ""
+    ended: str = ""
+    starts: int = 0
+    first: str = ""  # the rank that failed first
+    last_lines: list[str] = field(default_factory=list)  # its own, or of the whole log
+    consequence: str = ""
+    status: int | None = None
+    meaning: str = ""  # of the status
+    slurm: str = ""
+    account: dict[str, Any] | None = None
+    saved_step: int | None = None
+    notes: list[str] = field(default_factory=list)
+    log: str = ""
+    now: list[str] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status: 0 explained, 2 no such run or job, 1 anything else."""
+    return print_answer(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
+    parser = Parser("launch.explain", "Explain why a run ended, and what to do now.", usage="RUN|JOB [--json]")
+    parser.add_argument(
+        "what", metavar="RUN|JOB", type=path_argument, help="a run folder, or the number of a Slurm job, such as 12 or 12_3"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse(arguments)
+    explanation = explain(given["what"])
+    print(json.dumps(dataclasses.asdict(explanation), indent=2) if given["json"] else show(explanation))
+    return 0
+
+
+def explain(what: str) -> Explanation:
+    """Explain a run folder or a job. Raises `UserError` where there is neither."""
+    path = Path(what)
+    if os.path.isdir(path):
+        if not is_run(path):
+            raise UserError(f"{path} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")
+        return _explain_run(path, "")
+    if not JOB_NAME.fullmatch(what):
+        raise UserError(f"{what} is neither a folder nor the number of a job; expected a run folder, or a number such as 12 or 12_3")
+    account = read_account(what)
+    found = _find_run(what, account)
+    if found is not None:
+        return _explain_run(found, what)
+    if account is None:
+        raise UserError(
+            f"no run in {_RUNS} is of job {what}, and Slurm does not know it"
+            + (" (any more)" if cluster.is_slurm_here() else ": there is no Slurm here")
+            + "; give the run folder"
+        )
+    return _explain_job(account)
+
+
+# What is known.
+
+
+@dataclass
+class _Facts:
+    """What a run folder, the logs and Slurm tell of one start of a run."""
+
+    path: Path
+    state: RunState
+    config: Config | None
+    starts: list[Row]
+    number: int  # of the start that is explained, counted from one; 0 before the first
+    end: Row  # its row of ends.jsonl, or empty
+    job: str
+    status: int | None  # that the launcher noted
+    account: Account | None
+    log_path: str
+    logs: dict[int | None, Log]  # of all ranks together (None), or one of each
+    has_begun: bool  # the last attempt came as far as the training
+    damaged: list[str]
+    copy_of: str
+    last_row: Row
+
+    @property
+    def start(self) -> Row:
+        return self.starts[self.number - 1] if self.number else {}
+
+    @property
+    def why(self) -> str:
+        return str(self.end.get("why", "")) if self.has_begun else ""
+
+    @property
+    def world_size(self) -> int:
+        size = self.start.get("world_size")
+        return size if is_count(size) and size else 1
+
+    @property
+    def log(self) -> Log:
+        """The log of all, or that of rank zero."""
+        return self.logs.get(None) or self.logs.get(0) or Log()
+
+    @property
+    def errors(self) -> list[tuple[str, str]]:
+        """The messages in the logs, each with its rank: empty if it was alone."""
+        return [
+            (named or ("" if rank is None or len(self.logs) == 1 else str(rank)), message)
+            for rank, log in self.logs.items()
+            for named, message in log.errors
+        ]
+
+
+def _gather(path: Path, job: str) -> _Facts:
+    damaged: list[str] = []
+
+    def read(name: str, reader: Callable[[], T]) -> T | None:
+        try:
+            return reader() if os.path.lexists(path / name) else None
+        except UserError as error:
+            damaged.append(str(error).splitlines()[0])
+            return None
+
+    config = read(CONFIG_FILE, lambda: read_config(path))
+    starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    ends = read(ENDS_FILE, lambda: read_ends(path)) or []
+    read(RESULT_FILE, lambda: read_result(path, config))
+    rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
+    noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
+    state = read_state(path, cluster.read_jobs())
+    number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
+    start = starts[number - 1] if number else {}
+    job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
+    is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
+    is_slurms &= not str(noted.get("log", "")).endswith("_log.out") or noted.get("job") != job
+    job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
+    account = read_account(job) if is_slurms else None
+    log_path = str(noted.get("log", "")) if noted.get("job") == job else ""
+    log_path = log_path or _find_log(account, job)
+    logs, is_complete = _read_logs(log_path)
+    end = next((end for end in reversed(ends) if end["start"] == number), {})
+    begun = [log.has_begun for log in logs.values()]
+    has_begun = bool(starts) and (number < len(starts) or str(noted.get("time", "")) <= str(start.get("time", "")))
+    has_begun &= not begun or any(begun) or not is_complete
+    status = ended.get("status") if ended and ended.get("job") in (job, noted.get("job")) and number == len(starts) else None
+    return _Facts(
+        path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
+        _find_original(path), rows[-1] if rows else {},
+    )  # fmt: skip
+
+
+def _find_original(path: Path) -> str:
+    """The folder that this one is a copy of, as its notes name it; empty where it is none."""
+    marks = [str(read_note(path / f"slurm/{name}.json").get("folder", "")) for name in ("job", "end")]
+    with contextlib.suppress(OSError):
+        marks.append(read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").partition("\n")[2])
+    mark = next((mark.strip() for mark in marks if not is_marked(path, mark)), "")
+    return mark.partition(" ")[2].strip("'\"")[:300]
+
+
+def _find_log(account: Account | None, job: str) -> str:
+    if account is None or account.log:
+        return account.log if account else ""
+    folder, number = account.work_dir, job.partition("_")[0]
+    names = [f"mnist-dist-{number}.out", f"slurm-{job}.out"]  # of slurm/train.sh, and Slurm's default
+    return next((path for name in names if folder and os.path.isfile(path := os.path.join(folder, name))), "")
+
+
+def _read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
+    """The log of a job, or those of each rank, and whether all of it was read."""
+
+    def read(path: str, bytes_max: int) -> str:
+        try:
+            return read_file(path, bytes_max, tail=True).decode(errors="replace")
+        except OSError:
+            return ""
+
+    if not path:
+        return {}, True
+    match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
+    if match is None:
+        text = read(path, _LOG_BYTES_MAX)
+        return ({None: read_log(text)} if text else {}), len(text) < _LOG_BYTES_MAX // 4
+    texts = {rank: text for rank in range(_RANKS_READ) if (text := read(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
+    return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
+
+
+def _find_run(job: str, account: Account | None) -> Path | None:
+    """The run folder of a job: by the notes of the runs here, or where its log and its command lead."""
+    folders = [_RUNS]
+    if account is not None and Path(account.log).parent.name == "slurm":  # RUN/slurm/12.log, or that of a sweep
+        folders.insert(0, Path(account.log).parent.parent)
+    for folder in folders:
+        for path in find_runs(folder):
+            holder = read_holder(path)
+            if read_own_note(path, "job").get("job") == job or (holder and holder.job == job):
+                return path
+    if account is None:
+        return None
+    named = [match[1] for log in _read_logs(_find_log(account, job))[0].values() for line in log.lines if (match := _BEGINS.match(line))]
+    words = [*account.command.split(), ""]
+    named += [word.partition("=")[2] or after for word, after in pairwise(words) if word.split("=")[0] == "--run_dir"]
+    for name in reversed(named):
+        path = Path(account.work_dir) / name
+        if is_run(path):
+            return path
+    return None
+
+
+_BEGINS = re.compile(r"(?:\[rank 0\] )?(.{1,1000}) from step \d{1,18} of \d{1,18}: ")
+
+
+# What follows from it.
+
+
+def _explain_run(path: Path, job: str) -> Explanation:
+    facts = _gather(path, job)
+    is_last = facts.number == len(facts.starts)
+    kind, notes = _decide(facts, is_last)
+    state, start, end = facts.state, facts.start, facts.end
+    step = end.get("step", state.step) if not is_last and end else state.step
+    answer = Explanation(str(path), facts.job, kind, "", step=step, total=state.total, starts=len(facts.starts), log=facts.log_path)
+    answer.started = str(start.get("time", ""))
+    answer.ended = str(end.get("time", "")) if facts.has_begun else ""
+    answer.saved_step = find_saved_step(path)
+    answer.notes = notes
+    if facts.account is not None:
+        answer.slurm, answer.account = facts.account.describe(), dataclasses.asdict(facts.account)
+    if kind not in _UNFINISHED | {"finished"}:
+        _name_ranks(facts, answer)
+        _name_status(facts, answer)
+        if not facts.has_begun and kind not in ("not started", "damaged") and "before the training" not in _describe_details(facts, kind):
+            answer.notes.append("the training had not begun")
+    answer.says = _MEANINGS.get(kind, kind)
+    if details := _describe_details(facts, kind):
+        answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
+    if not is_last:
+        answer.notes.append(
+            f"the run went on after this start, the {facts.number}. of {len(facts.starts)}; of the last one: the run folder"
+        )
+    if facts.copy_of:
+        answer.notes.append(f"this folder is a copy of {facts.copy_of}: the job and the process in its notes are that one's")
+    answer.notes += [f"damaged: {message}" for message in facts.damaged]
+    answer.now = _advise(facts, answer)
+    return answer
+
+
+def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
+    """The kind of an end, and what else is to be noted of it."""
+    state, account, log = facts.state, facts.account, facts.log
+    if state.is_finished:
+        return "finished", []
+    if is_last and state.is_active:
+        return "waiting" if state.is_waiting else "silent" if state.silent_s else "running", _describe_before(facts)
+    if any(message.startswith(str(facts.path / RESULT_FILE)) for message in facts.damaged):
+        return "damaged", []
+    slurms = account.state if account else ""
+    weak = WEAK_STATES.get(slurms) or (log.notice if log.notice in WEAK_STATES.values() else "")
+    strong = STRONG_STATES.get(slurms) or (log.notice if log.notice in STRONG_STATES.values() else "")
+    why = facts.why
+    if strong:
+        return strong, [log.notice_line] if log.notice == strong else []
+    if why.startswith("stopped"):
+        if Stop.REQUEUE.cause in why:
+            return "to be continued", [log.requeue] if log.requeue else []
+        return ("interrupted", []) if Stop.INTERRUPT.cause in why else (weak or "stopped", [])
+    if why.startswith("failed"):
+        kind = find_kind(why)
+        host = str(facts.start.get("host"))
+        if kind == "rank gone" and find_first(why).endswith(f" on host {host}"):  # the one that counts what its kernel kills
+            kills = facts.end.get("memory_kills", 0)
+            if is_count(kills) and kills:
+                return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
+            if facts.start.get("memory_kills") is not None:
+                return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
+        return kind or ("mistake" if facts.end.get("status") == 2 else "rank failed" if find_first(why) else "failed"), []
+    if why == "finished":
+        return "damaged", [f"it was finished, but {RESULT_FILE} is not there"]
+    said = next((kind for _, message in facts.errors if (kind := find_kind(message))), "")
+    status = facts.status if facts.status is not None else account.status if account else None
+    if not facts.has_begun:
+        if facts.damaged and not facts.job:
+            return "damaged", []
+        return said or ("mistake" if status == 2 else weak or "not started"), []
+    if weak:
+        return weak, []
+    if said:
+        return said, _describe_kill(facts)[1] if said == "rank gone" else []
+    if facts.damaged and not facts.starts:
+        return "damaged", []
+    kind, notes = _describe_kill(facts)
+    return kind, notes
+
+
+def _describe_before(facts: _Facts) -> list[str]:
+    """How the start before a job that waits or runs has ended."""
+    if facts.state.is_waiting and facts.why:
+        return [f"its start {facts.number} {facts.why}"]
+    return []
+
+
+def _describe_kill(facts: _Facts) -> tuple[str, list[str]]:
+    """What can be known of a start that recorded no end."""
+    start, host = facts.start, str(facts.start.get("host", ""))
+    if "memory_kills" not in start and not facts.end:
+        return "killed", ["an older version of this program may have recorded none"]
+    if host != platform.node():
+        return "killed", [f"its host was {host}: only the kernel's log there can tell whether it was killed for its memory"]
+    booted_s, begun_s = _read_boot_time(), _parse_time(start.get("time"))
+    if booted_s and begun_s and booted_s > begun_s:
+        booted = datetime.datetime.fromtimestamp(booted_s, datetime.UTC).isoformat(timespec="seconds")
+        return "host restarted", [f"this host was restarted at {booted}, after this start began"]
+    holder = read_holder(facts.path)
+    if holder and _is_in_kernel_log(holder.pid):
+        return "memory", [f"the kernel's log: process {holder.pid}, rank zero, was killed for its memory"]
+    before, now = start.get("memory_kills"), count_memory_kills()
+    if not is_count(before) or now is None:
+        return "killed", ["the kernel of this host does not tell whether it was killed for its memory"]
+    if now > before:  # type: ignore[operator]
+        count = _count(now - before, "process", "processes")  # type: ignore[operator]
+        return "killed", [f"the kernel of this host has killed {count} for memory since it began: perhaps this one"]
+    return "killed", [f"{_NOT_FOR_MEMORY}: the kernel of this host has killed no process for memory since it began"]
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
+def _read_boot_time() -> float | None:
+    try:
+        match = re.search(rb"^btime (\d{1,15})$", Path("/proc/stat").read_bytes(), re.MULTILINE)
+    except OSError:
+        return None
+    return float(match[1]) if match else None
+
+
+def _parse_time(text: object) -> float | None:
+    try:
+        return datetime.datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _is_in_kernel_log(pid: int) -> bool:
+    """Whether the kernel's log names a process as killed for memory. Most users may not read it."""
+    try:
+        answer = subprocess.run(["dmesg"], capture_output=True, timeout=_KERNEL_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return re.search(rb"[Oo]ut of memory: Kill(ed)? process %d\b" % pid, answer.stdout) is not None
+
+
+def _describe_details(facts: _Facts, kind: str) -> str:
+    """What the record, or else the log, says of an end."""
+    state, account = facts.state, facts.account
+    if kind == "finished":
+        return f"{describe_best(state)} after {state.step} steps" if state.best is not None else ""
+    if kind in ("running", "silent"):
+        age_s = _find_age(facts.path / METRICS_FILE)
+        row = "" if age_s is None or not facts.last_row else f", newest row (step {facts.last_row['step']}) {format_duration(age_s)} ago"
+        left = f", {format_duration(state.left_s)} left" if state.left_s is not None and kind == "running" else ""
+        return f"step {state.step}{f' of {state.total}' if state.total else ''}{row}{left}"
+    if kind == "waiting":
+        match = re.search(r"\((\w+)", state.state)
+        reason = match[1] if match else ""
+        return f"{state.state}" + (f", {_describe_pending(reason)}" if reason else "")
+    if kind == "cancelled":
+        by = f"by {account.cancelled_by}" if account and account.cancelled_by else "by whom is only in Slurm's accounts (sacct)"
+        return by + _describe_saving(facts)
+    if kind in WEAK_STATES.values():
+        return _describe_saving(facts).removeprefix(", ")
+    words = facts.why.removeprefix("failed: ") if not facts.why.startswith(("stopped", "finished")) else ""
+    if not words and not (facts.has_begun and kind in STRONG_STATES.values()):
+        messages = [message for _, message in facts.errors]
+        words = next((message for message in messages if find_kind(message) == kind), "") or next(iter(messages), "")
+    # What else to do about it is said below.
+    return re.split(r"; (?:the run stops here|where the others were)", words)[0][:400]
+
+
+def _describe_saving(facts: _Facts) -> str:
+    if facts.why.startswith("stopped"):
+        return ", and saved"
+    if not facts.has_begun:
+        return ", before the training began"
+    return ", before it could save"
+
+
+def _describe_pending(reason: str) -> str:
+    return _PENDING.get(reason) or (
+        "a limit of its user, account or quality of service is reached"
+        if reason.startswith(("QOS", "Assoc", "MaxJobs"))
+        else "see man squeue"
+    )
+
+
+def _find_age(path: Path) -> float | None:
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _name_ranks(facts: _Facts, answer: Explanation) -> None:
+    """Who was the first, its last lines, and whose end followed from it."""
+    kind = answer.end
+    if kind in _SAVED or (facts.why.startswith("stopped") and kind in WEAK_STATES.values()):
+        return
+    first = _find_first(facts.why, facts.errors)
+    if not first and facts.has_begun and facts.world_size > 1:
+        first = facts.log.first_dead or ("rank 0" if kind in ("killed", "memory") and not facts.end else "")
+    answer.first = first
+    numbers = _parse_ranks(first)
+    rank = numbers[0] if numbers else 0
+    if rank in facts.logs:
+        answer.last_lines = facts.logs[rank].show_rank(str(rank))
+    elif None in facts.logs and (numbers or kind not in WEAK_STATES.values()):
+        answer.last_lines = facts.log.show_rank(str(rank))
+    if kind == "rank silent" and numbers:
+        answer.notes += _read_stack(facts.path, rank)
+    others = sorted(set(range(min(facts.world_size, _RANKS_NAMED))) - set(numbers))
+    if numbers and others and facts.has_begun:
+        answer.consequence = f"{name_ranks(others)} ended because of it"
+
+
+def _find_first(why: str, errors: list[tuple[str, str]]) -> str:
+    """The rank that others name, or the only one with an error of its own; empty where all say the same, or nobody says anything."""
+    named = next((found for message in [why, *(message for _, message in errors)] if (found := find_first(message))), "")
+    ranks = {rank for rank, _ in errors}
+    return named or (f"rank {rank}" if len(ranks) == 1 and (rank := ranks.pop()) else "")
+
+
+def _parse_ranks(text: str) -> list[int]:
+    """The numbers in `ranks 1, 3-4 on host a, rank 7 on host b`."""
+    numbers: list[int] = []
+    for part in re.findall(r"ranks? ([\d, -]{1,200})", text):
+        for low, high in re.findall(r"(\d{1,7})(?:-(\d{1,7}))?", part):
+            numbers += range(int(low), min(int(high or low), int(low) + 10_000) + 1)
+    return sorted(set(numbers))
+
+
+def _read_stack(path: Path, rank: int) -> list[str]:
+    """Where a silent rank was, from the stack that was kept of it."""
+    file = path / STACKS / f"rank{rank}.txt"
+    try:
+        lines = read_file(file, _NOTE_BYTES_MAX).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    frames = [line.strip()[:300] for line in lines if line.startswith("  ")]
+    return [f"its stack, innermost call first ({file}):", *(f"  {frame}" for frame in frames[:_STACK_LINES])]
+
+
+def _name_status(facts: _Facts, answer: Explanation) -> None:
+    own = facts.end.get("status") if facts.has_begun and is_count(facts.end.get("status")) else facts.status
+    account = facts.account
+    jobs = account.status if account is not None else None
+    answer.status = own if own is not None else jobs
+    if answer.status is None:
+        killed = answer.end in ("killed", "memory") and facts.has_begun and not facts.end and facts.account is None
+        answer.meaning = "not recorded" + ("; a shell shows 137 for SIGKILL" if killed else "")
+        return
+    answer.meaning = describe_status(answer.status)
+    if own is not None and jobs is not None and jobs != own:
+        answer.meaning += f"; {jobs} of the job: {describe_status(jobs)}"
+
+
+# What to do now.
+
+
+def _advise(facts: _Facts, answer: Explanation) -> list[str]:
+    run, kind = str(facts.path), answer.end
+    resume, job = _make_command(facts), facts.job
+    jobs = ["python", "-m", "launch.jobs"]
+    if kind == "finished":
+        return [f"nothing; {shlex.join(['python', '-m', 'mnist_dist.evaluate', run])} counts what it gets right"]
+    if kind in ("running", "waiting"):
+        follow = shlex.join([*jobs, "follow", run])
+        if kind == "waiting" and "JobHeldUser" in facts.state.state:
+            return [f"scontrol release {job}"]
+        if kind == "waiting" and "never starts" in answer.says:
+            return [f"scancel {job}", f"then ask for what the cluster has: {resume}"]
+        return [f"wait; {follow} shows its log" if kind == "running" else f"wait; squeue --start --job {job} shows when it may begin"]
+    if kind == "silent":
+        return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
+    host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
+    where = host[1] if host else str(facts.start.get("host") or "its node")
+    again = f"{resume}   (continues from {_describe_saved(answer)})"
+    first = {
+        "memory": f"give it more memory{_ask_memory(facts)}, or a smaller --micro_batch, which changes no result but rounding",
+        "GPU memory": "give it a smaller --micro_batch",
+        "NaN": "the same command comes to the same numbers: start another run_dir with a lower --learning_rate or more --warmup",
+        "disk full": f"make room: df -h {shlex.quote(run)}; quota -s",
+        "node failed": "scontrol show node NODE, or sinfo -R, shows the node's state; exclude it if it fails again",
+        "rank gone": f"on {where}: dmesg -T | grep -i 'killed process'",
+        "killed": f"on {where}: dmesg -T | grep -i 'killed process'",
+        "rank silent": f"look at {shlex.quote(str(facts.path / STACKS))}; if the rank was only slow, raise --timeout_s",
+        "did not meet": "look at the log and the node of the rank that is named",
+        "no samples": "look at what reads the data: memory of the node, --workers, --timeout_s",
+        "in use": f"wait for that job: {shlex.join([*jobs, str(facts.path.parent)])}",
+        "checkpoint": "restore the checkpoint that the message names, or use another run_dir",
+        "mistake": "correct what the message names",
+        "not started": "correct what the log says" if facts.logs else "look at the log of the job",
+        "failed": "correct what the message names",
+        "rank failed": "correct what the message names",
+        "damaged": "restore or remove the file that is named",
+    }.get(kind)
+    if any(note.startswith(_NOT_FOR_MEMORY) for note in answer.notes):
+        first = "look who killed it: SIGKILL comes from a person, a launcher or a site's limits; a crash of Python's prints its reason"
+    if kind == "NaN":
+        return [first or "", f"the last good state: {_describe_saved(answer)}"]
+    if kind == "time limit" and not facts.why.startswith("stopped"):
+        first = "give it a longer --time, or a --signal_delay_s that leaves time to save"
+    return [*([first] if first else []), again]
+
+
+def _describe_saved(answer: Explanation) -> str:
+    if answer.saved_step is None:
+        return "the beginning: nothing was saved"
+    lost = (answer.step or 0) - answer.saved_step
+    return f"step {answer.saved_step}" + (f"; {_count(lost, 'step is', 'steps are')} repeated" if lost > 0 else "")
+
+
+def _ask_memory(facts: _Facts) -> str:
+    asked = facts.account.asked_mb if facts.account else None
+    if asked and facts.account and facts.account.asked_for == "node":
+        return f", such as --memory_gb {max(1, round(asked / 1024 * 1.5)):g}"
+    used = facts.last_row.get("health/memory_gb")
+    return f" (rank zero had used {used:.1f} GB at step {facts.last_row['step']})" if is_number(used) else ""
+
+
+def _make_command(facts: _Facts) -> str:
+    """The command that resumes a run, as far as the record has it."""
+    config, start = facts.config, facts.start
+    # Another's folder may name a task whose code this user has never run: it is not proposed.
+    if config is None or not is_named_before(config.task.name) or facts.copy_of:
+        return "the same command as before"
+    rest = ["--config", str(facts.path / CONFIG_FILE), "--run_dir", str(facts.path)]
+    size, launcher = facts.world_size, str(start.get("launcher", ""))
+    noted = read_own_note(facts.path, "job")
+    if noted:
+        local = str(noted.get("log", "")).endswith("_log.out")
+        nodes = start.get("nodes")
+        nodes = 1 if local or not is_count(nodes) or not nodes or size % nodes else nodes
+        words = ["--cluster", "local"] if local else ["--nodes", str(nodes)]
+        words += ["--tasks_per_node", str(size // nodes)] if size // nodes > 1 else []
+        account = facts.account
+        words += ["--time", str(max(1, round(account.limit_s / 60)))] if account and account.limit_s and not local else []
+        return shlex.join(["python", "-m", "launch.submit", *words, *rest])
+    if start.get("job") and launcher == "srun":
+        return "the same sbatch command again"
+    if launcher == "torchrun" and size > 1 and start.get("nodes") == 1:
+        return shlex.join(["torchrun", "--nproc-per-node", str(size), "-m", "mnist_dist.train", *rest])
+    return shlex.join(["python", "-m", "mnist_dist.train", *rest]) if size == 1 else "the same command as before"
+
+
+def _explain_job(account: Account) -> Explanation:
+    """A job whose run folder is not found: what Slurm and its log say."""
+    path = _find_log(account, account.job)
+    logs, _ = _read_logs(path)
+    log = logs.get(None, Log())
+    answer = Explanation("", account.job, "", "", slurm=account.describe(), account=dataclasses.asdict(account), log=path)
+    messages = [message for _, message in log.errors]
+    said = next((kind for message in messages if (kind := find_kind(message))), "")
+    if account.state in ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED"):
+        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {_describe_pending(account.reason)}"
+        release = account.reason == "JobHeldUser"
+        answer.now = [f"scontrol release {account.job}" if release else f"squeue --start --job {account.job} shows when it may begin"]
+        return answer
+    if account.state in ("RUNNING", "COMPLETING"):
+        answer.end, answer.says = "running", _MEANINGS["running"]
+        answer.now = [f"tail -f {shlex.quote(path)}" if path else f"scontrol show job {account.job}"]
+        return answer
+    kind = STRONG_STATES.get(account.state) or (log.notice if log.notice in STRONG_STATES.values() else "") or said
+    kind = kind or WEAK_STATES.get(account.state, "finished" if account.state == "COMPLETED" else "")
+    kind = kind or ("mistake" if account.status == 2 else "failed" if log.has_begun else "not started")
+    answer.end, answer.says = kind, _MEANINGS[kind]
+    if kind == "cancelled":
+        answer.says += f" by {account.cancelled_by}" if account.cancelled_by else ""
+        answer.says += "" if account.has_started else ", before it started"
+    elif messages:
+        answer.says += f": {messages[0][:400]}"
+    if kind != "finished":
+        answer.status = account.status
+        answer.meaning = "" if account.status is None else describe_status(account.status)
+        answer.first = _find_first("", log.errors) or log.first_dead
+        ranks = _parse_ranks(answer.first)
+        answer.last_lines = log.show_rank(str(ranks[0] if ranks else 0))
+        answer.now = ["correct what the log says" if log.lines else "look at its log", "submit it again"]
+        if account.state in WEAK_STATES:
+            answer.now = ["submit it again"]
+    return answer
+
+
+def show(answer: Explanation) -> str:
+    """The explanation as a few lines."""
+    lines = [f"{answer.run or 'job ' + answer.job}: {answer.says}"]
+    place = f" of {answer.total}" if answer.total else ""
+    if answer.ended or answer.started:
+        began = f"start {answer.starts} began {answer.started}" if answer.started else ""
+        ended = f"ended {answer.ended}" if answer.ended else ""
+        lines.append(f"  when: {', '.join(filter(None, (began, ended, f'at step {answer.step}{place}')))}")
+    if answer.first:
+        lines.append(f"  first: {answer.first}")
+    if answer.last_lines:
+        lines.append(f"  its last lines{f' ({answer.log})' if answer.log else ''}:")
+        lines += [f"    {line}" for line in answer.last_lines]
+    if answer.consequence:
+        lines.append(f"  after it: {answer.consequence}")
+    if answer.meaning:
+        status = "" if answer.status is None else f"{answer.status}, "
+        lines.append(f"  exit status: {status}{answer.meaning}")
+    if answer.slurm:
+        lines.append(f"  Slurm: {answer.slurm}")
+    lines += [f"  note: {note}" if not note.startswith("  ") else f"    {note}" for note in answer.notes]
+    lines += [f"  {'now:' if index == 0 else 'then:'} {words}" for index, words in enumerate(answer.now)]
+    return "\n".join(map(make_printable, lines))  # no text of a file begins a line of its own
+
+
+if __name__ == "__main__":
+    sys.exit(main())
