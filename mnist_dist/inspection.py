@@ -347,7 +347,10 @@ def compare_gradients(ranks: Sequence[Rank], reference: Reference | None, roundi
     """
     allowed = max(GRADIENT_TOLERANCE, _ROUNDINGS_ALLOWED * rounding)
     centre = [
-        [statistics.median(column) for column in zip(*(rank.gradients[batch].sketch for rank in ranks), strict=True)]
+        [
+            statistics.median(value if math.isfinite(value) else math.inf for value in column)
+            for column in zip(*(rank.gradients[batch].sketch for rank in ranks), strict=True)
+        ]
         for batch in range(len(ranks[0].gradients))
     ]
     among = _measure_all(ranks, centre)

@@ -1,5 +1,6 @@
 """What any right world computes alike, and the mistakes that leave it: each is planted in real processes, found, and its rank named."""
 
+import json
 import os
 import re
 import socket
