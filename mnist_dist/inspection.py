@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import os
 import socket
 import statistics
 from collections import Counter
@@ -163,8 +164,9 @@ class Inspection:
         on_gpu = group.device.type == "cuda"
         where = torch.cuda.get_device_name(group.device) if on_gpu else find_processor()
         device = str(group.device) if on_gpu else "cpu"
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # the name that srun --exclude takes
         kind = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        self.ranks = group.gather(Rank(socket.gethostname(), device, kind, state.fingerprint, prints))
+        self.ranks = group.gather(Rank(host, device, kind, state.fingerprint, prints))
         if self.reference is not None:
             rounding = self.reference.rounding
         else:

@@ -246,6 +246,8 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path, reference, capsys):
         values | {"gradients": values["gradients"][:-1]},
         values | {"first_gradient": values["first_gradient"][:-1]},
         values | {"rounding": -1.0},
+        values | {"options": {"task": "x" * 5000}},
+        values | {"made_on": {"processes": 2**70}},
     ]
     texts = [json.dumps(value) for value in mistaken] + ["", "[" * 100_000, "[NaN]", json.dumps(values).replace(str(rows[0][0]), "NaN")]
     texts.append(json.dumps(values).replace(str(rows[0][0]), "1" + "0" * 5000))
