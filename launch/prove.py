@@ -92,7 +92,7 @@ class Page:
         """The last line."""
         counts = {word: sum(finding.word == word for finding in self.findings) for word in WORDS}
         words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        return f"{len(self.findings)} lines: {words or 'none'}, after {format_duration(time.monotonic() - self.begun)}"
+        return f"{len(self.findings)} checks: {words or 'none'}, after {format_duration(time.monotonic() - self.begun)}"
 
     def describe_request(self) -> dict[str, Any]:
         """What was asked for: only pages of the same are compared."""

@@ -44,18 +44,17 @@ class Check:
     deadline_s: float
 
 
-def _make_probe(name: str, deadline_s: float = 90) -> Check:
-    words = ("mnist_dist.probe", name, "--answer", "{answer}", "--folder", "{folder}", "--timeout_s", "{timeout_s}")
-    return Check((name,), words, deadline_s)
+def _make_probe(name: str, *more: str, deadline_s: float = 90) -> Check:
+    return Check((name,), ("mnist_dist.probe", name, "--answer", "{answer}", "--timeout_s", "{timeout_s}", *more), deadline_s)
 
 
 CHECKS = (
-    _make_probe("joined", 120),
+    _make_probe("joined", deadline_s=120),
     _make_probe("agree"),
     _make_probe("exchange"),
     Check(("gradients", "curve"), ("mnist_dist.verify", "--answer", "{answer}"), 180),
     _make_probe("speed"),
-    _make_probe("files"),
+    _make_probe("files", "--folder", "{folder}"),
 )
 _DRILL_DEADLINE_S = 150.0
 
