@@ -39,7 +39,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import STOP_SIGNALS, Stop
 from mnist_dist.program import print_answer
 from mnist_dist.record import RESULT_FILE, is_number, parse_object, read_ends
 
@@ -316,13 +316,17 @@ def _make_driver(request: Request, work: Path) -> SlurmExecutor:
     return executor
 
 
-def _submit(executor: SlurmExecutor, work: Callable[[], None], what: str) -> Watched:
+def _submit(executor: SlurmExecutor, work: Callable[[], None], what: str, jobs: list[Watched]) -> Watched:
+    """Queue a job and add it to `jobs`. A signal waits until that is done: no job may be left behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
-            job = executor.submit(work)
+            jobs.append(Watched(executor.submit(work).job_id, what))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
-    return Watched(job.job_id, what)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return jobs[-1]
 
 
 def _list_srun_options(request: Request) -> tuple[str, ...]:
@@ -339,11 +343,10 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
     checks = Checks(work, Ranks(request.world_size, _list_srun_options(request)), CHECKS)
     limits = {"time": SIGNAL_LIMIT_MIN, "signal_delay_s": SIGNAL_DELAY_S}
     site = make_slurm_executor(request.model_copy(update=limits), work / "slurm")
-    drill = Drill(work, REQUEUED)
+    drill = Drill(work, REQUEUED, HOLD_S)
     try:
-        jobs.append(_submit(_make_driver(request, work), checks, "the checks"))
-        jobs.append(_submit(site, drill, "signal and requeue"))
-        driver, stopped = jobs
+        driver = _submit(_make_driver(request, work), checks, "the checks", jobs)
+        stopped = _submit(site, drill, "signal and requeue", jobs)
         driver_over = stopped_over = False
         taken: set[str] = set()
         while not (driver_over and stopped_over):
@@ -391,7 +394,7 @@ def _judge_site(page: Page, work: Path, site: SlurmExecutor, drill: Drill, stopp
     if was_stopped and not (work / REQUEUED / RESULT_FILE).exists() and stopped.state == "FAILED":
         is_forbidden = True  # it saved and asked to be requeued; the same command must still continue it
         say(f"job {stopped.number} was not requeued; it is submitted again")
-        jobs.append(again := _submit(site, drill, "submitted again"))
+        again = _submit(site, drill, "submitted again", jobs)
         while not again.look():
             time.sleep(_POLL_S)
         state = again.state
