@@ -274,7 +274,7 @@ def judge_tracking(log: str) -> Finding:
         return Finding("W&B", "ok", f"online: {online[1]}", "", {"online": True})
     offline = re.search(r"W&B keeps this run offline(?:, because ([^\n]*))?", log)
     if offline:
-        reason = re.split(r"; (?:upload|metrics)", offline[1] or "W&B's own settings say so")[0].strip()
+        reason = re.split(r"; (?:upload|metrics)", offline[1] or "W&B's own settings ask for it")[0].strip()
         values = {"online": False, "reason": reason}
         if "no API key" in reason or not offline[1]:
             return Finding("W&B", "ok", f"offline: {reason}", "", values)
