@@ -44,6 +44,7 @@ from mnist_dist.program import print_answer
 from mnist_dist.record import RESULT_FILE, is_number, parse_object, read_ends
 
 ORDER = ("joined", "agree", "exchange", "gradients", "curve", "speed", "files", "signal", "requeue", "kill", "W&B")
+_OF_SITE = ("signal", "requeue")  # the checks of the second job
 FAILED = ("SLOW", "WRONG")
 PAGE_FILE = "prove.json"
 MOVED = 1.3  # a measure that grew or shrank by more than this factor is named
@@ -52,6 +53,7 @@ _POLL_S = 1.0
 _SETTLE_S = 8.0  # while it is requeued, Slurm calls a job failed for a moment
 _REPORT_S = 60.0
 _CANCEL_S = 90.0
+_SHARED_S = 60.0  # a shared file system may show new files so late
 _LOCAL_READY_S = 120.0
 _PAGE_BYTES_MAX = 4 << 20
 _CHANGES_MAX = 12
@@ -102,8 +104,8 @@ class Page:
 
 def describe_finding(finding: Finding) -> str:
     """The line of a finding, and below it what to do."""
-    line = f"{finding.check:<10} {finding.word:<6} {finding.measured}"
-    return line if finding.word == "ok" or not finding.next_step else f"{line}\n{'':17} -> {finding.next_step}"
+    line = f"{finding.check:<10} {finding.word:<6} {' '.join(finding.measured.split())}"
+    return line if finding.word == "ok" or not finding.next_step else f"{line}\n{'':17} -> {' '.join(finding.next_step.split())}"
 
 
 def compare_pages(earlier: dict[str, Any], findings: Sequence[Finding]) -> list[str]:
@@ -241,7 +243,7 @@ def _prove_locally(page: Page, work: Path) -> str:
         page.add(findings)
     joined = page.find("joined")
     if joined is not None and joined.word == "WRONG":
-        page.add([skip(name) for name in ("signal", "requeue")])
+        page.add([skip(name) for name in _OF_SITE])
     else:
         page.add(_drill_locally(work, ranks))
     return ""
@@ -278,6 +280,11 @@ class Watched:
     _said_at: float = 0.0
     _ended_at: float | None = None
     _seen_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def over_s(self) -> float:
+        """Seconds since it was first seen to have ended."""
+        return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
     def look(self) -> bool:
         """Ask Slurm, and report in one line what is new. Whether it is over."""
@@ -353,17 +360,19 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
             driver_over = driver_over or driver.look()
             for findings in _take_findings(work, taken):
                 page.add(findings)
+            if driver_over and driver.state == "COMPLETED" and set(page.missing) - set(_OF_SITE):
+                driver_over = driver.over_s > _SHARED_S
+            if driver_over and not taken:
+                break
             joined = page.find("joined")
             if not stopped_over and joined is not None and joined.word == "WRONG":
                 _cancel([stopped])
-                page.add([skip(name) for name in ("signal", "requeue")])
+                page.add([skip(name) for name in _OF_SITE])
                 stopped_over = True
             stopped_over = stopped_over or stopped.look()
             if not stopped_over or not driver_over:
                 time.sleep(_POLL_S)
-        for findings in _take_findings(work, taken):
-            page.add(findings)
-        missing = [name for name in page.missing if name not in ("signal", "requeue")]
+        missing = [name for name in page.missing if name not in _OF_SITE]
         log = read_log(work / f"slurm/{driver.number}.log")
         if not taken:
             return f"job {driver.number} ended ({driver.state}) before the first check: {find_last_words(log) or 'its log is empty'}"
