@@ -175,8 +175,8 @@ def make_model(accelerator: Accelerator) -> nn.Module:
 def run_loop(config: Config, turns: Turns) -> None:
     """Run the real training loop with `turns` between it and its loader; of what it logs, only warnings are shown.
 
-    `turns` gets the loop's batches and its group, hands the batches on, and may measure something else in between. The loop asks
-    for a batch when all of the step before is done. After the last step it does not ask again.
+    `turns` gets the loop's batches and its state, hands the batches on, and may measure something else in between. The loop asks
+    for a batch when all of the step before is done, and after the last step for one that need not come.
     """
     before = logging.root.manager.disable
     logging.disable(logging.INFO)

@@ -37,6 +37,7 @@ from mnist_dist.exchange import Flat, TreeSum
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.program import run_program
 from mnist_dist.starter import find_free_port
+from mnist_dist.state import TrainingState
 from mnist_dist.tasks.mnist.model import PARAMETERS
 
 _WARM_UP_STEPS = 3
@@ -98,9 +99,9 @@ class Worker:
         self.config = config
         self.pipe = pipe
 
-    def take_turns(self, loaded: Iterable[Batch], group: Group) -> Iterator[Batch]:
+    def take_turns(self, loaded: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
         """The loop's batches, each block of them when the parent asks for it."""
-        batches, accelerator = iter(loaded), group.accelerator
+        batches, group, accelerator = iter(loaded), state.group, state.group.accelerator
         size, device = group.size, group.device
         for _ in range(_WARM_UP_STEPS):
             yield next(batches)

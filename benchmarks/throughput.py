@@ -23,9 +23,9 @@ from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
-from mnist_dist.distributed import Group
 from mnist_dist.errors import UserError
 from mnist_dist.program import run_program
+from mnist_dist.state import TrainingState
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
 from mnist_dist.tasks.mnist.model import CNN
@@ -133,10 +133,10 @@ class Session:
         self._batches: Iterator[Batch] = iter(())
         self._device = torch.device("cpu")
 
-    def take_turns(self, loaded: Iterable[Batch], group: Group) -> Iterator[Batch]:
+    def take_turns(self, loaded: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
         """The loop's batches, and all measuring between them."""
-        batches, accelerator = iter(loaded), group.accelerator
-        self._batches, self._device, self.timer.device = batches, group.device, group.device
+        batches, accelerator, device = iter(loaded), state.group.accelerator, state.group.device
+        self._batches, self._device, self.timer.device = batches, device, device
         self.precision, self.threads = common.name_precision(accelerator), torch.get_num_threads()
         bare_step = common.make_step(common.make_model(accelerator), self.config, accelerator, self.config.batch_size)
         for _ in range(_WARM_UP_STEPS):

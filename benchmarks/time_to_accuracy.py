@@ -26,9 +26,9 @@ from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
-from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.program import run_program
+from mnist_dist.state import TrainingState
 from mnist_dist.task import Tally
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.model import CNN
@@ -110,9 +110,9 @@ def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
 
     config = make_config(make_our_config(options, seed, str(folder / "run")).values(), task=OffTheClock)
 
-    def take_turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
+    def take_turns(batches: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
         nonlocal step, precision
-        precision = common.name_precision(group.accelerator)
+        precision = common.name_precision(state.group.accelerator)
         clock.start()
         for batch in batches:
             step += 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
-from mnist_dist.distributed import Agreement, Group, join_group
+from mnist_dist.distributed import Agreement, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
@@ -32,10 +32,10 @@ from mnist_dist.world import find_world
 _log = logging.getLogger(__name__)
 
 
-Turns = Callable[[Iterable[Batch], Group], Iterable[Batch]]
+Turns = Callable[[Iterable[Batch], TrainingState], Iterable[Batch]]
 
 
-def _take_no_turns(batches: Iterable[Batch], _: Group) -> Iterable[Batch]:
+def _take_no_turns(batches: Iterable[Batch], _: TrainingState) -> Iterable[Batch]:
     return batches
 
 
@@ -51,7 +51,7 @@ class Result:
 def train(config: Config, signals: StopSignals | None = None, turns: Turns = _take_no_turns) -> Result:
     """Train as `config` says, continuing what its run folder holds. All processes of a run call this alike and get the same result.
 
-    `turns` is given the batches and hands them on, one for each step: a benchmark does something else in between.
+    `turns` is given the batches and hands them on, one for each step: others do or look at something in between, and after the last.
 
     Raises `UserError` for what the caller can correct and `RunError` for what went wrong on the way.
     """
@@ -119,7 +119,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 state.share_buffers()
                 return evaluate(task, state.model, evaluated, group)
 
-            for batch in turns(batches, group):
+            for batch in turns(batches, state):
                 if batch.step != state.step:
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
@@ -145,7 +145,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
                 stop = agreement.exchange(max(signals.received, run.stop_requested))
                 if state.step == config.total_steps:
-                    break  # too late to stop: finishing is as quick
+                    continue  # there is no other batch; and it is too late to stop: finishing is as quick
                 if stop:
                     agreement.finish()
                     meter.check()

@@ -35,6 +35,7 @@ class TrainingState:
 
     def __init__(self, config: Config, data: Data, group: Group) -> None:
         self.config = config
+        self.data = data
         self.group = group
         self.fingerprint = fingerprint(data, config.task)
         self.bare_model = build_model(config.task, config.seed)
@@ -98,7 +99,7 @@ class TrainingState:
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
         self._seed(f"model on rank {self.group.rank}")
-        pieces = self._cut(samples, drawn)
+        pieces = self.cut(samples, drawn)
         for number, (piece, numbers) in enumerate(pieces, start=1):
             # Gradients are exchanged with the last piece, once.
             with contextlib.nullcontext() if number == len(pieces) else accelerator.no_sync(self.model):
@@ -123,7 +124,7 @@ class TrainingState:
             self._seed(f"model on shard {shard}")
             gradients: list[Tensor] = []
             losses = []
-            for piece, numbers in self._cut(take(samples, rows), take(drawn, rows)):
+            for piece, numbers in self.cut(take(samples, rows), take(drawn, rows)):
                 loss = self.config.task.losses(self.model, piece, numbers).sum() / self.config.batch_size
                 found = torch.autograd.grad(loss, self.trained)
                 gradients = [one.add_(other) for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
@@ -146,7 +147,7 @@ class TrainingState:
         self._hand_out([buffer for name, buffer in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
 
-    def _cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
+    def cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
         """The pieces of some samples that are computed at once, and what is drawn for each."""
         size = self.config.micro_batch
         if size is None:

@@ -1,7 +1,8 @@
 """Does this machine, or this cluster, train right? `python -m mnist_dist.verify`, or the same under torchrun, accelerate launch or srun.
 
-Trains a few steps in float32 and compares the loss of each with a recorded curve. The loss of step k is a function of (config, k) alone, so
-any world must give the same curve up to the rounding of its sums: a wrong gradient average, order, augmentation or rank shows at once.
+Every rank computes the gradients of the same batches; then all train a few steps in float32. Both are compared with a recorded run. What
+step k computes is a function of (config, k) alone, so any world must give the same up to the rounding of its sums: a wrong gradient,
+average, order, augmentation or rank shows at once, and the rank is named where it can be known.
 """
 
 if __name__ == "__main__":
@@ -11,114 +12,155 @@ if __name__ == "__main__":
 
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from mnist_dist.config import Config, configure
+from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import read_file, write_atomically
-from mnist_dist.options import Parser, path_argument
+from mnist_dist.files import describe_error
+from mnist_dist.finding import Finding, write_findings
+from mnist_dist.options import Parser, path_argument, trait
 from mnist_dist.preemption import StopSignals
 from mnist_dist.program import print_answer
-from mnist_dist.record import METRICS_FILE, is_number, read_run
+from mnist_dist.reference import SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
+from mnist_dist.source import note_named
+from mnist_dist.world import find_world
 
 # SGD at a calm learning rate: at a high one, rounding grows tenfold every few steps; and Muon lifts it up to the size of its update.
-_OPTIONS = {
+_RECIPE = {
     "steps": 40,
     "optimizer": "sgd",
     "learning_rate": 0.003,
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "schedule": "constant",
-    "precision": "fp32",
+}
+_TEST_SIZE = 100
+# What a comparison needs, or what has no use in one.
+_FIXED: dict[str, Any] = {
+    "run_dir": "verify",
     "log_every": 1,
-    "test_size": 100,
+    "evaluate_every": 10**9,
+    "checkpoint_every": 0,
+    "checkpoint_every_s": 0.0,
+    "keep_checkpoints": 1,
     "report": False,
     "wandb": "disabled",
+    "log_with": None,
+    "epochs": 1,
+    "precision": "fp32",
+    "cuda_graph": False,
 }
-_BYTES_MAX = 1 << 20
-TOLERANCE = 1e-4  # worlds and thread counts differ by less than 1e-6 here; the mistakes this is for by more than 5e-4
+_UNUSED = (*_FIXED, "wandb_project", "wandb_model", "system_metrics")
 
 
-def make_config(run_dir: Path | str) -> Config:
-    """The config of the recorded curve: the default recipe, with SGD. A batch of 64 suits worlds of 1, 2, 4 ... 64."""
-    return configure(**_OPTIONS, run_dir=str(run_dir))
+def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None) -> Config:
+    """The config of a comparison: the options `given`, over those that suit a comparison, over those of a `recipe`. Raises `UserError`.
+
+    A batch of 64, the default, suits worlds of 1, 2, 4 ... 64.
+    """
+    given = given or {}
+    for name in given:
+        if name in _UNUSED:
+            raise UserError(f"{name} has no use here: verify sets it itself; leave it out")
+    config = resolve_config(_RECIPE | given | _FIXED, recipe)
+    if config.test_size is None and not config.holdout and config.task.sizes is not None:
+        config = config.replace(test_size=min(_TEST_SIZE, config.task.sizes[1]))
+    # The run works in a folder of its own.
+    values = config.values()
+    folders = [name for name, field in config.fields().items() if trait(field, "folder") and name != "run_dir" and values[name]]
+    return config.replace(**{name: os.path.abspath(values[name]) for name in folders})
 
 
-def compare(losses: list[float], reference: list[float]) -> str:
-    """One line that says how near the curve is. Raises `RunError` that names the first step that is too far off."""
-    if len(losses) != len(reference):
-        raise RunError(f"the run recorded {len(losses)} steps, the reference has {len(reference)}")
-    differences = [abs(loss - expected) / expected for loss, expected in zip(losses, reference, strict=True)]
-    for step, difference in enumerate(differences, start=1):
-        if not difference <= TOLERANCE:  # NaN, too
-            raise RunError(
-                f"the loss of step {step} is {losses[step - 1]:.6f}, the reference {reference[step - 1]:.6f}: a relative difference of "
-                f"{difference:.1e}, allowed {TOLERANCE:.0e}. This machine or this world does not train right"
-            )
-    return f"right: {len(losses)} steps, largest relative difference to the recorded curve {max(differences):.1e} (allowed {TOLERANCE:.0e})"
-
-
-def read_reference(path: Path) -> list[float]:
-    """The losses in a file that `--record` wrote. Raises `UserError`."""
-    try:
-        losses = json.loads(read_file(path, _BYTES_MAX))
-    except OSError as error:
-        raise UserError(f"the reference {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError):
-        losses = None
-    if not isinstance(losses, list) or not losses or not all(is_number(loss) and loss > 0 for loss in losses):
-        raise UserError(f"the reference {path} is not a list of losses; expected a file that `python -m mnist_dist.verify --record` wrote")
-    return losses
-
-
-def verify(reference: Path | None = None, record: Path | None = None) -> int:
-    """Train; on rank zero compare with the file `reference` (none: the one that ships), or write the file `record`; the exit status."""
-    if record is not None and (os.path.lexists(record) or not os.path.isdir(record.parent)):
-        raise UserError(f"the file to record is {record}, which exists or whose folder does not; expected a new name in an existing folder")
-    expected = read_reference(reference or Path(str(resources.files("mnist_dist.tasks.mnist") / "reference.json")))
+def verify(config: Config, reference: Reference | None = None, record: Path | None = None, answer: Path | None = None) -> int:
+    """Train and compare with `reference`, or write the file `record`; the findings go into the file `answer`. The exit status."""
+    from mnist_dist.inspection import Inspection
     from mnist_dist.loop import train
 
     signals = StopSignals().install()
-    record = record and record.absolute()
+    is_main = find_world(os.environ).rank == 0
+    inspection = Inspection(config, reference, _show if is_main else lambda _: None)
+    record, answer = record and record.absolute(), answer and answer.absolute()
     # Each rank has a folder of its own, and all of them call it alike: by that they know that they are one run.
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        run_dir = Path("verify")
-        result = train(make_config(run_dir), signals)
-        if result.stop:
-            return result.stop.exit_code
-        if (run_dir / METRICS_FILE).exists():  # rank zero's
-            losses = [row["train/loss"] for row in read_run(run_dir).rows]
-            if record is not None:
-                write_atomically(record, (json.dumps(losses, indent=1) + "\n").encode())
-                print(f"recorded {len(losses)} steps in {record}")
-            else:
-                print(compare(losses, expected), f"in a world of {result.values['world_size']}")
-    return 0
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            result = train(inspection.config, signals, inspection.take_turns)
+    except RunError as error:
+        if is_main:
+            failed = Finding("curve", "WRONG", " ".join(str(error).split()), "the reason names the rank, or what it waited for")
+            _write(answer, [*inspection.findings, failed])
+        raise
+    if result.stop:
+        return result.stop.exit_code
+    is_wrong = any(finding.word == "WRONG" for finding in inspection.findings)
+    if is_main:
+        if record is not None and not is_wrong:
+            try:
+                write_reference(record, inspection.values)
+            except OSError as error:
+                raise RunError(f"the reference {record} cannot be written: {describe_error(error)}") from error
+            print(f"recorded {config.total_steps} steps in {record}")
+        _write(answer, inspection.findings)
+    return RunError.exit_code if is_wrong else os.EX_OK
+
+
+def _show(finding: Finding) -> None:
+    print(f"{finding.word:5} {finding.check}: {finding.measured}", flush=True)
+    if finding.next_step:
+        print(f"      next: {finding.next_step}", flush=True)
+
+
+def _write(path: Path | None, findings: Sequence[Finding]) -> None:
+    if path is not None:
+        try:
+            write_findings(path, findings)
+        except OSError as error:
+            raise RunError(f"the answer {path} cannot be written: {describe_error(error)}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status: 0 the curve is met, 2 a user's mistake, 1 the rest."""
+    """Run the program; its exit status: 0 nothing is wrong, 2 a user's mistake, 1 the rest."""
 
     def run() -> int:
+        task, recipe = find_given_task(arguments, "mnist_dist.verify")
         parser = Parser(
-            "mnist_dist.verify", "Train a few steps, on any number of processes, and compare their losses with a recorded curve."
+            "mnist_dist.verify",
+            "Compute some gradients and train a few steps, on any number of processes, and compare them with a recorded run.",
+            usage="[--reference FILE | --record FILE] [--answer FILE] [--config FILE] [--task NAME] [--option value ...]",
         )
         choice = parser.add_mutually_exclusive_group()
-        choice.add_argument("--reference", metavar="FILE", type=path_argument, help="the curve to compare with (default: the shipped one)")
-        choice.add_argument("--record", metavar="FILE", type=path_argument, help="write the curve into a new file instead")
-        options = parser.parse_args(arguments)
+        choice.add_argument("--reference", metavar="FILE", type=path_argument, help="what to compare with (default: what comes with mnist)")
+        choice.add_argument("--record", metavar="FILE", type=path_argument, help="write it into a new file instead")
+        parser.add_argument("--answer", metavar="FILE", type=path_argument, help="write what was found into a new file, as JSON, too")
+        add_config_options(parser, task)
+        given = parser.parse(arguments)
+        files = {name: Path(path) for name in ("reference", "record", "answer") if (path := given.pop(name)) is not None}
+        for name in ("record", "answer"):
+            path = files.get(name)
+            if path is not None and (os.path.lexists(path) or not os.path.isdir(path.parent)):
+                raise UserError(f"{name} is {path}, which exists or whose folder does not; expected a new name in an existing folder")
+        config = make_config(take_options(given), recipe)
+        reference = None
+        if "record" not in files:
+            path = files.get("reference") or find_shipped(config)
+            reference = read_reference(path)
+            reference.check_config(config, str(path))
+        elif config.steps is not None and config.steps * config.batch_size > SAMPLES_MAX:
+            raise UserError(
+                f"{config.steps} steps of {config.batch_size} samples are more than the {SAMPLES_MAX:,} that a reference holds: give fewer "
+                "--steps, or a smaller --batch_size"
+            )
+        note_named(config.task.name)
         from mnist_dist.starter import find_size, start_ranks
 
         size, alone = find_size(os.environ, is_program=arguments is None)
         if alone:
             return start_ranks(size)
-        return verify(*(None if name is None else Path(name) for name in (options.reference, options.record)))
+        return verify(config, reference, files.get("record"), files.get("answer"))
 
     return print_answer(run)
 

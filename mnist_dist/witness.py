@@ -34,6 +34,7 @@ from mnist_dist.program import run_program
 from mnist_dist.randomness import derive_seed
 from mnist_dist.record import CHECKPOINTS
 from mnist_dist.source import explaining
+from mnist_dist.state import TrainingState
 from mnist_dist.task import Data, Row
 
 CONFIG_FILE, STATE_FILE, FOUND_FILE = "config.yaml", "state.pt", "found.json"
@@ -146,10 +147,10 @@ def _train(config: Config, folder: Path, job: Row) -> None:
     """Train until `leave` steps are done and the checkpoint of step `saved` is written; then evaluate the initial weights, or be killed."""
     from mnist_dist.loop import train
 
-    def take_turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
+    def take_turns(batches: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
         for batch in batches:
             if batch.step == job["leave"]:
-                _leave(config, folder, group, job)
+                _leave(config, folder, state.group, job)
             yield batch
 
     train(config, turns=take_turns)

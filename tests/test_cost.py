@@ -27,9 +27,9 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
     config = configure(steps=warm_up + blocks * STEPS_AT_ONCE, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
     times = {"loop": [], "bare": []}
 
-    def take_turns(batches, group):
+    def take_turns(batches, state):
         """After each step of the loop, a bare one. A step of the loop lasts from asking for a batch to asking for the next."""
-        bare_step = make_step(make_model(group.accelerator), config, group.accelerator, config.batch_size)
+        bare_step = make_step(make_model(state.group.accelerator), config, state.group.accelerator, config.batch_size)
         begin = time.perf_counter()
         for batch in batches:
             yield batch

@@ -1,0 +1,479 @@
+"""What the ranks of a short run compute, compared with each other and with a recorded run, so that the rank that is wrong is named.
+
+Before the first step every rank computes the gradients of the same whole batches, alone. In the steps it notes which samples it took and
+what the loss of each was; now and then the ranks compare their weights. What they tell each other is small in worlds of any size: hashes,
+and sketches of 61 numbers, whose differences are as long as those of the vectors that they stand for, within a fifth or so.
+"""
+
+import hashlib
+import itertools
+import math
+import socket
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import mul
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from mnist_dist.config import Config, make_config
+from mnist_dist.data import Batch, StepSampler, seed_generators
+from mnist_dist.distributed import Group
+from mnist_dist.errors import RunError, UserError
+from mnist_dist.finding import Finding
+from mnist_dist.machine import find_processor
+from mnist_dist.randomness import derive_seed, make_generator
+from mnist_dist.reference import SKETCH, Reference, Sketch, name_source
+from mnist_dist.source import explaining
+from mnist_dist.state import TrainingState
+from mnist_dist.task import Task
+from mnist_dist.tier import keeping
+from mnist_dist.witness import read_batch
+
+GRADIENT_TOLERANCE = 1e-5  # of the gradient's norm
+CURVE_TOLERANCE = 1e-4  # of the loss of a step
+SAMPLE_TOLERANCE = 1e-2  # of the same, for the loss of one sample
+WEIGHT_TOLERANCE = 1e-5  # of the norm of the weights, between machines of different kinds
+EXCHANGE_TOLERANCE = 1e-3  # of the norm of the gradient that the ranks exchanged
+BATCHES = 3  # whose gradients every rank computes
+_BATCH_MAX = 64  # samples of each
+_WEIGHTS_EVERY = 10  # steps
+_CHUNK = 1 << 20  # numbers of a tensor that are on the CPU at once
+_SHOWN = 8
+
+
+class Print(NamedTuple):
+    """What stands for some tensors: the beginning of the SHA-256 of their bits, and their sketch."""
+
+    bits: str
+    sketch: Sketch
+
+
+class Rank(NamedTuple):
+    """What one rank tells the others of itself before the first step."""
+
+    host: str
+    device: str
+    kind: str  # ranks of the same kind round alike
+    data: str
+    gradients: list[Print]
+
+
+class Steps(NamedTuple):
+    """What one rank tells the others of its steps at the end."""
+
+    losses: list[float]  # of each step, the sum over the rank's own samples
+    counts: list[int]  # of each step, how many these were
+    parted: int  # the first step in which the loss of one of them is not the recorded one; 0: none
+    difference: float  # in that step, or else the largest
+    strange: str  # the first step in which a sample is not the one that belongs there, in words
+
+
+def take_print(tensors: Iterable[Tensor]) -> Print:
+    """The print of float tensors. A sketch is linear: that of a difference is the difference of two."""
+    hashed, total = hashlib.sha256(), torch.zeros(SKETCH, dtype=torch.float64)
+    for number, tensor in enumerate(tensors):
+        for part, piece in enumerate(torch.split(tensor.detach().reshape(-1), _CHUNK)):
+            numbers = piece.cpu()
+            hashed.update(numbers.numpy().tobytes())
+            # Each number, with a sign drawn for its place, is added to one of the sketch.
+            signs = torch.randint(0, 2, numbers.shape, generator=make_generator(number, "sketch", part), dtype=torch.int8)
+            padded = torch.zeros(-(-len(numbers) // SKETCH) * SKETCH, dtype=torch.float64)
+            padded[: len(numbers)] = numbers.double() * (2 * signs - 1)
+            total += padded.view(-1, SKETCH).sum(0)
+    return Print(hashed.hexdigest()[:16], [float(f"{value:.9g}") for value in total.tolist()])
+
+
+def measure_distance(one: Sketch, other: Sketch) -> float:
+    """How far one vector is from another, in parts of the other's norm. NaN where either is not finite."""
+    return math.dist(one, other) / max(math.hypot(*other), 1e-30)
+
+
+def watch_losses(task: type[Task], noted: list[Tensor]) -> type[Task]:
+    """The same task, which notes the losses of all samples that are trained on."""
+
+    class Watched(task):  # type: ignore[valid-type, misc]
+        def losses(self, model: Any, batch: Any, drawn: Any) -> Tensor:
+            found: Tensor = super().losses(model, batch, drawn)
+            if isinstance(found, Tensor) and found.requires_grad:
+                noted.append(found.detach())
+            return found
+
+    return Watched
+
+
+class Inspection:
+    """Looks at a run while it trains, on every rank alike; `findings` has what it found, and `values` what a reference records."""
+
+    def __init__(self, config: Config, reference: Reference | None, report: Callable[[Finding], None]) -> None:
+        self.noted: list[Tensor] = []
+        self.config = make_config(config.values(), task=watch_losses(type(config.task), self.noted))
+        self.reference = reference
+        self.findings: list[Finding] = []
+        self._report = report
+        self.values: dict[str, Any] = {}
+        self.ranks: list[Rank] = []
+        self._weights: dict[str, Sketch] = {}
+        self._first_gradient: Sketch = []
+        self._parting: tuple[int, list[Print]] | None = None  # the step after which the weights of two ranks differ
+
+    def take_turns(self, batches: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
+        """Hand on the batches of a run, and look at what comes of them."""
+        group, self.config = state.group, state.config  # with what is known of the data
+        if self.reference is not None:
+            _check_start(self.reference, state)
+        self._compare_gradients(state)
+        expected = iter(StepSampler(state.data.train, self.config.model_copy(update={"shards": None}), 0, 1, 0))
+        losses: list[Tensor] = []
+        places: list[list[int]] = []
+        strange = ""
+        for step, batch in enumerate(batches, start=1):
+            if batch.step != step - 1:
+                raise RunError(
+                    f"{self._name([group.rank])} got the samples of step {batch.step + 1} in step {step}: is its loader sharded twice?"
+                )
+            own = list(itertools.chain(*batch.parts))
+            strange = strange or _find_strange(batch, own, next(expected).indices)
+            self.noted.clear()
+            yield batch
+            losses.append(torch.cat(self.noted))
+            places.append(own)
+            if step == 1:
+                self._first_gradient = self._compare_first(state)
+            if step in (1, state.config.total_steps) or step % _WEIGHTS_EVERY == 0:
+                self._compare_weights(state, step)
+        self._judge(group, [loss.double().cpu() for loss in losses], places, strange)
+
+    def _add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        self._report(finding)
+
+    # The gradients of the same batches.
+
+    def _compare_gradients(self, state: TrainingState) -> None:
+        group, size = state.group, min(self.config.batch_size, _BATCH_MAX)
+        config = self.config.model_copy(update={"batch_size": size, "shards": None, "steps": None, "epochs": BATCHES})
+        prints = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
+        where = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else find_processor()
+        kind = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        self.ranks = group.gather(Rank(socket.gethostname(), str(group.device), kind, state.fingerprint, prints))
+        self._add(compare_gradients(self.ranks, self.reference))
+        self.values |= {
+            "task": self.config.task.short_name,
+            "source": name_source(self.config),
+            "options": self.config.recipe(),
+            "data": state.fingerprint,
+            "made_on": {"processes": group.size, "device": group.device.type, "machine": kind},
+            "any_world": state.tier.is_any_world,
+            "gradient_bits": [one.bits for one in prints],
+            "gradients": [one.sketch for one in prints],
+        }
+
+    # The steps.
+
+    def _compare_first(self, state: TrainingState) -> Sketch:
+        return take_print(parameter.grad for parameter in state.bare_model.parameters() if parameter.grad is not None).sketch
+
+    def _compare_weights(self, state: TrainingState, step: int) -> None:
+        mine = take_print(parameter for parameter in state.bare_model.parameters() if parameter.requires_grad)
+        self._weights[str(step)] = mine.sketch
+        if self._parting is None and len({*state.group.gather(mine.bits)}) > 1:
+            self._parting = step, state.group.gather(mine)
+
+    def _judge(self, group: Group, losses: list[Tensor], places: list[list[int]], strange: str) -> None:
+        rows = [row.tolist() for row in losses]
+        parted, difference = _find_parting(losses, places, self.reference)
+        steps = group.gather(Steps([math.fsum(row) for row in rows], [len(row) for row in rows], parted, difference, strange))
+        size = self.config.batch_size
+        means = [math.fsum(one.losses[step] for one in steps) / size for step in range(len(rows))]
+        self._add(self._judge_curve(group, steps, means))
+        self.values |= {"first_gradient": self._first_gradient, "weights": self._weights, "losses": means}
+        if self.reference is None:  # rank zero writes it: of all samples, in the order of the batch
+            table = torch.zeros(len(rows), size, dtype=torch.float64)
+            for row, places_of, values in zip(table, places, losses, strict=True):
+                if len(places_of) == len(values):
+                    row[places_of] = values
+            if group.size > 1:
+                torch.distributed.all_reduce(table, group=group.control)
+            self.values["samples"] = [[float(f"{value:.7g}") for value in row] for row in table.tolist()]
+
+    def _judge_curve(self, group: Group, steps: list[Steps], means: list[float]) -> Finding:
+        size, reference, reasons = self.config.batch_size, self.reference, list[str]()
+        values: dict[str, Any] = {"steps": len(means), "world_size": group.size}
+        text = f"{len(means)} steps in a world of {group.size}"
+        if reference is not None:
+            scales = [statistics.fmean(map(abs, row)) for row in reference.samples]
+            differences = [
+                abs(mean - expected) / max(scale, 1e-30) for mean, expected, scale in zip(means, reference.losses, scales, strict=True)
+            ]
+            worst = max(differences)
+            farthest = max(one.difference for one in steps)
+            values |= {"difference": _keep_finite(worst), "allowed": CURVE_TOLERANCE, "sample_difference": _keep_finite(farthest)}
+            text += f", at most {worst:.1e} from the recorded losses (allowed {CURVE_TOLERANCE:.0e})"
+            wrong = next((step for step, one in enumerate(differences, start=1) if not one <= CURVE_TOLERANCE), None)
+            if wrong is not None:
+                values["step"] = wrong
+                reasons.append(
+                    f"the loss of step {wrong} is {means[wrong - 1]:.6f}, the recorded one {reference.losses[wrong - 1]:.6f}: a relative "
+                    f"difference of {differences[wrong - 1]:.1e}, allowed {CURVE_TOLERANCE:.0e}"
+                )
+        named: set[int] = set()
+        next_steps: list[str] = []
+        if counts := [step for step in range(len(means)) if sum(one.counts[step] for one in steps) != size]:
+            seen = sum(one.counts[counts[0]] for one in steps)
+            reasons.append(f"in step {counts[0] + 1} the ranks took {seen} samples together, and a batch has {size}")
+            next_steps.append("look for a loader that is sharded twice, or not at all")
+        if odd := {rank: one.strange for rank, one in enumerate(steps) if one.strange}:
+            named |= {*odd} if len(odd) < group.size else set()
+            first = min(odd)
+            which = "each rank" if len(odd) == group.size > 1 else self._name(odd)
+            reasons.append(f"{which} took other samples than belong to its place: {odd[first]}")
+            next_steps.append("look for a loader that is sharded twice, or data that are shifted")
+        parted = {rank: one for rank, one in enumerate(steps) if one.parted}
+        if parted:
+            step = min(one.parted for one in parted.values())
+            first_ones = [rank for rank, one in parted.items() if one.parted == step]
+            by = max(parted[rank].difference for rank in first_ones)
+            values |= {"parted_step": step, "parted_ranks": first_ones[:64]}
+            alike = len(first_ones) == group.size
+            named |= set() if alike else {*first_ones}
+            who = ("all ranks" if group.size > 1 else self._name([0])) if alike else self._name(first_ones)
+            reasons.append(f"{who} parted first, in step {step}: the loss of a sample is off by {by:.1e} of the mean")
+            if alike and step == 1:
+                next_steps.append("their samples, or what is drawn for them, are others than recorded: compare the data and the code")
+        if factor := self._describe_exchange():
+            reasons.append(factor)
+            next_steps.append("look at what averages the gradients: communication hooks, Accelerate's settings, the library of collectives")
+        if self._parting is not None:
+            ranks, reason = self._describe_weights(*self._parting)
+            if reason:
+                named |= ranks
+                values |= {"weights_step": self._parting[0], "weights_ranks": sorted(ranks)[:64]}
+                reasons.append(reason)
+        if not reasons:
+            return Finding("curve", "ok", text, "", values)
+        if named:
+            next_steps.append(self._advise(named))
+        return Finding("curve", "WRONG", "; ".join(reasons), "; ".join(next_steps) or _ADVICE, values | {"ranks": sorted(named)[:64]})
+
+    def _describe_exchange(self) -> str:
+        """How the gradient that the ranks exchanged in step 1 differs from the recorded one; nothing where it does not."""
+        if self.reference is None:
+            return ""
+        expected = self.reference.first_gradient
+        off = measure_distance(self._first_gradient, expected)
+        if off <= EXCHANGE_TOLERANCE:
+            return ""
+        factor = math.fsum(map(mul, self._first_gradient, expected)) / max(math.hypot(*expected) ** 2, 1e-30)
+        rest = measure_distance(self._first_gradient, [factor * value for value in expected])
+        if rest <= EXCHANGE_TOLERANCE:
+            return (
+                f"the gradient that the ranks exchanged in step 1 is {factor:.4f} times the recorded one: is it a sum in place of a mean?"
+            )
+        return f"the gradient that the ranks exchanged in step 1 is off by {off:.1e} of its norm"
+
+    def _describe_weights(self, step: int, prints: list[Print]) -> tuple[set[int], str]:
+        """Which ranks have other weights than the rest, and how far off these are; no word where rounding explains it."""
+        most, count = Counter(one.bits for one in prints).most_common(1)[0]
+        usual = next(one.sketch for one in prints if one.bits == most)
+        off = {rank: measure_distance(one.sketch, usual) for rank, one in enumerate(prints) if one.bits != most}
+        if len({rank.kind for rank in self.ranks}) > 1 and all(one <= WEIGHT_TOLERANCE for one in off.values()):
+            return set(), ""
+        by = max(off.values())
+        if 2 * count > len(prints):
+            return {*off}, f"{self._name(off)} had other weights than the rest after step {step}, off by {by:.1e} of their norm"
+        recorded = self.reference.weights.get(str(step)) if self.reference is not None else None
+        if recorded is not None:
+            far = [measure_distance(one.sketch, recorded) for one in prints]
+            near = min(far)
+            named = [rank for rank, one in enumerate(far) if not one <= 3 * near + 1e-12]
+            if named and not all(one <= WEIGHT_TOLERANCE for one in far):
+                return {
+                    *named
+                }, f"{self._name(named)} had other weights than recorded after step {step}, off by {max(far):.1e} of their norm"
+        return set(), (
+            f"the weights of {self._name(range(len(prints)))} differed after step {step}, by {by:.1e} of their norm; which are wrong "
+            "is not known"
+        )
+
+    def _name(self, ranks: Iterable[int]) -> str:
+        return name_ranks(ranks, self.ranks)
+
+    def _advise(self, ranks: Iterable[int]) -> str:
+        return advise(ranks, self.ranks)
+
+
+def _keep_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+_ADVICE = "this machine or this world does not train right: run it on one process, then on one host, to see where it begins"
+
+
+def name_ranks(ranks: Iterable[int], known: Sequence[Rank]) -> str:
+    """Ranks in words: `rank 1 on host a (cpu, AMD EPYC ...)`."""
+    ordered = sorted(ranks)
+    words = [f"rank {rank} on host {known[rank].host} ({known[rank].device}, {known[rank].kind})" for rank in ordered[:_SHOWN]]
+    return ", ".join(words) + (f" and {len(ordered) - _SHOWN} more ranks" if len(ordered) > _SHOWN else "")
+
+
+def advise(ranks: Iterable[int], known: Sequence[Rank]) -> str:
+    """What to do about ranks that are wrong."""
+    hosts = sorted({known[rank].host for rank in ranks})
+    shown = ",".join(hosts[:_SHOWN]) + (",..." if len(hosts) > _SHOWN else "")
+    return f"start without {shown} (srun --exclude); if the rest is ok then, have its memory, processor and GPU tested"
+
+
+def compare_gradients(ranks: Sequence[Rank], reference: Reference | None) -> Finding:
+    """Which ranks compute other gradients of the same batches than were recorded, or than the rest."""
+    everyone = range(len(ranks))
+    centre = [
+        [statistics.median(column) for column in zip(*(rank.gradients[batch].sketch for rank in ranks), strict=True)]
+        for batch in range(BATCHES)
+    ]
+
+    def measure(expected: Sequence[Sketch]) -> list[float]:
+        return [
+            max(
+                (measure_distance(one.sketch, other) for one, other in zip(rank.gradients, expected, strict=True)),
+                key=lambda distance: math.inf if math.isnan(distance) else distance,
+            )
+            for rank in ranks
+        ]
+
+    among = measure(centre)
+    off, what = (among, "the median of the ranks") if reference is None else (measure(reference.gradients), "the recorded gradients")
+    wrong = [rank for rank in everyone if not off[rank] <= GRADIENT_TOLERANCE]
+    other_data = [rank for rank in everyone if ranks[rank].data != (reference.data if reference is not None else _most(ranks))]
+    values: dict[str, Any] = {"allowed": GRADIENT_TOLERANCE, "batches": BATCHES, "world_size": len(ranks)}
+    alike = len(wrong) == len(ranks)
+    if alike and len(ranks) > 2:  # those that are far from the rest as well
+        apart = [rank for rank in everyone if not among[rank] <= GRADIENT_TOLERANCE]
+        if apart and len(apart) < len(ranks):
+            wrong, alike = apart, False
+    finite = [one for one in off if math.isfinite(one)]
+    values |= {"difference": max(finite, default=None), "ranks": wrong[:64]}
+    tail = f"of the gradient's norm away from {what} (allowed {GRADIENT_TOLERANCE:.0e})"
+    if wrong:
+        worst = max(wrong, key=lambda rank: math.inf if math.isnan(off[rank]) else off[rank])
+        rest = max((off[rank] for rank in everyone if rank not in wrong), default=None)
+        text = f"{name_ranks([worst], ranks)} is {off[worst]:.1e} {tail}"
+        if alike and len(ranks) > 1:
+            text = f"all {len(ranks)} ranks are, the farthest {name_ranks([worst], ranks)}, {off[worst]:.1e} {tail}"
+        elif len(wrong) > 1:
+            text += f", and so {'is' if len(wrong) == 2 else 'are'} {name_ranks(set(wrong) - {worst}, ranks)}"
+        text += f"; the others {rest:.1e}" if rest is not None else ""
+        text += f"; {name_ranks(other_data, ranks)}: its data are others" if other_data else ""
+        if not alike:
+            next_step = advise(wrong, ranks)
+        elif reference is not None:
+            made = ", ".join(f"{name} {value}" for name, value in reference.made_on.items())
+            next_step = f"all ranks differ alike: compare the versions and the code with those of the record ({made})"
+        else:
+            next_step = "which rank is wrong is not known of two: try each alone, or compare with --reference"
+        return Finding("gradients", "WRONG", text, next_step, values)
+    text = f"{BATCHES} batches on {len(ranks)} rank{'s' * (len(ranks) > 1)}"
+    strange = _find_strange_bits(ranks)
+    if len({tuple(one.bits for one in rank.gradients) for rank in ranks}) == 1 < len(ranks):
+        text += ", the same bits on all"
+    if reference is not None:
+        text += f", {max(off):.1e} {tail}"
+    elif len(ranks) > 1:
+        text += f", at most {max(off):.1e} {tail}"
+    if strange:
+        values["ranks"] = strange[:64]
+        text += f"; {name_ranks(strange, ranks)} computes other bits than ranks of the same kind"
+        return Finding(
+            "gradients", "WARN", text, f"run verify again: a rank that differs each time may be damaged; {advise(strange, ranks)}", values
+        )
+    return Finding("gradients", "ok", text, "", values)
+
+
+def _most(ranks: Sequence[Rank]) -> str:
+    return Counter(rank.data for rank in ranks).most_common(1)[0][0]
+
+
+def _find_strange_bits(ranks: Sequence[Rank]) -> list[int]:
+    """The ranks whose gradients are not the bits that most ranks of the same kind have."""
+    found = []
+    for kind in {rank.kind for rank in ranks}:
+        bits = {index: tuple(one.bits for one in rank.gradients) for index, rank in enumerate(ranks) if rank.kind == kind}
+        most, count = Counter(bits.values()).most_common(1)[0]
+        found += [index for index, one in bits.items() if one != most or 2 * count <= len(bits) > 1]
+    return sorted(found)
+
+
+def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[Tensor]:
+    """The gradient of a whole batch, computed by this process alone, with the weights as they are; they stay so."""
+    task, device = config.task, state.group.device
+    samples, drawn = send_to_device(read_batch(config, state.data, step), device)
+    trained = [parameter for parameter in state.bare_model.parameters() if parameter.requires_grad]
+    with keeping(state.bare_model), explaining(task.name, "in the gradients of a batch", RunError):
+        seed = derive_seed(config.seed, "gradients", step)
+        seed_generators(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        total: list[Tensor] = []
+        for piece, numbers in state.cut(samples, drawn):
+            loss = task.losses(state.bare_model, piece, numbers).sum() / config.batch_size
+            found = torch.autograd.grad(loss, trained)
+            total = [one.add_(other) for one, other in zip(total, found, strict=True)] if total else list(found)
+        return total
+
+
+def _check_start(reference: Reference, state: TrainingState) -> None:
+    """Raise `UserError` where this start cannot give what was recorded, however right it is."""
+    size, device = state.group.size, state.group.device.type
+    if not state.tier.is_any_world:
+        made = reference.made_on
+        if state.tree is None and size != made.get("processes"):
+            raise UserError(
+                f"the reference was recorded on {made.get('processes')} processes, and this start has {size}; a step of this task is the "
+                f"same only there, because {state.tier.reason}: start as many, or record with --shards"
+            )
+        if device != made.get("device"):
+            raise UserError(
+                f"the reference was recorded on {made.get('device')}, and this start is on {device}, where a model draws other random "
+                f"numbers ({state.tier.reason}): record there"
+            )
+    if len({*state.group.gather(state.fingerprint)}) == 1 and state.fingerprint != reference.data:
+        raise UserError(
+            f"the reference was recorded on other data (their hash is {reference.data}, here {state.fingerprint}): use the same"
+        )
+    if state.config.total_steps != len(reference.losses) or len(reference.samples[0]) != state.config.batch_size:
+        raise UserError(
+            f"the reference has {len(reference.losses)} steps of {len(reference.samples[0])} samples, and this run "
+            f"{state.config.total_steps} of {state.config.batch_size}"
+        )
+
+
+def _find_strange(batch: Batch, places: list[int], expected: Tensor) -> str:
+    if len(places) != len(batch.indices):
+        return f"in step {batch.step + 1} it had {len(batch.indices)} samples for {len(places)} places"
+    right = expected[places]
+    wrong = (batch.indices.cpu() != right).nonzero().flatten().tolist()
+    if not wrong:
+        return ""
+    first = wrong[0]
+    return (
+        f"in step {batch.step + 1} {len(wrong)} of {len(places)}, the first of them sample {int(batch.indices[first])} in place of "
+        f"{int(right[first])}"
+    )
+
+
+def _find_parting(losses: list[Tensor], places: list[list[int]], reference: Reference | None) -> tuple[int, float]:
+    """The first step in which a sample's loss is not the recorded one, and by how much; 0 and the largest difference where none is."""
+    largest = 0.0
+    for step, (row, own) in enumerate(zip(losses, places, strict=True), start=1):
+        if reference is None or len(row) != len(own):
+            continue
+        expected = torch.tensor(reference.samples[step - 1], dtype=torch.float64)
+        scale = max(float(expected.abs().mean()), 1e-30)
+        difference = float((row - expected[own]).abs().max()) / scale if own else 0.0
+        if not difference <= SAMPLE_TOLERANCE:
+            return step, difference
+        largest = max(largest, difference)
+    return 0, largest
