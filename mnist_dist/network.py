@@ -35,7 +35,7 @@ _CHUNKS, _CHUNKS_S = 8, 0.3
 _PINGS = 30
 _ANSWER_S = 5.0  # how long one end of a pair waits for the other
 _RANKS_OF_ONE_HOST = 8  # that are paired where there is one host
-_REPEATS = 2  # of a pair that looks slow or broken
+_REPEATS = 2  # of a pair that looks slow; of one that looks broken, one
 _TYPES = (torch.float32, torch.float64, torch.int64, torch.bfloat16)
 _SIZES = (1, 1000, 1 << 20)
 _CALLS = 20
@@ -183,9 +183,10 @@ def _lead(end: "_End", members: Sequence[int], until: float) -> None:
 
     def plan() -> Iterator[list[RankPair]]:
         yield from list_rounds(members)
-        for _ in range(_REPEATS):  # each alone
+        for repeat in range(_REPEATS):  # each alone
             median = statistics.median(link.bytes_per_s for link in links.values())
-            yield from ([link.ranks] for link in list(links.values()) if link.problem or is_slow(link, median))
+            again = [link.ranks for link in links.values() if is_slow(link, median) or (link.problem and not repeat)]
+            yield from ([ranks] for ranks in again)
 
     for pairs in plan():
         if time.monotonic() > until:

@@ -39,7 +39,7 @@ SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
 _CLOCK_WARN_S, _CLOCK_WRONG_S = 1.0, 60.0
 _PINGS = 5
 _STEP_SAMPLES = {"cpu": 8, "cuda": 512}
-_ROUND_S, _ROUNDS_MIN, _ROUNDS_MAX = 0.3, 3, 12
+_ROUND_S, _ROUNDS_MIN, _ROUNDS_MAX = 0.2, 3, 12
 _STEPS_MIN = 3  # in a round
 _SEEN_S = 20.0
 _CHECKPOINT_BYTES = 7 << 20  # of the built-in model, with its optimizer
@@ -96,15 +96,15 @@ def check_joined(group: Group, hosts: Hosts, world: World, config: Config) -> li
     for host, ranks in _by_value(hosts).items():
         usable = max(told[rank]["usable"] for rank in ranks)
         crowded, cpus = find_crowded({rank: told[rank]["cpus"] for rank in ranks})
+        shared = f"{_count(len(cpus), 'CPU')} ({', '.join(map(str, cpus[:8]))}{', ...' if len(cpus) > 8 else ''})"
         if not crowded and len(ranks) > usable:
-            crowded, cpus = ranks, list(range(usable))  # a quota of the control group, which names no CPUs
+            crowded, shared = ranks, f"{_count(usable, 'CPU')} by the quota of their control group"
         if crowded:
-            named = f" ({', '.join(map(str, cpus))})" if len(cpus) <= 8 and cpus != list(range(usable)) else ""
             problems.append(
                 Finding(
                     "joined",
                     "WARN",
-                    f"{name_ranks(crowded)} on host {host} share {_count(len(cpus), 'CPU')}{named}",
+                    f"{name_ranks(crowded)} on host {host} share {shared}",
                     "give each rank CPUs of its own (--cpus-per-task, srun --cpu-bind), or start fewer ranks on a host",
                     {"host": host, "ranks": crowded, "cpus": cpus},
                 )

@@ -381,7 +381,7 @@ def test_a_signal_that_does_not_arrive_is_named(on_slurm, monkeypatch):
 
     def make_deaf(*arguments):
         executor = make(*arguments)
-        executor.parameters["additional_parameters"].pop("signal")
+        executor.parameters["additional_parameters"]["signal"] = "CONT@75"  # which nobody hears
         return executor
 
     monkeypatch.setattr(prove, "make_slurm_executor", make_deaf)
