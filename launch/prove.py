@@ -161,8 +161,8 @@ def _prove(arguments: Sequence[str] | None) -> int:
     keep = False
     before = _end_on_signals()
     try:
-        where = "this machine" if request.cluster == "local" else f"partition {request.partition or 'by default'}"
-        say(f"{request.world_size} ranks on {request.nodes} nodes of {where}; logs: {work}")
+        where = "here" if request.cluster == "local" else f"in partition {request.partition or '(the default one)'}"
+        say(f"nodes: {request.nodes}, ranks: {request.world_size}, {where}; logs: {work}")
         problem = _prove_locally(page, work) if request.cluster == "local" else _prove_on_slurm(page, work)
         keep = bool(problem or page.status)
         return _finish(page, folder, work, problem, as_json)
@@ -299,7 +299,9 @@ class Watched:
                 self.limit_at = datetime.datetime.fromisoformat(shown.get("EndTime", "")).timestamp()
         line = f"job {self.number} ({self.what}): {self.state.lower()}"
         if self.state == "PENDING":
-            line += f" ({reason})" + (f", starts about {start}" if start not in ("", "Unknown", "N/A") else "")
+            line += (f" ({reason})" if reason not in ("", "None") else "") + (
+                f", starts about {start}" if start not in ("", "Unknown", "N/A") else ""
+            )
         elif self.state == "RUNNING":
             line += f" on {shown.get('NodeList', '')}"
         if line != self._said and (self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30])):

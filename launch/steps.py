@@ -52,7 +52,7 @@ CHECKS = (
     _make_probe("joined", deadline_s=120),
     _make_probe("agree"),
     _make_probe("exchange"),
-    Check(("gradients", "curve"), ("mnist_dist.verify", "--answer", "{answer}"), 180),
+    Check(("gradients", "curve"), ("mnist_dist.verify", "--answer", "{answer}"), 240),
     _make_probe("speed"),
     _make_probe("files", "--folder", "{folder}"),
 )

@@ -5,6 +5,7 @@ what the loss of each was; now and then the ranks compare their weights. What th
 and sketches of 61 numbers, whose differences are as long as those of the vectors that they stand for, within a fifth or so.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_dist.config import Config, make_config
 from mnist_dist.data import Batch, StepSampler, seed_generators
@@ -26,7 +27,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.finding import Finding
 from mnist_dist.machine import find_processor
 from mnist_dist.randomness import derive_seed, make_generator
-from mnist_dist.reference import SKETCH, Reference, Sketch, name_source
+from mnist_dist.reference import BATCHES, SKETCH, Reference, Sketch, name_source
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Task
@@ -35,11 +36,12 @@ from mnist_dist.witness import read_batch
 
 GRADIENT_TOLERANCE = 1e-5  # of the gradient's norm
 CURVE_TOLERANCE = 1e-4  # of the loss of a step
-SAMPLE_TOLERANCE = 1e-2  # of the same, for the loss of one sample
+SAMPLE_TOLERANCE = 1e-3  # of the same, for the loss of one sample
 WEIGHT_TOLERANCE = 1e-5  # of the norm of the weights, between machines of different kinds
 EXCHANGE_TOLERANCE = 1e-3  # of the norm of the gradient that the ranks exchanged
-BATCHES = 3  # whose gradients every rank computes
-_BATCH_MAX = 64  # samples of each
+_BATCH_MAX = 8  # samples of each
+_PERTURBATION = 1e-6  # of each weight
+_ROUNDINGS_ALLOWED = 5
 _WEIGHTS_EVERY = 10  # steps
 _CHUNK = 1 << 20  # numbers of a tensor that are on the CPU at once
 _SHOWN = 8
@@ -88,8 +90,9 @@ def take_print(tensors: Iterable[Tensor]) -> Print:
 
 
 def measure_distance(one: Sketch, other: Sketch) -> float:
-    """How far one vector is from another, in parts of the other's norm. NaN where either is not finite."""
-    return math.dist(one, other) / max(math.hypot(*other), 1e-30)
+    """How far one vector is from another, in parts of the other's norm. Infinite where either is not finite."""
+    distance = math.dist(one, other) / max(math.hypot(*other), 1e-30)
+    return distance if math.isfinite(distance) else math.inf
 
 
 def watch_losses(task: type[Task], noted: list[Tensor]) -> type[Task]:
@@ -157,10 +160,18 @@ class Inspection:
         group, size = state.group, min(self.config.batch_size, _BATCH_MAX)
         config = self.config.model_copy(update={"batch_size": size, "shards": None, "steps": None, "epochs": BATCHES})
         prints = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
-        where = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else find_processor()
+        on_gpu = group.device.type == "cuda"
+        where = torch.cuda.get_device_name(group.device) if on_gpu else find_processor()
+        device = str(group.device) if on_gpu else "cpu"
         kind = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        self.ranks = group.gather(Rank(socket.gethostname(), str(group.device), kind, state.fingerprint, prints))
-        self._add(compare_gradients(self.ranks, self.reference))
+        self.ranks = group.gather(Rank(socket.gethostname(), device, kind, state.fingerprint, prints))
+        if self.reference is not None:
+            rounding = self.reference.rounding
+        else:
+            with _perturbing(state.bare_model):
+                moved = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
+            rounding = statistics.median(measure_distance(one.sketch, other.sketch) for one, other in zip(moved, prints, strict=True))
+        self._add(compare_gradients(self.ranks, self.reference, rounding))
         self.values |= {
             "task": self.config.task.short_name,
             "source": name_source(self.config),
@@ -168,7 +179,7 @@ class Inspection:
             "data": state.fingerprint,
             "made_on": {"processes": group.size, "device": group.device.type, "machine": kind},
             "any_world": state.tier.is_any_world,
-            "gradient_bits": [one.bits for one in prints],
+            "rounding": rounding,
             "gradients": [one.sketch for one in prints],
         }
 
@@ -241,7 +252,7 @@ class Inspection:
             alike = len(first_ones) == group.size
             named |= set() if alike else {*first_ones}
             who = ("all ranks" if group.size > 1 else self._name([0])) if alike else self._name(first_ones)
-            reasons.append(f"{who} parted first, in step {step}: the loss of a sample is off by {by:.1e} of the mean")
+            reasons.append(f"{who} parted {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean")
             if alike and step == 1:
                 next_steps.append("their samples, or what is drawn for them, are others than recorded: compare the data and the code")
         if factor := self._describe_exchange():
@@ -327,83 +338,118 @@ def advise(ranks: Iterable[int], known: Sequence[Rank]) -> str:
     return f"start without {shown} (srun --exclude); if the rest is ok then, have its memory, processor and GPU tested"
 
 
-def compare_gradients(ranks: Sequence[Rank], reference: Reference | None) -> Finding:
-    """Which ranks compute other gradients of the same batches than were recorded, or than the rest."""
-    everyone = range(len(ranks))
+def compare_gradients(ranks: Sequence[Rank], reference: Reference | None, rounding: float) -> Finding:
+    """Which ranks compute other gradients of the same batches than were recorded, or than the rest.
+
+    `rounding`: how far, in parts of its norm, a gradient moves by rounding. Where it decides between two sides of a kink, as in a ReLU, the
+    gradient of a batch moves a thousand times as far. So ranks that may round in different ways are compared by the median over the
+    batches, and ranks of the same kind, which round alike, by the worst batch.
+    """
+    allowed = max(GRADIENT_TOLERANCE, _ROUNDINGS_ALLOWED * rounding)
     centre = [
-        [statistics.median(column) for column in zip(*(rank.gradients[batch].sketch for rank in ranks), strict=True)]
-        for batch in range(BATCHES)
-    ]
-
-    def measure(expected: Sequence[Sketch]) -> list[float]:
-        return [
-            max(
-                (measure_distance(one.sketch, other) for one, other in zip(rank.gradients, expected, strict=True)),
-                key=lambda distance: math.inf if math.isnan(distance) else distance,
-            )
-            for rank in ranks
+        [
+            statistics.median(value if math.isfinite(value) else math.inf for value in column)
+            for column in zip(*(rank.gradients[batch].sketch for rank in ranks), strict=True)
         ]
-
-    among = measure(centre)
-    off, what = (among, "the median of the ranks") if reference is None else (measure(reference.gradients), "the recorded gradients")
-    wrong = [rank for rank in everyone if not off[rank] <= GRADIENT_TOLERANCE]
-    other_data = [rank for rank in everyone if ranks[rank].data != (reference.data if reference is not None else _most(ranks))]
-    values: dict[str, Any] = {"allowed": GRADIENT_TOLERANCE, "batches": BATCHES, "world_size": len(ranks)}
-    alike = len(wrong) == len(ranks)
-    if alike and len(ranks) > 2:  # those that are far from the rest as well
-        apart = [rank for rank in everyone if not among[rank] <= GRADIENT_TOLERANCE]
-        if apart and len(apart) < len(ranks):
-            wrong, alike = apart, False
-    finite = [one for one in off if math.isfinite(one)]
-    values |= {"difference": max(finite, default=None), "ranks": wrong[:64]}
-    tail = f"of the gradient's norm away from {what} (allowed {GRADIENT_TOLERANCE:.0e})"
+        for batch in range(len(ranks[0].gradients))
+    ]
+    among = _measure_all(ranks, centre)
+    far = among if reference is None else _measure_all(ranks, reference.gradients)
+    what = "the median of the ranks" if reference is None else "the recorded gradients"
+    wrong = {rank: off for rank, off in enumerate(far) if off > allowed}
+    if len(wrong) == len(ranks) > 2:  # do some of them differ from the rest as well?
+        wrong = {rank: far[rank] for rank, off in enumerate(among) if off > allowed} or wrong
+    apart, unsure = _compare_alike(ranks)
+    wrong |= {rank: off for rank, off in apart.items() if off > GRADIENT_TOLERANCE and far[rank] <= allowed}
+    if not {*wrong} & {*unsure}:
+        wrong |= {rank: off for rank, off in unsure.items() if off > GRADIENT_TOLERANCE}
+    is_unknown = len(wrong) == len(ranks) or {*wrong} == {*unsure}
+    odd_data = [rank for rank, one in enumerate(ranks) if one.data != (reference.data if reference is not None else _find_usual(ranks))]
+    values: dict[str, Any] = {"batches": len(centre), "world_size": len(ranks), "allowed": allowed, "difference": _keep_finite(max(far))}
+    text = f"{len(centre)} batches on {len(ranks)} rank{'s' * (len(ranks) > 1)}"
+    tail = f"of the gradient's norm away from {what} (allowed {allowed:.0e})"
     if wrong:
-        worst = max(wrong, key=lambda rank: math.inf if math.isnan(off[rank]) else off[rank])
-        rest = max((off[rank] for rank in everyone if rank not in wrong), default=None)
-        text = f"{name_ranks([worst], ranks)} is {off[worst]:.1e} {tail}"
-        if alike and len(ranks) > 1:
-            text = f"all {len(ranks)} ranks are, the farthest {name_ranks([worst], ranks)}, {off[worst]:.1e} {tail}"
-        elif len(wrong) > 1:
-            text += f", and so {'is' if len(wrong) == 2 else 'are'} {name_ranks(set(wrong) - {worst}, ranks)}"
-        text += f"; the others {rest:.1e}" if rest is not None else ""
-        text += f"; {name_ranks(other_data, ranks)}: its data are others" if other_data else ""
-        if not alike:
+        values["ranks"] = sorted(wrong)[:64]
+        worst = max(wrong, key=lambda rank: wrong[rank])
+        parts = [f"{name_ranks([worst], ranks)} is {wrong[worst]:.1e} {tail if far[worst] > allowed else 'off'}"]
+        if rest := {*wrong} - {worst}:
+            parts.append(f"so {'is' if len(rest) == 1 else 'are'} {name_ranks(rest, ranks)}, at least {min(wrong.values()):.1e}")
+        if right := [off for rank, off in enumerate(far) if rank not in wrong]:
+            parts.append(f"the other {len(right)} rank{'s' * (len(right) > 1)} at most {max(right):.1e}")
+        if odd_data:
+            parts.append(f"other data are on {name_ranks(odd_data, ranks)}")
+        if not is_unknown:
             next_step = advise(wrong, ranks)
-        elif reference is not None:
+        elif reference is not None and len(ranks) == len(wrong):
             made = ", ".join(f"{name} {value}" for name, value in reference.made_on.items())
-            next_step = f"all ranks differ alike: compare the versions and the code with those of the record ({made})"
+            next_step = f"all ranks are wrong: compare the versions, the code and the machine with those of the record ({made})"
         else:
-            next_step = "which rank is wrong is not known of two: try each alone, or compare with --reference"
-        return Finding("gradients", "WRONG", text, next_step, values)
-    text = f"{BATCHES} batches on {len(ranks)} rank{'s' * (len(ranks) > 1)}"
-    strange = _find_strange_bits(ranks)
-    if len({tuple(one.bits for one in rank.gradients) for rank in ranks}) == 1 < len(ranks):
+            next_step = "which of these ranks is wrong is not known: start with each of them alone"
+        return Finding("gradients", "WRONG", "; ".join(parts), next_step, values)
+    if len({_list_bits(rank) for rank in ranks}) == 1 < len(ranks):
         text += ", the same bits on all"
-    if reference is not None:
-        text += f", {max(off):.1e} {tail}"
-    elif len(ranks) > 1:
-        text += f", at most {max(off):.1e} {tail}"
-    if strange:
-        values["ranks"] = strange[:64]
-        text += f"; {name_ranks(strange, ranks)} computes other bits than ranks of the same kind"
-        return Finding(
-            "gradients", "WARN", text, f"run verify again: a rank that differs each time may be damaged; {advise(strange, ranks)}", values
-        )
+    if reference is not None or len(ranks) > 1:
+        text += f", at most {max(far):.1e} {tail}"
+    if strange := {**apart, **unsure}:
+        values["ranks"] = sorted(strange)[:64]
+        text += f"; {name_ranks(strange, ranks)}: other bits than ranks of the same kind, off by {max(strange.values()):.1e}"
+        return Finding("gradients", "WARN", text, f"run verify again: if the same rank differs, {advise(strange, ranks)}", values)
     return Finding("gradients", "ok", text, "", values)
 
 
-def _most(ranks: Sequence[Rank]) -> str:
+def _measure_all(ranks: Sequence[Rank], expected: Sequence[Sketch]) -> list[float]:
+    """For each rank the median over the batches of how far its gradient is from the expected one."""
+    return [
+        statistics.median(measure_distance(one.sketch, other) for one, other in zip(rank.gradients, expected, strict=True))
+        for rank in ranks
+    ]
+
+
+def _list_bits(rank: Rank) -> tuple[str, ...]:
+    return tuple(one.bits for one in rank.gradients)
+
+
+def _find_usual(ranks: Sequence[Rank]) -> str:
     return Counter(rank.data for rank in ranks).most_common(1)[0][0]
 
 
-def _find_strange_bits(ranks: Sequence[Rank]) -> list[int]:
-    """The ranks whose gradients are not the bits that most ranks of the same kind have."""
-    found = []
+def _compare_alike(ranks: Sequence[Rank]) -> tuple[dict[int, float], dict[int, float]]:
+    """The ranks whose gradients are not the bits of most ranks of the same kind, and how far off their worst batch is.
+
+    And those of kinds in which no bits have a majority, so that nobody knows which ranks are wrong.
+    """
+    apart: dict[int, float] = {}
+    unsure: dict[int, float] = {}
     for kind in {rank.kind for rank in ranks}:
-        bits = {index: tuple(one.bits for one in rank.gradients) for index, rank in enumerate(ranks) if rank.kind == kind}
-        most, count = Counter(bits.values()).most_common(1)[0]
-        found += [index for index, one in bits.items() if one != most or 2 * count <= len(bits) > 1]
-    return sorted(found)
+        alike = {index: rank for index, rank in enumerate(ranks) if rank.kind == kind}
+        usual, count = Counter(map(_list_bits, alike.values())).most_common(1)[0]
+        sketches = next(rank.gradients for rank in alike.values() if _list_bits(rank) == usual)
+        off = {
+            index: max(measure_distance(one.sketch, other.sketch) for one, other in zip(rank.gradients, sketches, strict=True))
+            for index, rank in alike.items()
+            if _list_bits(rank) != usual
+        }
+        if 2 * count > len(alike):
+            apart |= off
+        elif off:
+            unsure |= dict.fromkeys(alike, max(off.values()))
+    return apart, unsure
+
+
+@contextlib.contextmanager
+def _perturbing(model: nn.Module) -> Iterator[None]:
+    """Move each weight by some units in its last place, as rounding moves what comes of it; and back."""
+    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    try:
+        with torch.no_grad():
+            for number, (parameter, _) in enumerate(before):
+                noise = torch.randn(parameter.shape, generator=make_generator(number, "perturbation"))
+                parameter.mul_(1 + _PERTURBATION * noise.to(parameter.device))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
 
 
 def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.record import check_same
 from mnist_dist.source import BUILT_IN, find_changed, is_built_in
 
+BATCHES = 9  # whose gradients every rank computes
 SKETCH = 61  # numbers that stand for a vector; a prime, so that no row of a tensor always falls on the same one
 SAMPLES_MAX = 1_000_000  # losses of single samples in a file
 _BYTES_MAX = 64 << 20
@@ -38,8 +39,8 @@ class Reference(BaseModel):
     data: str = Field(max_length=64)
     made_on: dict[str, str | int]  # how the recorded run was started, and on what
     any_world: bool  # whether a step is the same on any number of processes
-    gradient_bits: list[str]  # of each fixed batch, the beginning of the SHA-256 of its gradient
-    gradients: list[Sketch]
+    rounding: float = Field(ge=0)  # how far a gradient moves, in parts of its norm, where each weight moves by 1e-6 of itself
+    gradients: list[Sketch]  # of some small batches
     first_gradient: Sketch  # that the ranks exchanged in step 1
     weights: dict[str, Sketch]  # by the number of steps done
     losses: list[float]  # of each step
@@ -49,8 +50,8 @@ class Reference(BaseModel):
     def _check_lengths(self) -> "Reference":
         sketches = [*self.gradients, self.first_gradient, *self.weights.values()]
         sizes = {len(row) for row in self.samples}
-        if not self.gradients or len(self.gradients) != len(self.gradient_bits) or any(len(sketch) != SKETCH for sketch in sketches):
-            raise ValueError(f"gradients and weights must be sketches of {SKETCH} numbers")
+        if len(self.gradients) != BATCHES or any(len(sketch) != SKETCH for sketch in sketches):
+            raise ValueError(f"gradients and weights must be sketches of {SKETCH} numbers, gradients those of {BATCHES} batches")
         if not self.losses or len(self.losses) != len(self.samples) or len(sizes) != 1 or not min(sizes):
             raise ValueError("losses and samples must have a row for each step")
         for step, (loss, row) in enumerate(zip(self.losses, self.samples, strict=True), start=1):

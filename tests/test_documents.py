@@ -234,7 +234,7 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             importlib.import_module("mnist_dist.config").parse_command_line([*words, "--print_config"])
         assert ended.value.code == 0
-    elif program == "mnist_dist.check":
+    elif program in ("mnist_dist.check", "mnist_dist.verify"):
         monkeypatch.setattr(module, "resolve_config", stop_here)
         with pytest.raises(ParsedError):
             module.main(words)
@@ -267,8 +267,7 @@ def test_the_commands_for_a_cluster_work_there(cluster, tmp_path):
         environ = {**cluster, "PYTHONPATH": str(ROOT)}
         answers.append(subprocess.run(words, env=environ, cwd=tmp_path, text=True, capture_output=True, timeout=200))
         assert answers[-1].returncode == 0, answers[-1]
-    assert "right: 40 steps" in answers[0].stdout
-    assert "in a world of 4" in answers[0].stdout
+    assert "ok    curve: 40 steps in a world of 4" in answers[0].stdout
     assert "runs/smoke: finished, step 60 of 60" in answers[2].stdout
 
 
