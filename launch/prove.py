@@ -299,9 +299,8 @@ class Watched:
                 self.limit_at = datetime.datetime.fromisoformat(shown.get("EndTime", "")).timestamp()
         line = f"job {self.number} ({self.what}): {self.state.lower()}"
         if self.state == "PENDING":
-            line += (f" ({reason})" if reason not in ("", "None") else "") + (
-                f", starts about {start}" if start not in ("", "Unknown", "N/A") else ""
-            )
+            line += f" ({reason})" if reason not in ("", "None") else ""
+            line += f", starts about {start}" if start not in ("", "Unknown", "N/A") else ""
         elif self.state == "RUNNING":
             line += f" on {shown.get('NodeList', '')}"
         if line != self._said and (self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30])):
