@@ -146,7 +146,9 @@ def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:
     without = [rank for rank, one in enumerate(told) if one["device"] == "no GPU"]
     if 0 < len(without) < len(told):
         problems.append(
-            find(f"{name_with_hosts(without, hosts)} see no GPU, the others do", without, "look at the driver there (nvidia-smi)")
+            find(
+                f"no GPU is seen by {name_with_hosts(without, hosts)}, but by the others", without, "look at the driver there (nvidia-smi)"
+            )
         )
     return problems
 
@@ -198,12 +200,13 @@ def check_agreement(group: Group, hosts: Hosts) -> list[Finding]:
         answers = [one[name] for one in told]
         most = Counter(answers).most_common(1)[0][0]
         for answer, ranks in _by_value({rank: answer for rank, answer in enumerate(answers) if answer != most}).items():
+            others = [rank for rank, one in enumerate(answers) if one == most]
             problems.append(
                 Finding(
                     "agree",
                     "WARN" if name in ("python", "numpy", "accelerate") else "WRONG",
-                    f"{name} of {name_with_hosts(ranks, hosts)} is {answer}, of {answers.count(most)} of {len(answers)} ranks {most}",
-                    f"use one environment everywhere; there it is {told[ranks[0]]['prefix']}",
+                    f"{name} of {name_with_hosts(ranks, hosts)} is {answer}, of {name_ranks(others)} {most}",
+                    f"use one environment everywhere (sys.prefix of rank {ranks[0]} is {told[ranks[0]]['prefix']})",
                     {"name": name, "ranks": ranks, "value": answer, "others": most},
                 )
             )
