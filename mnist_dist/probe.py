@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ def _make_failure(check: str, text: str) -> Finding:
 
 @contextlib.contextmanager
 def _deadline(world: World, timeout_s: float, answer: Answer) -> Iterator[None]:
-    """End this process after `timeout_s`, with a finding that says where it was."""
+    """End this process after `timeout_s`, with a finding that says where it was. A SIGTERM ends it in order."""
     working = threading.get_ident()
 
     def end() -> None:
@@ -107,10 +108,12 @@ def _deadline(world: World, timeout_s: float, answer: Answer) -> Iterator[None]:
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
     timer.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
         timer.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,6 +41,7 @@ _PINGS = 5
 _STEP_SAMPLES = {"cpu": 8, "cuda": 512}
 _ROUND_S, _ROUNDS_MIN, _ROUNDS_MAX = 0.2, 3, 12
 _STEPS_MIN = 3  # in a round
+_WAITED_SHOWN = 0.25
 _SEEN_S = 20.0
 _CHECKPOINT_BYTES = 7 << 20  # of the built-in model, with its optimizer
 _CHECKPOINT_SLOW_S, _CHECKPOINT_TRIES = 5.0, 3
@@ -145,7 +146,9 @@ def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:
     without = [rank for rank, one in enumerate(told) if one["device"] == "no GPU"]
     if 0 < len(without) < len(told):
         problems.append(
-            find(f"{name_with_hosts(without, hosts)} see no GPU, the others do", without, "look at the driver there (nvidia-smi)")
+            find(
+                f"no GPU is seen by {name_with_hosts(without, hosts)}, but by the others", without, "look at the driver there (nvidia-smi)"
+            )
         )
     return problems
 
@@ -197,12 +200,13 @@ def check_agreement(group: Group, hosts: Hosts) -> list[Finding]:
         answers = [one[name] for one in told]
         most = Counter(answers).most_common(1)[0][0]
         for answer, ranks in _by_value({rank: answer for rank, answer in enumerate(answers) if answer != most}).items():
+            others = [rank for rank, one in enumerate(answers) if one == most]
             problems.append(
                 Finding(
                     "agree",
                     "WARN" if name in ("python", "numpy", "accelerate") else "WRONG",
-                    f"{name} of {name_with_hosts(ranks, hosts)} is {answer}, of {answers.count(most)} of {len(answers)} ranks {most}",
-                    f"use one environment everywhere; there it is {told[ranks[0]]['prefix']}",
+                    f"{name} of {name_with_hosts(ranks, hosts)} is {answer}, of {name_ranks(others)} {most}",
+                    f"use one environment everywhere (sys.prefix of rank {ranks[0]} is {told[ranks[0]]['prefix']})",
                     {"name": name, "ranks": ranks, "value": answer, "others": most},
                 )
             )
@@ -314,7 +318,7 @@ def check_speed(group: Group, hosts: Hosts) -> list[Finding]:
             "speed",
             "SLOW",
             f"{name_with_hosts([rank], hosts)} needs {best_s[rank] * 1e3:.3g} ms for a step, the median rank {median_s * 1e3:.3g} ms",
-            "look for heat, a power limit, or another program on that host, or leave it out with --exclude",
+            "look for heat, a power limit or a quota of CPU time on that host, or leave it out with --exclude",
             {"rank": rank, "host": hosts[rank], "step_s": best_s[rank], "median_s": median_s, "rounds": rounds},
         )
         for rank in _list_slow(best_s)
@@ -323,6 +327,8 @@ def check_speed(group: Group, hosts: Hosts) -> list[Finding]:
     measured = f"a small step takes {median_s * 1e3:.3g} ms"
     if group.size > 1:
         measured += f", on the slowest, {name_with_hosts([slowest], hosts)}, {best_s[slowest] / median_s:.2f} times that"
+    if (most := max(waited)) > _WAITED_SHOWN:
+        measured += f"; not counted: up to {most:.0%} of the time other programs had the CPU of {name_ranks([waited.index(most)])}"
     values = {"step_s": best_s, "waited_for_a_cpu": waited, "rounds": rounds, "samples": _STEP_SAMPLES[group.device.type]}
     return _conclude("speed", problems, measured, values)
 
@@ -354,14 +360,16 @@ def make_step(device: torch.device) -> Callable[[], object]:
 def measure_steps(step: Callable[[], object]) -> tuple[float, float]:
     """The median time of a step without waiting for a CPU, in seconds; and the part of all time that was such waiting."""
     times_s, waits_s = list[float](), list[float]()
-    begun = time.perf_counter()
+    begun, throttled_s = time.perf_counter(), _read_throttled()
     while len(times_s) < _STEPS_MIN or time.perf_counter() - begun < _ROUND_S:
         start, wait = time.perf_counter(), _read_wait()
         step()
         waits_s.append(_read_wait() - wait)
         times_s.append(time.perf_counter() - start)
-    active_s = [seconds - waited for seconds, waited in zip(times_s, waits_s, strict=True)]
-    return statistics.median(active_s), sum(waits_s) / sum(times_s)
+    active_s = statistics.median(seconds - waited for seconds, waited in zip(times_s, waits_s, strict=True))
+    # A quota makes a process wait as others do, and is no other program that goes away.
+    throttled_s = min(_read_throttled() - throttled_s, sum(waits_s))
+    return active_s + throttled_s / len(times_s), sum(waits_s) / sum(times_s)
 
 
 def _read_wait() -> float:
@@ -369,6 +377,22 @@ def _read_wait() -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     return 0.0
+
+
+def _read_throttled() -> float:
+    """How long the quota of a control group has kept its processes from running: seconds, for those of this process together."""
+    seconds = 0.0
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, names, group = line.split(":", 2)
+            root = Path("/sys/fs/cgroup", *(["cpu"] if names else []))  # version 2 has no names
+            if names and "cpu" not in names.split(","):
+                continue
+            for folder in (root / group.lstrip("/"), *(root / group.lstrip("/")).parents):
+                if folder.is_relative_to(root) and (folder / "cpu.stat").exists():
+                    rows = dict(row.split() for row in (folder / "cpu.stat").read_text().splitlines())
+                    seconds += int(rows.get("throttled_usec", 0)) / 1e6 + int(rows.get("throttled_time", 0)) / 1e9
+    return seconds
 
 
 # files

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.network import Link, judge_links, list_rounds
 from mnist_dist.probe import CHECKS, main, probe
-from mnist_dist.survey import find_crowded
+from mnist_dist.survey import _judge_devices, find_crowded
 
 
 def read(tmp_path, check="answer"):
@@ -144,6 +146,11 @@ class Planted:
         if rank == 1:
             lock.fcntl.flock = lambda *_: None
 
+    def plant_slow_disk(self, rank):
+        from mnist_dist import survey
+
+        survey.measure_disk = lambda _: time.sleep(100)
+
     def plant_hang(self, rank):
         from mnist_dist import survey
 
@@ -158,7 +165,7 @@ class Planted:
 
 FAULTS = {
     "one_core": ("joined", 2, "WARN", r"ranks 0-1 on host node0 share 1 CPU \(\d+\)"),
-    "code": ("agree", 2, "WRONG", r"code of rank 1 on host node1 is \w{12}, of 1 of 2 ranks \w{12}"),
+    "code": ("agree", 2, "WRONG", r"code of rank 1 on host node1 is \w{12}, of rank 0 \w{12}"),
     "sum": (
         "exchange",
         2,
@@ -198,7 +205,7 @@ def test_a_planted_fault_is_named(tmp_path, fault):
 def test_the_rank_that_differs_from_most_is_named_with_its_value_and_a_clock_an_hour_off(tmp_path):
     run_ranks(tmp_path, Planted("versions_and_clocks", "agree", tmp_path / "answer.json"), 3, expect=1)
     version, clock = read(tmp_path)
-    assert version.measured.startswith("torch of rank 0 on host node0 is 9.9, of 2 of 3 ranks ")
+    assert version.measured.startswith("torch of rank 0 on host node0 is 9.9, of ranks 1-2 ")
     assert (clock.word, clock.measured) == ("WRONG", "the clock of host node2 is 3600.0 s behind most others")
 
 
@@ -231,6 +238,45 @@ def test_a_check_that_does_not_end_becomes_a_line(tmp_path):
     assert finding.word == "WRONG"
     assert finding.measured.startswith("no end within 2 s: rank 0 is at ")
     assert "test_probe.py" in finding.measured
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("the deadline", marks=pytest.mark.slow)])
+def test_nothing_is_left_where_files_does_not_end(tmp_path, how):
+    (tmp_path / "runs").mkdir()
+    timeout_s = 3 if how == "the deadline" else 60
+    [rank] = start_ranks(tmp_path, Planted("slow_disk", "files", tmp_path / "answer.json", tmp_path / "runs", timeout_s))
+    rank.wait_for(lambda: list((tmp_path / "runs").glob("*/lock")))
+    if how == "SIGTERM":
+        rank.kill(signal.SIGTERM)
+    assert rank.wait() == (1 if how == "the deadline" else 143)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_all_is_well_on_a_busy_machine(tmp_path):
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        for number in range(5):
+            answers = [tmp_path / f"{check}{number}.json" for check in ("exchange", "speed", "agree")]
+            run_ranks(tmp_path, Programs([["probe", path.stem[:-1], "--answer", str(path)] for path in answers]), 2)
+            assert [finding.word for path in answers for finding in read_findings(path)] == ["ok"] * 3
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_two_ranks_on_one_gpu_and_a_rank_without_one_are_named():
+    def judge(*told):
+        rows = [{"device": device, "identity": identity, "problem": problem} for device, identity, problem in told]
+        return [finding.measured for finding in _judge_devices(rows, {0: "a", 1: "a", 2: "b"})]
+
+    assert judge(("H", "x", ""), ("H", "y", ""), ("H", "x", "")) == []
+    assert judge(("no GPU", "", ""), ("no GPU", "", ""), ("no GPU", "", "")) == []
+    assert judge(("H", "x", ""), ("H", "x", ""), ("H", "x", "")) == ["ranks 0-1 on host a have the same GPU"]
+    assert judge(("H", "x", ""), ("H", "y", ""), ("no GPU", "", "")) == ["no GPU is seen by rank 2 on host b, but by the others"]
+    assert judge(("none", "", "too many"), ("none", "", "too many"), ("H", "x", "")) == ["ranks 0-1 on host a: too many"]
 
 
 def test_crowded_cpus_are_found_and_others_are_not():
