@@ -375,6 +375,8 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
                 time.sleep(_POLL_S)
         missing = [name for name in page.missing if name not in _OF_SITE]
         log = read_log(work / f"slurm/{driver.number}.log")
+        if not taken and driver.state == "COMPLETED":
+            return f"job {driver.number} left nothing in {work}: expected a --folder that this machine and all nodes share"
         if not taken:
             return f"job {driver.number} ended ({driver.state}) before the first check: {find_last_words(log) or 'its log is empty'}"
         page.add(
