@@ -53,6 +53,7 @@ _POLL_S = 1.0
 _SETTLE_S = 8.0  # while it is requeued, Slurm calls a job failed for a moment
 _REPORT_S = 60.0
 _CANCEL_S = 90.0
+_GRACE_S = 5.0  # for jobs that were told to end
 _SHARED_S = 60.0  # a shared file system may show new files so late
 _LOCAL_READY_S = 120.0
 _PAGE_BYTES_MAX = 4 << 20
@@ -423,17 +424,16 @@ def _is_stopped(work: Path) -> bool:
 
 def _cancel(jobs: Sequence[Watched]) -> None:
     """End the jobs that still wait or run, and wait until they have ended: their files are removed next."""
-    begun, killed = time.monotonic(), False
+    begun = time.monotonic()
+    commands = [(0.0, ("scancel",)), (_GRACE_S, ("scancel", "--full", "--signal=KILL"))]
     while left := [job.number for job in jobs if cluster.is_active_state(cluster.show_job(job.number).get("JobState", ""))]:
-        if time.monotonic() > begun + _CANCEL_S:
+        waited_s = time.monotonic() - begun
+        if waited_s > _CANCEL_S:
             say(f"note: these jobs do not end: {', '.join(left)}; look at squeue")
             return
-        with contextlib.suppress(RunError):
-            if time.monotonic() < begun + _POLL_S:
-                cluster.run_slurm("scancel", *left)
-            elif not killed and time.monotonic() > begun + 5:
-                killed = True
-                cluster.run_slurm("scancel", "--full", "--signal=KILL", *left)
+        if commands and waited_s >= commands[0][0]:
+            with contextlib.suppress(RunError):
+                cluster.run_slurm(*commands.pop(0)[1], *left)
         time.sleep(_POLL_S)
 
 

@@ -175,6 +175,37 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("FAILED", "job 7 ended (FAILED) before the first check: error: no python here"),
+        ("COMPLETED", "expected a --folder that this machine"),
+    ],
+)
+def test_a_job_that_leaves_nothing_could_not_test(tmp_path, monkeypatch, capsys, state, message):
+    folder = tmp_path / "prove"
+    cancelled = []
+
+    def submit(executor, work, what, jobs):
+        (executor.folder / "7.log").write_text("error: no python here\n")
+        jobs.append(prove.Watched(f"{7 + len(jobs)}", what))
+        return jobs[-1]
+
+    def show_job(number):
+        return {"JobState": state if number == "7" else "CANCELLED" if cancelled else "PENDING", "Reason": "Resources"}
+
+    monkeypatch.setattr(prove, "compare_with_cluster", lambda request: None)
+    monkeypatch.setattr(prove, "_submit", submit)
+    monkeypatch.setattr(slurm, "show_job", show_job)
+    monkeypatch.setattr(slurm, "run_slurm", lambda *words: cancelled.append(words))
+    for name in ("_SETTLE_S", "_SHARED_S", "_POLL_S"):
+        monkeypatch.setattr(prove, name, 0.01)
+    assert prove.main(["--folder", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert cancelled[0] == ("scancel", "8")
+    assert json.loads((folder / "prove.json").read_text())["status"] == 2
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--cluster local --max_requeues 3", "max_requeues has no effect here"),
