@@ -51,7 +51,7 @@ class Job:
     @property
     def is_active(self) -> bool:
         """Whether it waits or runs, or is about to."""
-        return self.state in _ACTIVE
+        return is_active_state(self.state)
 
     @property
     def runs(self) -> bool:
@@ -171,6 +171,20 @@ def read_jobs() -> list[Job]:
         return []
     rows = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
     return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows if len(row) > len(fields)]
+
+
+def show_job(job: str) -> dict[str, str]:
+    """What Slurm says of one job, by Slurm's own names, such as JobState; empty where Slurm has forgotten it or does not answer."""
+    try:
+        text = run_slurm("scontrol", "--oneliner", "show", "job", job)
+    except RunError:
+        return {}
+    return dict(re.findall(r"(?:^| )([A-Z][A-Za-z]*)=(\S*)", text.splitlines()[0] if text else ""))
+
+
+def is_active_state(state: str) -> bool:
+    """Whether a job in this state of Slurm waits or runs, or is about to."""
+    return state in _ACTIVE
 
 
 def find_log(job: str) -> str:

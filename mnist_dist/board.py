@@ -173,7 +173,7 @@ class Board:
                 pass
             if self._closing:
                 return
-            answer = {"where": _describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
+            answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
             self._ear.set(f"alive/{self._rank}", json.dumps(answer))
             if not self._hear("verdict", 4 * _VERDICT_S):
                 return
@@ -281,8 +281,8 @@ def _is_in_collective(ident: int) -> bool:
     return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
 
 
-def _describe_place(ident: int) -> str:
-    """Where a thread is: its innermost call, and the innermost one of this package if that is another."""
+def describe_place(ident: int) -> str:
+    """Where a thread is, in words: its innermost call, and the innermost one of this package if that is another."""
     frames = list(_walk(sys._current_frames().get(ident)))
     if not frames:
         return "at an unknown place"

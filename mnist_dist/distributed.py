@@ -176,7 +176,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     if device == "cpu":
         keep_memory()
     timeout = timedelta(seconds=config.timeout_s)
-    place = _find_place(world, config) if world.size > 1 else None
+    place = find_place(world, config) if world.size > 1 else None
     accelerator: Accelerator | None = None
     board: Board | None = None
     store: Any = None
@@ -184,7 +184,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
         try:
             with _watchdog(world, config.timeout_s):
                 if place is not None:
-                    with _explaining_start(world, timeout):
+                    with explaining_start(world, timeout):
                         store, board = _start_group(world, place, device, timeout)
                 accelerator = _make_accelerator(world, device, precision, timeout)
                 _check_world(accelerator, world)
@@ -204,8 +204,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _find_place(world: World, config: Config) -> Place:
-    """Meet the others, before anything of torch listens or waits for them."""
+def find_place(world: World, config: Config) -> Place:
+    """Meet the others, before anything of torch listens or waits for them. Raises `UserError` and `RunError` as `meet` does."""
     if dist.is_initialized():
         raise UserError("this process is in a process group of torch already: leave it (destroy_process_group) before the training")
     raise_file_limit(count_open_files(world))
@@ -214,7 +214,7 @@ def _find_place(world: World, config: Config) -> Place:
         return meet(world, run, config.timeout_s, None, None)
     # torchrun itself serves a store at MASTER_PORT, so rank zero greets at another port, and leaves its number there.
     timeout = timedelta(seconds=config.timeout_s)
-    with _explaining_start(world, timeout):
+    with explaining_start(world, timeout):
         agent = dist.TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         key = f"mnist_dist/greeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}/{next(_meetings)}"
 
@@ -230,13 +230,8 @@ _meetings = itertools.count()  # of this process: a script may train more than o
 
 def _start_group(world: World, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
     """Make the process group over a store of its own, and the board beside it."""
-
-    def connect(**options: Any) -> Any:
-        store = dist.TCPStore(place.store, place.port, timeout=timeout, wait_for_workers=False, **options)  # type: ignore[attr-defined]
-        return dist.PrefixStore(place.secret, store)  # type: ignore[attr-defined]
-
-    store = connect(is_master=True, master_listen_fd=place.listener.detach()) if place.listener else connect(is_master=False)
-    board = Board(lambda: connect(is_master=False), world.rank, place.hosts, timeout)
+    store = open_store(place, timeout)
+    board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout)
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
     longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout
@@ -244,8 +239,19 @@ def _start_group(world: World, place: Place, device: str, timeout: timedelta) ->
     return store, board
 
 
+def open_store(place: Place, timeout: timedelta) -> Any:
+    """The store of those who met at `place`, which rank zero serves."""
+    options = {"is_master": True, "master_listen_fd": place.listener.detach()} if place.listener else {"is_master": False}
+    return _connect(place, timeout, **options)
+
+
+def _connect(place: Place, timeout: timedelta, **options: Any) -> Any:
+    store = dist.TCPStore(place.store, place.port, timeout=timeout, wait_for_workers=False, **options)  # type: ignore[attr-defined]
+    return dist.PrefixStore(place.secret, store)  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
-def _explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
+def explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
     """Say what torch's own failures mean while the ranks connect."""
     try:
         yield

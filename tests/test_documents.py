@@ -204,7 +204,7 @@ class ParsedError(BaseException):
     """Raised where a program has understood its command line, so that it does nothing more."""
 
 
-def stop_here(*_):
+def stop_here(*_, **__):
     raise ParsedError
 
 
@@ -226,10 +226,10 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     module = importlib.import_module(program)
     if ("--cluster", "local") in itertools.pairwise(words):  # its request is checked before the run folder is looked at
-        monkeypatch.setattr(module, "read_state", stop_here)
+        monkeypatch.setattr(module, "Page" if program == "launch.prove" else "read_state", stop_here)
         with pytest.raises(ParsedError):
             module.main(words)
-    elif program in ("launch.submit", "launch.sweep"):
+    elif program in ("launch.submit", "launch.sweep", "launch.prove"):
         assert module.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
     elif program == "mnist_dist.train":
         with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -9,6 +10,8 @@ import pytest
 from hosts import making_hosts
 from processes import TINY, Train, run_ranks
 from safetensors.torch import load_file
+
+from mnist_dist.finding import read_findings
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(300)]
 
@@ -97,3 +100,30 @@ def test_a_rank_zero_that_is_not_at_its_address_is_told(hosts, tmp_path):
     assert codes == [1, 1], texts
     assert f"no address of this host is MASTER_ADDR, {hosts.names[1]}, where the others look for rank zero" in texts[0]
     assert "rank zero is not there (Connection refused)" in texts[1]
+
+
+def probe(hosts, check, *options, port):
+    ranks = []
+    for rank, name in enumerate(hosts.names):
+        world = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(len(hosts.names)), "LOCAL_WORLD_SIZE": "1"}
+        world |= {"MASTER_ADDR": hosts.names[0], "MASTER_PORT": str(port)}
+        ranks.append(hosts.start(name, sys.executable, "-m", "mnist_dist.probe", check, *options, **world))
+    return finish(ranks)
+
+
+def test_a_port_blocked_between_two_hosts_is_named_with_both_and_without_it_all_is_well(tmp_path):
+    with making_hosts(f"mp{os.getpid() % 10_000}", 3) as hosts:
+        codes, texts = probe(hosts, "exchange", "--answer", str(tmp_path / "well.json"), port=29_520)
+        assert codes == [0, 0, 0], texts
+        assert "3 pairs in turn" in read_findings(tmp_path / "well.json")[0].measured
+        one, other = hosts.names[1:]
+        # What one sends to the other goes to a card that is not there, as into a firewall that drops it.
+        words = ["neigh", "replace", hosts.addresses[other], "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent"]
+        subprocess.run(["ip", "-n", one, *words], check=True, timeout=20)
+        begun = time.monotonic()
+        codes, texts = probe(hosts, "exchange", "--answer", str(tmp_path / "blocked.json"), port=29_521)
+        assert time.monotonic() - begun < 100
+        assert codes == [1, 1, 1], texts
+        [finding] = read_findings(tmp_path / "blocked.json")
+        assert finding.word == "WRONG"
+        assert f"rank 1 on host {one} does not reach rank 2 on host {other} at {hosts.addresses[other]}:" in finding.measured

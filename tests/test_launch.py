@@ -61,7 +61,7 @@ def wait_for(condition, timeout_s=40):
 
 
 def test_no_program_imports_torch():
-    names = "launch.submit, launch.sweep, launch.jobs, launch.explain, launch.chain, launch.training"
+    names = "launch.submit, launch.sweep, launch.jobs, launch.explain, launch.chain, launch.training, launch.prove"
     code = f"import sys, {names}; print({{'torch', 'accelerate'}} & {{*sys.modules}})"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert answer.stdout == "set()\n", answer.stderr
