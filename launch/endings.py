@@ -39,7 +39,7 @@ _PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
 _ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
 _HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"
 _TASK = re.compile(rf"srun: error: (\S{{1,255}}): tasks? ([\d,-]{{1,200}}): ({_HOW})$")
-_START = re.compile(r"train\.sh: job \d+, start \d+")
+_START = re.compile(r"(?:launch|train\.sh): job \d+, start \d+")
 _REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
 _NOT_REQUEUED = re.compile(r"(?:launch|train\.sh): .*(?:not requeued again|could not be requeued).*")
 

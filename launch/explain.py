@@ -362,7 +362,7 @@ def _explain_run(path: Path, job: str) -> Explanation:
         answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
     if not is_last:
         answer.notes.append(
-            f"the run went on after this start, the {facts.number}. of {len(facts.starts)}; of the last one: the run folder"
+            f"the run went on after this start, number {facts.number} of {len(facts.starts)}; give the run folder for the last one"
         )
     if facts.copy_of:
         answer.notes.append(f"this folder is a copy of {facts.copy_of}: the job and the process in its notes are that one's")
@@ -399,7 +399,7 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
                 return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
             if facts.start.get("memory_kills") is not None:
                 return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
-        return kind or ("mistake" if facts.end.get("status") == 2 else "rank failed" if find_first(why) else "failed"), []
+        return kind or ("mistake" if facts.end.get("status") == UserError.exit_code else "rank failed" if find_first(why) else "failed"), []
     if why == "finished":
         return "damaged", [f"it was finished, but {RESULT_FILE} is not there"]
     said = next((kind for _, message in facts.errors if (kind := find_kind(message))), "")
@@ -407,7 +407,7 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
     if not facts.has_begun:
         if facts.damaged and not facts.job:
             return "damaged", []
-        return said or ("mistake" if status == 2 else weak or "not started"), []
+        return said or ("mistake" if status == UserError.exit_code else weak or "not started"), []
     if weak:
         return weak, []
     if said:
@@ -697,7 +697,7 @@ def _explain_job(account: Account) -> Explanation:
         return answer
     kind = STRONG_STATES.get(account.state) or (log.notice if log.notice in STRONG_STATES.values() else "") or said
     kind = kind or WEAK_STATES.get(account.state, "finished" if account.state == "COMPLETED" else "")
-    kind = kind or ("mistake" if account.status == 2 else "failed" if log.has_begun else "not started")
+    kind = kind or ("mistake" if account.status == UserError.exit_code else "failed" if log.has_begun else "not started")
     answer.end, answer.says = kind, _MEANINGS[kind]
     if kind == "cancelled":
         answer.says += f" by {account.cancelled_by}" if account.cancelled_by else ""

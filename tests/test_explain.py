@@ -504,7 +504,7 @@ def test_an_earlier_start_is_explained_by_its_job(slurm, tmp_path):
     assert tell(folder)[0].end == "killed"
     answer, text = tell("12")
     assert answer.end == "rank gone"
-    assert "the run went on after this start, the 1. of 2" in text
+    assert "the run went on after this start, number 1 of 2" in text
 
 
 def test_a_copy_and_damage_are_named(slurm, tmp_path):
