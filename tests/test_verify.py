@@ -171,6 +171,7 @@ def test_a_shifted_share_is_named_with_the_sample_that_it_took(tmp_path, referen
     curve = findings["curve"]
     assert curve.values["ranks"] == curve.values["parted_ranks"] == [1]
     assert curve.values["parted_step"] == 1
+    assert curve.next_step == "look for a loader that is sharded twice, or data that are shifted"
     assert re.search(r"rank 1 on .* took other samples .*in step 1 6 of 6, the first of them sample \d+ in place of \d+", curve.measured)
 
 
@@ -178,6 +179,7 @@ def test_shifted_data_are_named(tmp_path, reference):
     findings, _ = find_out(tmp_path, reference, "data shifted by one")
     assert findings["gradients"].values["ranks"] == findings["curve"].values["ranks"] == [1]
     assert f"other data are on rank 1 {NAME}" in findings["gradients"].measured
+    assert findings["gradients"].next_step == "give all hosts the same data, then run verify again"
 
 
 def test_sums_in_place_of_means_are_told_from_a_wrong_rank(tmp_path, reference):
