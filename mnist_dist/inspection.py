@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import os
 import socket
 import statistics
 from collections import Counter
@@ -163,8 +164,9 @@ class Inspection:
         on_gpu = group.device.type == "cuda"
         where = torch.cuda.get_device_name(group.device) if on_gpu else find_processor()
         device = str(group.device) if on_gpu else "cpu"
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # the name that srun --exclude takes
         kind = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        self.ranks = group.gather(Rank(socket.gethostname(), device, kind, state.fingerprint, prints))
+        self.ranks = group.gather(Rank(host, device, kind, state.fingerprint, prints))
         if self.reference is not None:
             rounding = self.reference.rounding
         else:
@@ -255,8 +257,9 @@ class Inspection:
             reasons.append(f"{who} parted {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean")
             if alike and step == 1:
                 next_steps.append("their samples, or what is drawn for them, are others than recorded: compare the data and the code")
-        if factor := self._describe_exchange():
-            reasons.append(factor)
+        began_wrong = bool(odd or counts or any(one.parted == 1 for one in steps))  # and so is what was exchanged
+        if not began_wrong and (exchange := self._describe_exchange()):
+            reasons.append(exchange)
             next_steps.append("look at what averages the gradients: communication hooks, Accelerate's settings, the library of collectives")
         if self._parting is not None:
             ranks, reason = self._describe_weights(*self._parting)
@@ -266,8 +269,8 @@ class Inspection:
                 reasons.append(reason)
         if not reasons:
             return Finding("curve", "ok", text, "", values)
-        if named:
-            next_steps.append(self._advise(named))
+        if named - {*odd}:  # not by a loader, which is no fault of a host
+            next_steps.append(self._advise(named - {*odd}))
         return Finding("curve", "WRONG", "; ".join(reasons), "; ".join(next_steps) or _ADVICE, values | {"ranks": sorted(named)[:64]})
 
     def _describe_exchange(self) -> str:
@@ -378,7 +381,9 @@ def compare_gradients(ranks: Sequence[Rank], reference: Reference | None, roundi
             parts.append(f"the other {len(right)} rank{'s' * (len(right) > 1)} at most {max(right):.1e}")
         if odd_data:
             parts.append(f"other data are on {name_ranks(odd_data, ranks)}")
-        if not is_unknown:
+        if {*wrong} <= {*odd_data}:
+            next_step = "give all hosts the same data, then run verify again"
+        elif not is_unknown:
             next_step = advise(wrong, ranks)
         elif reference is not None and len(ranks) == len(wrong):
             made = ", ".join(f"{name} {value}" for name, value in reference.made_on.items())

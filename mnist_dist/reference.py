@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,8 @@ _BYTES_MAX = 64 << 20
 _MEAN_TOLERANCE = 1e-5
 
 Sketch = list[float]
+_Text = Annotated[str, Field(max_length=4096)]
+_Integer = Annotated[int, Field(gt=-(2**63), lt=2**64)]
 
 
 class Reference(BaseModel):
@@ -33,11 +35,11 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     version: Literal[1] = 1
-    task: str = Field(max_length=4096)
+    task: _Text
     source: str = Field(max_length=1 << 16)  # the task's files and the beginning of the hash of each; of a built-in task nothing
-    options: dict[str, str | int | float | bool | None]
+    options: dict[_Text, _Text | bool | _Integer | float | None]
     data: str = Field(max_length=64)
-    made_on: dict[str, str | int]  # how the recorded run was started, and on what
+    made_on: dict[_Text, _Text | _Integer]  # how the recorded run was started, and on what
     any_world: bool  # whether a step is the same on any number of processes
     rounding: float = Field(ge=0)  # how far a gradient moves, in parts of its norm, where each weight moves by 1e-6 of itself
     gradients: list[Sketch]  # of some small batches

@@ -20,7 +20,7 @@ from mnist_dist.verify import main
 
 SHIPPED = Path(str(resources.files("mnist_dist.tasks.mnist"))) / "reference.json"
 TASK = str(Path(__file__).parent / "noisy_task.py")
-SMALL = ("--task", TASK, "--batch_size", "12", "--steps", "24", "--threads", "1")
+SMALL = ("--task", TASK, "--batch_size", "12", "--steps", "21", "--threads", "1")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def test_two_ranks_compute_what_one_has_recorded(tmp_path, reference):
     findings, text = find_out(tmp_path, reference, "", expect=0)
     assert [finding.word for finding in findings.values()] == ["ok", "ok"]
     assert "9 batches on 2 ranks, the same bits on all" in findings["gradients"].measured
-    assert "24 steps in a world of 2" in findings["curve"].measured
+    assert "21 steps in a world of 2" in findings["curve"].measured
     assert findings["gradients"].values["difference"] < GRADIENT_TOLERANCE / 10
     assert findings["curve"].values["difference"] < CURVE_TOLERANCE / 10
     assert text.count("ok    curve") == 1
@@ -171,6 +171,7 @@ def test_a_shifted_share_is_named_with_the_sample_that_it_took(tmp_path, referen
     curve = findings["curve"]
     assert curve.values["ranks"] == curve.values["parted_ranks"] == [1]
     assert curve.values["parted_step"] == 1
+    assert curve.next_step == "look for a loader that is sharded twice, or data that are shifted"
     assert re.search(r"rank 1 on .* took other samples .*in step 1 6 of 6, the first of them sample \d+ in place of \d+", curve.measured)
 
 
@@ -178,6 +179,7 @@ def test_shifted_data_are_named(tmp_path, reference):
     findings, _ = find_out(tmp_path, reference, "data shifted by one")
     assert findings["gradients"].values["ranks"] == findings["curve"].values["ranks"] == [1]
     assert f"other data are on rank 1 {NAME}" in findings["gradients"].measured
+    assert findings["gradients"].next_step == "give all hosts the same data, then run verify again"
 
 
 def test_sums_in_place_of_means_are_told_from_a_wrong_rank(tmp_path, reference):
@@ -220,7 +222,7 @@ def test_other_options_code_or_data_than_recorded_are_refused_in_words(tmp_path,
         return capsys.readouterr().err
 
     given = ("--reference", str(reference))
-    assert "batch_size: 12 there, 64 asked for" in refuse("--task", TASK, "--steps", "24", *given)
+    assert "batch_size: 12 there, 64 asked for" in refuse("--task", TASK, "--steps", "21", *given)
     assert "task: noisy_task there, mnist asked for" in refuse(*given)
     assert "no curve of task noisy_task comes with this package" in refuse(*SMALL)
     assert "precision has no use here: verify sets it itself" in refuse("--precision", "bf16")
@@ -246,6 +248,8 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path, reference, capsys):
         values | {"gradients": values["gradients"][:-1]},
         values | {"first_gradient": values["first_gradient"][:-1]},
         values | {"rounding": -1.0},
+        values | {"options": {"task": "x" * 5000}},
+        values | {"made_on": {"processes": 2**70}},
     ]
     texts = [json.dumps(value) for value in mistaken] + ["", "[" * 100_000, "[NaN]", json.dumps(values).replace(str(rows[0][0]), "NaN")]
     texts.append(json.dumps(values).replace(str(rows[0][0]), "1" + "0" * 5000))
@@ -317,6 +321,19 @@ def test_ranks_are_compared_without_a_record(offs, kinds, word, ranks):
     assert finding.word == word
     assert finding.values.get("ranks", []) == ranks
     assert all(f"rank {rank} on host host{rank}" in finding.measured for rank in ranks)
+
+
+def test_a_batch_in_which_rounding_decides_otherwise_is_a_fault_only_among_ranks_that_round_alike():
+    for kinds, word in (("abc", "ok"), ("aaa", "WRONG")):
+        ranks = make_ranks(0, 0, 0, kinds=kinds)
+        ranks[1].gradients[0] = Print("other", [value * 1.003 for value in ranks[1].gradients[0].sketch])
+        assert compare_gradients(ranks, None, 1e-7).word == word
+
+
+def test_a_wrong_rank_is_not_recorded(tmp_path):
+    text = run_ranks(tmp_path, Verify((*SMALL, "--record", str(tmp_path / "wrong.json")), "a gradient off by 1e-3"), 2, expect=1)
+    assert "which of these ranks is wrong is not known" in text
+    assert not (tmp_path / "wrong.json").exists()
 
 
 def test_findings_come_back_from_their_file_and_others_are_refused(tmp_path):
