@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 from processes import Programs, run_ranks, start_ranks
 
+from mnist_dist import survey
+from mnist_dist.config import configure
 from mnist_dist.errors import UserError
 from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.network import Link, judge_links, list_rounds
 from mnist_dist.probe import CHECKS, main, probe
 from mnist_dist.survey import _judge_devices, find_crowded
+from mnist_dist.world import World
 
 
 def read(tmp_path, check="answer"):
@@ -63,8 +66,6 @@ class Planted:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
     def plant_versions_and_clocks(self, rank):
-        from mnist_dist import survey
-
         if rank == 0:
             versions = survey.describe_versions() | {"torch": "9.9"}
             survey.describe_versions = lambda: versions
@@ -72,8 +73,6 @@ class Planted:
             survey.read_clock = lambda: time.time() - 3600
 
     def plant_code(self, rank):
-        from mnist_dist import survey
-
         if rank == 1:
             real = survey.read_file
             survey.read_file = lambda path, size: real(path, size) + (b" " if path.name == "loop.py" else b"")
@@ -117,8 +116,6 @@ class Planted:
         network._End = Slow
 
     def plant_half_speed(self, rank):
-        from mnist_dist import survey
-
         real = survey.make_step
 
         def make(device):
@@ -147,19 +144,13 @@ class Planted:
             lock.fcntl.flock = lambda *_: None
 
     def plant_slow_disk(self, rank):
-        from mnist_dist import survey
-
         survey.measure_disk = lambda _: time.sleep(100)
 
     def plant_hang(self, rank):
-        from mnist_dist import survey
-
         if rank == 1:
             survey.check_joined = lambda *_: time.sleep(100)
 
     def plant_hang_of_all(self, rank):
-        from mnist_dist import survey
-
         survey.survey = lambda *_: time.sleep(100)
 
 
@@ -180,7 +171,7 @@ FAULTS = {
     ),
     "slow_link": ("exchange", 3, "SLOW", r"rank 1 on host node1, rank 2 on host node2 exchange 2 MB/s, the median pair \d"),
     "half_speed": ("speed", 2, "SLOW", r"rank 1 on host node1 needs \d+(\.\d+)? ms for a step, the median rank"),
-    "unshared": ("files", 2, "WRONG", r"rank 1 on host node1 did not see a new file that rank zero wrote in .*runs within 1 s"),
+    "unshared": ("files", 2, "WRONG", r"rank 1 on host node1 did not see a new file that rank zero wrote in .*runs within 1.5 s"),
     "no_locks": ("files", 2, "WARN", r"while rank zero holds the lock of a folder, rank 1 on host node1 is not kept out"),
 }
 
@@ -191,7 +182,7 @@ def test_a_planted_fault_is_named(tmp_path, fault):
     folder = tmp_path / "runs" if check == "files" else None
     if folder:
         folder.mkdir()
-    timeout_s = 14 if fault == "unshared" else 60
+    timeout_s = 16 if fault == "unshared" else 60
     run_ranks(tmp_path, Planted(fault, check, tmp_path / "answer.json", folder, timeout_s), world, expect=int(word == "WRONG"))
     found = read(tmp_path)
     assert {(finding.check, finding.word) for finding in found} == {(check, word)}, found
@@ -211,12 +202,12 @@ def test_the_rank_that_differs_from_most_is_named_with_its_value_and_a_clock_an_
 
 def test_who_did_not_come_or_is_silent_is_named_in_the_answer(tmp_path):
     alone = start_ranks(tmp_path / "one", Planted("one_core", "joined", tmp_path / "absent.json", timeout_s=12), 1, environ_of_two())
-    both = start_ranks(tmp_path / "two", Planted("hang", "joined", tmp_path / "silent.json", timeout_s=14), 2)
+    both = start_ranks(tmp_path / "two", Planted("hang", "joined", tmp_path / "silent.json", timeout_s=16), 2)
     both[0].wait()
     [silent] = read(tmp_path, "silent")
     assert silent.word == "WRONG"
     assert "rank 1 on host" in silent.measured
-    assert "was silent for 2 s: it is at " in silent.measured
+    assert "was silent for 3 s: it is at " in silent.measured
     both[1].kill(signal.SIGKILL)
     alone[0].wait()
     [absent] = read(tmp_path, "absent")
@@ -250,6 +241,14 @@ def test_nothing_is_left_where_files_does_not_end(tmp_path, how):
         rank.kill(signal.SIGTERM)
     assert rank.wait() == (1 if how == "the deadline" else 143)
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_of_many_findings_the_first_are_shown_and_the_rest_is_counted(monkeypatch):
+    found = [Finding("exchange", word, str(number)) for number, word in enumerate(["SLOW"] * 24 + ["WRONG", "SLOW"])]
+    monkeypatch.setattr(survey, "_find", lambda *_: found)
+    *shown, last = survey.survey("exchange", World(), configure(), None, [])
+    assert shown == found[:20]
+    assert (last.word, last.measured) == ("WRONG", "and 6 more such lines")
 
 
 @pytest.mark.slow
