@@ -58,7 +58,8 @@ def wait_for(condition, timeout_s=40):
 
 
 def test_no_program_imports_torch():
-    code = "import sys, launch.submit, launch.sweep, launch.jobs, launch.training, launch.prove; print({'torch', 'accelerate'} & {*sys.modules})"
+    code = "import sys, launch.submit, launch.sweep, launch.jobs, launch.training, launch.prove"
+    code += "; print({'torch', 'accelerate'} & {*sys.modules})"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert answer.stdout == "set()\n", answer.stderr
 
