@@ -336,6 +336,10 @@ def run_real(folder, environ, *words, timeout=500):
     return answer, json.loads(answer.stdout)
 
 
+def list_jobs(environ):
+    return subprocess.run(["squeue", "--noheader"], env=environ, text=True, capture_output=True, check=True).stdout.splitlines()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_here_are_all_well(tmp_path):
@@ -356,7 +360,7 @@ def test_a_sane_cluster_is_all_well(cluster, tmp_path):
     assert set(words) == set(ORDER)
     assert {name: words[name] for name in ("signal", "requeue", "kill", "W&B")} == dict.fromkeys(("signal", "requeue", "kill", "W&B"), "ok")
     assert re.search(r"Slurm started it again after \d+ s", next(row["measured"] for row in page["findings"] if row["check"] == "requeue"))
-    assert not any(job.is_active for job in slurm.read_jobs())
+    assert list_jobs(cluster) == []
     assert [path.name for path in (tmp_path / "prove").iterdir()] == ["prove.json"]
 
 
@@ -428,13 +432,9 @@ def test_a_signal_that_does_not_arrive_is_named(on_slurm, monkeypatch):
 def test_an_interrupted_run_cancels_its_jobs(cluster, tmp_path):
     command = [sys.executable, "-m", "launch.prove", "--nodes", "2", "--folder", str(tmp_path / "prove")]
     program = subprocess.Popen(command, env={**cluster, "PYTHONPATH": str(ROOT)}, text=True, stderr=subprocess.PIPE)
-
-    def list_jobs():
-        return subprocess.run(["squeue", "--noheader"], env=cluster, text=True, capture_output=True).stdout.splitlines()
-
-    wait_for(lambda: len(list_jobs()) == 2)
+    wait_for(lambda: len(list_jobs(cluster)) == 2)
     time.sleep(3)
     program.send_signal(signal.SIGINT)
     assert program.wait(90) == 130
-    assert list_jobs() == []
+    assert list_jobs(cluster) == []
     assert not (tmp_path / "prove").exists()
