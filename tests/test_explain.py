@@ -678,7 +678,7 @@ def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
     kept.wait_state("FAILED")
     answer = ask(cluster, tmp_path, kept.id)
     assert (answer["end"], answer["status"]) == ("to be continued", 85), answer
-    assert "train.sh: could not be requeued; submit it again to go on" in answer["notes"]
+    assert "launch: could not be requeued; the same command, or the next job of its chain, resumes the run" in answer["notes"]
 
     downed = Job(cluster, tmp_path, "--no-requeue --nodelist=127.0.0.3", f"{SLOW} --run_dir downed", PYTHON=sys.executable)
     downed.wait_for(r"step \d+0/")
