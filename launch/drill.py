@@ -218,7 +218,7 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
         )
     if is_forbidden:
         measured = f"this site did not requeue the job; submitted again, it went on {resumed}"
-        advice = "submit the same command again after each time limit, or ask the site to allow requeue (scontrol requeue)"
+        advice = "give launch.submit --chain 5: jobs that follow each other; or ask the site to allow requeue (scontrol requeue)"
         return Finding("requeue", "WARN", measured, advice, values | {"requeued": False})
     return Finding("requeue", "ok", f"{by} after {back_s:.0f} s, {resumed}", "", values | {"requeued": True})
 
