@@ -33,7 +33,7 @@ from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Dri
 from launch.request import Request, check_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
 from launch.submission import make_slurm_executor, write_script
-from launch.submit import compare_with_cluster, read_request, say
+from launch.submit import add_job_options, compare_with_cluster, read_request, say
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
@@ -138,7 +138,7 @@ def _prove(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.prove", "Prove a cluster: is training right and fast here, and does it survive?", usage="[--option of the job ...]"
     )
-    parser.add_options(Request)
+    add_job_options(parser)
     parser.add_argument("--folder", metavar="DIR", type=path_argument, default="runs/prove", help="keeps the pages (default: runs/prove)")
     parser.add_argument("--json", action="store_true", help="print the page as JSON")
     given = parser.parse(arguments)
