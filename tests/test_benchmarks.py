@@ -70,6 +70,7 @@ def test_the_time_of_a_step_is_shared_out_to_its_parts(tmp_path, monkeypatch, mi
     assert len(totals_s) == 3  # the loop comes back after the last step
 
 
+@pytest.mark.slow
 def test_the_start_of_a_training_is_told_part_by_part():
     start = startup.measure_start("python -m", "smoke", "disabled")
     parts = start["parts_s"]

@@ -89,7 +89,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if not re.search(" launch.(jobs|explain) | launch.prove --cluster local", f"{line} ")])
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if not re.search(" launch.(jobs|explain) | launch.prove --cluster local", f"{line} ")]
+)
 def test_the_commands_of_the_documents_are_right(no_slurm, monkeypatch, command):
     monkeypatch.chdir(ROOT)
     _, _, program, *words = shlex.split(command, comments=True)

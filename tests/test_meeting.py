@@ -487,6 +487,7 @@ def count_files(tmp_path, world):
     return [int(re.search(r"open files: (\d+)", rank.text)[1]) for rank in ranks]
 
 
+@pytest.mark.slow
 def test_open_files_grow_slowly_with_the_world(tmp_path):
     small, large = count_files(tmp_path / "small", 3), count_files(tmp_path / "large", 9)
     assert max(large[1:]) - max(small[1:]) <= 9  # 18 if each rank were connected with each other

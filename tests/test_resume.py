@@ -96,9 +96,8 @@ class StopAtEveryStep:
 
 
 # The optimizers without a state of their own (no momentum), and with the most.
-@pytest.mark.parametrize(
-    "recipe", [pytest.param([*TINY, *CALM], id="sgd"), pytest.param([*TINY, "--optimizer", "muon"], id="muon", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [[*TINY, *CALM], [*TINY, "--optimizer", "muon"]], ids=["sgd", "muon"])
 def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, recipe):
     run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
     run_ranks(tmp_path, StopAtEveryStep(str(tmp_path), recipe))
@@ -112,7 +111,7 @@ def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
     folder = tmp_path / "run"
     run_ranks(tmp_path, TrainUntil([*TINY, *CALM, "--run_dir", str(folder)], [1] * 9), 1)
     assert_same_run(folder, unbroken / "1", exactly=True)
-    for step in (1, 5, 8):
+    for step in (1, 8):
         folder = tmp_path / f"two {step}"
         arguments = [*TINY, *CALM, "--run_dir", str(folder)]
         run_ranks(tmp_path, TrainOnce(arguments, step), 2, expect=85)

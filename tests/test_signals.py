@@ -498,6 +498,7 @@ def wait_for_rows(folder, process):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops_the_run_but_not_under_nohup(tmp_path):
     plain, kept = tmp_path / "plain", tmp_path / "kept"
     processes = [start_program(plain), start_program(kept, "nohup")]

@@ -312,7 +312,7 @@ def play_bad_end(mode):
 FAULTS = ("refuse", "hang", "401", "429", "500")
 PLAYS |= {f"{mode} at the start": play_bad_start(mode) for mode in FAULTS}
 PLAYS |= {f"{mode} in the middle": play_bad_end(mode) for mode in FAULTS}
-SLOW_FAULTS = ("429", "500")  # to wandb they are like a server that hangs
+SLOW_FAULTS = ("refuse", "429", "500")  # to wandb they are like a server that hangs
 SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")}
 mark_faults = pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW_FAULTS else f for f in FAULTS])
 

@@ -55,15 +55,17 @@ def test_every_world_gives_the_same_curve_and_the_same_world_the_same_bits(tmp_p
         "disabled",
     ]
     rows, weights = {}, {}
-    for name, world in (("1", 1), ("2", 2), ("2 again", 2), ("4", 4)):
+    worlds = {"1": 1, "2": 2, "4": 4} | ({"2 again": 2} if steps == 100 else {})
+    for name, world in worlds.items():
         run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / name)]), world)
         rows[name] = [
             {k: v for k, v in row.items() if k != "train/images_per_s" and not k.startswith("health/")}
             for row in read_rows(tmp_path / name)
         ]
         weights[name] = load_file(tmp_path / name / "model.safetensors")
-    assert rows["2 again"] == rows["2"]
-    assert all(torch.equal(value, weights["2 again"][name]) for name, value in weights["2"].items())
+    if "2 again" in worlds:
+        assert rows["2 again"] == rows["2"]
+        assert all(torch.equal(value, weights["2 again"][name]) for name, value in weights["2"].items())
     for world in ("2", "4"):
         assert [row["step"] for row in rows[world]] == list(range(1, steps + 1))
         for one, other in zip(rows["1"], rows[world], strict=True):
