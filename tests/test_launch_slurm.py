@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,12 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     assert [one.show("JobState") for one in (limited, requeued, lost)] == ["RUNNING"] * 3
     # Only now: its signal is due at once and comes within 30 s, amid its steps however fast or slow the machine is.
     limited.update(TimeLimit=2)
+
+    def lift_limit():  # as soon as it is requeued, however long the rest takes: its next start would be stopped as well
+        limited.wait_for("launch: requeued")
+        limited.update(TimeLimit=10)
+
+    lifted = ThreadPoolExecutor(1).submit(lift_limit)
     assert limited.show("NodeList") == requeued.show("NodeList")  # two jobs on the same nodes, at the same time
     assert "is in use by job" in launch(cluster, tmp_path, "submit", f"{job} {SLOW} --run_dir lost").stderr
 
@@ -157,9 +164,8 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     assert again.show("JobState") == "CANCELLED"
     again.submit(f"{job} {SLOW}")
 
-    limited.wait_for("launch: requeued")
+    lifted.result()
     assert "Exited with exit code 85" in limited.log
-    limited.update(TimeLimit=10)
     limited.wait_start(2)
     for one in (limited, requeued):
         one.assert_nothing_lost(weights_of_two)
