@@ -3,10 +3,9 @@
 import contextlib
 import pwd
 import re
-import shutil
 from dataclasses import dataclass, replace
 
-from launch.cluster import parse_time, run_slurm
+from launch.cluster import parse_time, run_slurm, show_job
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError
 
@@ -76,17 +75,12 @@ def read_account(job: str) -> Account | None:
     )
 
 
-def _ask(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        return run_slurm(*command)[:_TEXT_MAX]
-    except RunError:
-        return ""
-
-
 def _read_sacct(job: str) -> Account | None:
-    text = _ask("sacct", "--parsable2", "--noheader", f"--delimiter={_SEPARATOR}", f"--format={_FIELDS}", f"--jobs={job}")
+    command = ["sacct", "--parsable2", "--noheader", f"--delimiter={_SEPARATOR}", f"--format={_FIELDS}", f"--jobs={job}"]
+    try:
+        text = run_slurm(*command)[:_TEXT_MAX]
+    except RunError:  # it is not there, too
+        return None
     names = _FIELDS.split(",")
     rows = [dict(zip(names, line.split(_SEPARATOR), strict=True)) for line in text.splitlines() if line.count(_SEPARATOR) == len(names) - 1]
     main = next((row for row in rows if row["JobID"] == job), None)
@@ -118,9 +112,7 @@ def _read_sacct(job: str) -> Account | None:
 
 
 def _read_scontrol(job: str) -> Account | None:
-    lines = _ask("scontrol", "--oneliner", "--details", "show", "job", job).splitlines()
-    found = [dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", line)) for line in lines[:1]]
-    values = found[0] if found else {}
+    values = show_job(job)
     if "JobState" not in values:
         return None
     limit = _parse_clock(values.get("TimeLimit", ""))

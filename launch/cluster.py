@@ -179,7 +179,8 @@ def show_job(job: str) -> dict[str, str]:
         text = run_slurm("scontrol", "--oneliner", "show", "job", job)
     except RunError:
         return {}
-    return dict(re.findall(r"(?:^| )([A-Z][A-Za-z]*)=(\S*)", text.splitlines()[0] if text else ""))
+    # A value may hold spaces.
+    return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", text.splitlines()[0] if text else ""))
 
 
 def is_active_state(state: str) -> bool:
@@ -189,12 +190,7 @@ def is_active_state(state: str) -> bool:
 
 def find_log(job: str) -> str:
     """The path of a job's log, as Slurm has it; empty where Slurm has forgotten the job."""
-    try:
-        text = run_slurm("scontrol", "--oneliner", "show", "job", job)
-    except RunError:
-        return ""
-    match = re.search(r" StdOut=(.*?)(?= [A-Z]\w+=|$)", text.splitlines()[0] if text else "")
-    return match[1].strip() if match else ""
+    return show_job(job).get("StdOut", "").strip()
 
 
 def estimate_start(job: str) -> str:

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -24,7 +23,7 @@ from mnist_dist.files import read_file, write_atomically
 from mnist_dist.finding import Finding
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import CHECKPOINTS, WEIGHTS_FILE, list_newest_first, read_ends, read_note, read_starts
-from mnist_dist.world import find_world
+from mnist_dist.world import find_host, find_world
 
 UNBROKEN, KILLED, REQUEUED = "unbroken", "killed", "requeued"  # the parts, and the folders of their runs
 STEPS, TURN_STEP, CHECKPOINT_EVERY = 40, 25, 10  # the run is stopped at the turn
@@ -78,7 +77,7 @@ class _NotedSignals(StopSignals):
 def _write_note(folder: Path, name: str, rank: int) -> None:
     path = folder / "notes" / f"{name}-{rank}.json"
     if not path.exists():  # of the start before
-        note = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME") or platform.node(), "time": time.time()}
+        note = {"rank": rank, "host": find_host(), "time": time.time()}
         write_atomically(path, json.dumps(note).encode())
 
 

@@ -26,11 +26,21 @@ from typing import Any, TypeVar
 from launch import cluster
 from launch.account import JOB_NAME, Account, read_account
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind, read_log
-from launch.runs import RunState, describe_best, find_runs, find_saved_step, is_run, read_own_note, read_state
+from launch.runs import (
+    RunState,
+    describe_best,
+    find_noted_log,
+    find_runs,
+    find_saved_step,
+    is_run,
+    list_noted_jobs,
+    read_own_note,
+    read_state,
+)
 from mnist_dist.config import Config
 from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
-from mnist_dist.files import is_marked, read_file
+from mnist_dist.files import is_marked, read_file, read_tail
 from mnist_dist.lock import LOCK_FILE, read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
@@ -258,17 +268,16 @@ def _gather(path: Path, job: str) -> _Facts:
     start = starts[number - 1] if number else {}
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
-    is_slurms &= not str(noted.get("log", "")).endswith("_log.out") or noted.get("job") != job
+    is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
-    log_path = str(noted.get("log", "")) if noted.get("job") == job else ""
-    log_path = log_path or _find_log(account, job)
+    log_path = find_noted_log(noted, job) or _find_log(account, job)
     logs, is_complete = _read_logs(log_path)
     end = next((end for end in reversed(ends) if end["start"] == number), {})
     begun = [log.has_begun for log in logs.values()]
     has_begun = bool(starts) and (number < len(starts) or str(noted.get("time", "")) <= str(start.get("time", "")))
     has_begun &= not begun or any(begun) or not is_complete
-    status = ended.get("status") if ended and ended.get("job") in (job, noted.get("job")) and number == len(starts) else None
+    status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
     return _Facts(
         path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
         _find_original(path), rows[-1] if rows else {},
@@ -294,20 +303,13 @@ def _find_log(account: Account | None, job: str) -> str:
 
 def _read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
     """The log of a job, or those of each rank, and whether all of it was read."""
-
-    def read(path: str, bytes_max: int) -> str:
-        try:
-            return read_file(path, bytes_max, tail=True).decode(errors="replace")
-        except OSError:
-            return ""
-
     if not path:
         return {}, True
     match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
     if match is None:
-        text = read(path, _LOG_BYTES_MAX)
+        text = read_tail(path, _LOG_BYTES_MAX)
         return ({None: read_log(text)} if text else {}), len(text) < _LOG_BYTES_MAX // 4
-    texts = {rank: text for rank in range(_RANKS_READ) if (text := read(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
+    texts = {rank: text for rank in range(_RANKS_READ) if (text := read_tail(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
     return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
 
 
@@ -319,7 +321,7 @@ def _find_run(job: str, account: Account | None) -> Path | None:
     for folder in folders:
         for path in find_runs(folder):
             holder = read_holder(path)
-            if read_own_note(path, "job").get("job") == job or (holder and holder.job == job):
+            if job in list_noted_jobs(read_own_note(path, "job")) or (holder and holder.job == job):
                 return path
     if account is None:
         return None
@@ -414,8 +416,7 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
         return said, _describe_kill(facts)[1] if said == "rank gone" else []
     if facts.damaged and not facts.starts:
         return "damaged", []
-    kind, notes = _describe_kill(facts)
-    return kind, notes
+    return _describe_kill(facts)
 
 
 def _describe_before(facts: _Facts) -> list[str]:

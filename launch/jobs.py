@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import cluster
-from launch.runs import RunState, find_runs, find_saved_step, is_run, read_own_note, read_state
+from launch.runs import RunState, find_noted_log, find_runs, find_saved_step, is_run, read_own_note, read_state
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
@@ -124,8 +124,8 @@ def follow(path: Path) -> int:
 def locate_log(run: RunState) -> str:
     """The log of a run's last job; empty where there is none."""
     noted = read_own_note(run.path, "job")
-    if noted.get("log") and run.job in str(noted.get("chain") or noted.get("job")).split(":"):
-        return str(noted["log"]) if run.job == noted.get("job") else str(Path(str(noted["log"])).with_name(f"{run.job}.log"))
+    if log := find_noted_log(noted, run.job):
+        return log
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
 
 

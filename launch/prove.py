@@ -32,7 +32,7 @@ from launch import cluster
 from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Drill, judge_requeue, judge_signal, list_words, read_notes
 from launch.request import Request, check_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
-from launch.submission import make_slurm_executor, write_script
+from launch.submission import describe_refusal, list_srun_options, make_slurm_executor, write_script
 from launch.submit import add_job_options, compare_with_cluster, read_request, say
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
@@ -332,7 +332,7 @@ def _submit(executor: SlurmExecutor, work: Callable[[], None], what: str, jobs: 
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
             jobs.append(Watched(executor.submit(work).job_id, what))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
+        raise UserError(describe_refusal(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return jobs[-1]
@@ -343,7 +343,7 @@ def _list_srun_options(request: Request) -> tuple[str, ...]:
     options += ["--kill-on-bad-exit=0", "--wait=120", "--export=ALL", "--unbuffered"]
     if request.cpus_per_task is not None:
         options.append(f"--cpus-per-task={request.cpus_per_task}")
-    return tuple(options)
+    return (*options, *list_srun_options(request))
 
 
 def _prove_on_slurm(page: Page, work: Path) -> str:

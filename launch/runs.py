@@ -126,7 +126,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     noted, ended = (read_own_note(path, name) for name in ("job", "end"))
     holder = read_holder(path)
     number = holder.job if holder else ""
-    noted_jobs = str(noted.get("chain") or noted.get("job") or "").split(":")
+    noted_jobs = list_noted_jobs(noted)
     if (known := {*noted_jobs, number}) != {""} and ended.get("job") not in known:
         ended = {}  # of an earlier job
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
@@ -221,6 +221,19 @@ def find_saved_step(path: Path) -> int | None:
     with contextlib.suppress(OSError):
         return next(map(find_step, list_newest_first(path / CHECKPOINTS)), None)
     return None
+
+
+def list_noted_jobs(noted: Row) -> list[str]:
+    """The jobs in the note of a run's last submission: one, or those of a chain; an empty name where none is noted."""
+    return str(noted.get("chain") or noted.get("job") or "").split(":")
+
+
+def find_noted_log(noted: Row, job: str) -> str:
+    """The log of one of the jobs in a note; empty where the note is not of that job."""
+    log = str(noted.get("log") or "")
+    if not log or not job or job not in list_noted_jobs(noted):
+        return ""
+    return log if job == noted.get("job") else os.path.join(os.path.dirname(log), f"{job}.log")
 
 
 def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:

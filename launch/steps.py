@@ -1,7 +1,6 @@
 """The checks that all ranks of a job take part in: one step each, in processes of its own and with its own deadline. Imports no torch."""
 
 import contextlib
-import ctypes
 import os
 import re
 import shlex
@@ -15,16 +14,16 @@ from pathlib import Path
 
 from launch.drill import KILLED, UNBROKEN, judge_kill, judge_tracking, list_words
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import read_file
+from mnist_dist.files import read_tail
 from mnist_dist.finding import Finding, read_findings, write_findings
+from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.program import make_printable
-from mnist_dist.starter import find_free_port
+from mnist_dist.starter import find_free_port, make_die_with_parent
 from mnist_dist.world import MPI_VARIABLES, TORCH_VARIABLES, World
 
 _GRACE_S = 10.0  # for a step that is told to end
 _OWN_DEADLINE_S = 15.0  # a program names who hangs so long before its step is ended
 _LOG_BYTES_MAX = 1 << 20
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -90,27 +89,35 @@ class Step:
         except OSError as error:
             self.end()
             raise RunError(f"{shlex.join(words)} cannot be started: {error}") from error
+        except BaseException:  # an interrupt: nobody else knows of those that have started
+            self.end()
+            raise
 
     def _start(self, command: Sequence[str], environ: dict[str, str], output: int) -> None:
-        libc, parent = ctypes.CDLL(None), os.getpid()
+        die_with_parent = make_die_with_parent()
+        # A signal waits until the new process is known here: none may be left behind.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-            if os.getppid() != parent:
-                os._exit(1)
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if not self._is_slurm:
+                die_with_parent()
 
-        self.processes.append(
-            # A session of its own: Ctrl-C on the terminal is for this program, which then ends the ranks.
-            subprocess.Popen(
-                command,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=None if self._is_slurm else die_with_parent,
+        try:
+            self.processes.append(
+                # A session of its own: Ctrl-C on the terminal is for this program, which then ends the ranks.
+                subprocess.Popen(
+                    command,
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=prepare,
+                )
             )
-        )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> "Step":
         return self
@@ -184,10 +191,7 @@ def _cancel_steps() -> None:
 
 def read_log(path: Path) -> str:
     """The end of a log; empty where there is none."""
-    try:
-        return read_file(path, _LOG_BYTES_MAX, tail=True).decode(errors="replace")
-    except OSError:
-        return ""
+    return read_tail(path, _LOG_BYTES_MAX)
 
 
 def find_last_words(log: str) -> str:

@@ -112,8 +112,7 @@ def _find_paths(task: type[Task] | None) -> list[str]:
 def _list_setup(request: Request, folder: Path, group: str, task: type[Task] | None, before: Sequence[str]) -> list[str]:
     lines = [f"source {shlex.quote(str(_POLICY))} || exit", f"MAX_REQUEUES={request.max_requeues}", "export SUBMITIT_LOG_LEVEL=WARNING"]
     if request.srun:
-        words = [f"--{name}" if value is None else f"--{name}={value}" for name, value in split_options(request.srun).items()]
-        lines.append(f"srun_options=({shlex.join(words)})")
+        lines.append(f"srun_options=({shlex.join(list_srun_options(request))})")
     paths = _find_paths(task)
     if paths:
         lines.append(f"export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}${{PYTHONPATH:+:$PYTHONPATH}}")
@@ -122,6 +121,11 @@ def _list_setup(request: Request, folder: Path, group: str, task: type[Task] | N
     if before:
         lines.append(f"leave_if_done {_PYTHON} -m launch.chain {':'.join(before)} --run_dir={shlex.quote(str(folder.parent))}")
     return lines
+
+
+def list_srun_options(request: Request) -> list[str]:
+    """The options of --srun, a word each."""
+    return [f"--{name}" if value is None else f"--{name}={value}" for name, value in split_options(request.srun).items()]
 
 
 def make_local_executor(request: Request, folder: Path) -> LocalExecutor:
@@ -167,8 +171,13 @@ def submit_to_slurm(
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
-        raise UserError(f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}") from error
+        raise UserError(describe_refusal(error)) from error
     return names
+
+
+def describe_refusal(error: Exception) -> str:
+    """What submitit raises where sbatch refuses a job, as one line."""
+    return f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}"
 
 
 def run_locally(

@@ -36,6 +36,19 @@ def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
         return file.read(min(size, bytes_max))
 
 
+def read_tail(path: str | Path, bytes_max: int) -> str:
+    """The end of a file of text, such as a log; empty where it cannot be read."""
+    try:
+        return read_file(path, bytes_max, tail=True).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def is_free_name(path: Path) -> bool:
+    """Whether a new file can have this name: nothing has it, and its folder is there."""
+    return not os.path.lexists(path) and path.parent.is_dir()
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)

@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
-import socket
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +32,7 @@ from mnist_dist.state import TrainingState
 from mnist_dist.task import Task
 from mnist_dist.tier import keeping
 from mnist_dist.witness import read_batch
+from mnist_dist.world import find_host
 
 GRADIENT_TOLERANCE = 1e-5  # of the gradient's norm
 CURVE_TOLERANCE = 1e-4  # of the loss of a step
@@ -164,9 +163,8 @@ class Inspection:
         on_gpu = group.device.type == "cuda"
         where = torch.cuda.get_device_name(group.device) if on_gpu else find_processor()
         device = str(group.device) if on_gpu else "cpu"
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # the name that srun --exclude takes
         kind = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        self.ranks = group.gather(Rank(host, device, kind, state.fingerprint, prints))
+        self.ranks = group.gather(Rank(find_host(), device, kind, state.fingerprint, prints))
         if self.reference is not None:
             rounding = self.reference.rounding
         else:

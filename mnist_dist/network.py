@@ -7,7 +7,6 @@ import contextlib
 import ipaddress
 import json
 import os
-import platform
 import socket
 import statistics
 import time
@@ -25,7 +24,7 @@ from mnist_dist.distributed import Group, explaining_start, find_place, join_gro
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.finding import Finding
 from mnist_dist.rendezvous import Place, name_with_hosts
-from mnist_dist.world import World
+from mnist_dist.world import World, find_host
 
 SLOW_TIMES = 5.0  # a pair is slow where the median pair is so much faster
 SLOW_BYTES_PER_S = 125e6  # and it is below this, 1 Gbit/s: a busy machine must not look like a slow network
@@ -51,11 +50,6 @@ class Link:
     latency_s: float = 0.0  # half of the fastest round trip
     bytes_per_s: float = 0.0  # of the fastest chunk
     problem: str = ""  # why one does not reach the other
-
-
-def find_host() -> str:
-    """The name of this host: Slurm's own where there is one, since --exclude and --nodelist take that."""
-    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def check_exchange(world: World, config: Config) -> list[Finding]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mnist_dist.config import configure
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import is_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_printable, print_answer
@@ -62,7 +63,7 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
     world = find_world(os.environ)
     if (check == "files") != (folder is not None):
         raise UserError(f"--folder is {folder or 'not given'}; expected with the check files, and only there")
-    if world.rank == 0 and answer is not None and (os.path.lexists(answer) or not answer.parent.is_dir()):
+    if world.rank == 0 and answer is not None and not is_free_name(answer):
         raise UserError(f"the answer goes into {answer}, which exists or whose folder does not; expected a new name in an existing folder")
     out = Answer(check, answer, world.rank == 0)
     with _deadline(world, timeout_s, out):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mnist_dist.asked import count_asked
 from mnist_dist.errors import RunError
@@ -53,12 +53,7 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
             for rank in ranks:
                 rank.send_signal(number)
 
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent = make_die_with_parent()
 
     with starting:
         signals.hand_on = hand_on
@@ -84,6 +79,18 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _wait(ranks)
+
+
+def make_die_with_parent() -> Callable[[], None]:
+    """What a child of this process calls before it becomes another program (`preexec_fn`), so that it ends with this one."""
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return die_with_parent
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import describe_error
+from mnist_dist.files import describe_error, is_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument, trait
 from mnist_dist.preemption import StopSignals
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = {name: Path(path) for name in ("reference", "record", "answer") if (path := given.pop(name)) is not None}
         for name in ("record", "answer"):
             path = files.get(name)
-            if path is not None and (os.path.lexists(path) or not os.path.isdir(path.parent)):
+            if path is not None and not is_free_name(path):
                 raise UserError(f"{name} is {path}, which exists or whose folder does not; expected a new name in an existing folder")
         config = make_config(take_options(given), recipe)
         reference = None

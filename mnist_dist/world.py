@@ -6,6 +6,7 @@ executor, or there is one process. A world that is smaller than any of these was
 
 import contextlib
 import os
+import platform
 import re
 import zlib
 from collections.abc import Mapping
@@ -209,6 +210,11 @@ def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
         return False
     name, *options = [os.fsdecode(word) for word in read_command(int(task))] or [""]
     return name.endswith("sh") and all(re.fullmatch("-[il]+|--login|--norc", option) for option in options)
+
+
+def find_host() -> str:
+    """The name of this host: Slurm's own where there is one, since --exclude and --nodelist take that."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def _find_host_of_rank_zero(environ: Mapping[str, str], rank: int, node: int) -> str:

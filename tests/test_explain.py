@@ -21,6 +21,7 @@ from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
 from launch import explain, jobs
 from launch.endings import describe_status, find_first, read_log, shorten
+from launch.runs import find_noted_log
 from mnist_dist.files import mark_folder
 from mnist_dist.tasks.mnist import Mnist
 
@@ -493,6 +494,18 @@ def test_a_job_leads_to_its_run_by_its_log_or_its_command(slurm, tmp_path):
         sacct=None,
     )
     assert tell("12")[0].run == str(tmp_path / "w/c")
+
+
+def test_a_later_job_of_a_chain_leads_to_its_run_and_its_log(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", f"failed: {GONE}")
+    note = json.loads((folder / "slurm/job.json").read_text())
+    (folder / "slurm/job.json").write_text(json.dumps(note | {"chain": "12:13", "log": str(folder / "slurm/12.log")}))
+    (folder / "slurm/13.log").write_text(BEGUN)
+    slurm(sacct=None, scontrol=None)
+    answer, _ = tell("13")
+    assert (answer.run, answer.log) == ("runs/x", str(folder / "slurm/13.log"))
+    assert find_noted_log({"job": "12", "log": "/"}, "12") == "/"
+    assert find_noted_log({"job": "12", "chain": "12:13", "log": "/"}, "14") == find_noted_log({"log": "/"}, "") == ""
 
 
 def test_an_earlier_start_is_explained_by_its_job(slurm, tmp_path):
