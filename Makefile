@@ -13,20 +13,21 @@ train: .venv/.installed
 help: .venv/.installed
 	@$(BIN)/python -m mnist_dist.train --help
 
-# Three at a time: many tests wait for processes. The other suites measure time, and run alone.
+# Three at a time: many tests wait for processes.
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile $(OPTIONS)
 
 slow-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow $(OPTIONS)
 
+# Two at a time, each on a cluster of its own: these wait for Slurm more than they compute.
 slurm-test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slurm $(OPTIONS)
+	$(BIN)/python -m pytest -m slurm -n 2 $(OPTIONS)
 
 # The same on a newer Slurm, unpacked into a folder of its own.
 slurm-test-newer: .venv/.installed-dev
 	test -d .slurm || slurm/dev_cluster.sh fetch .slurm
-	PATH="$(CURDIR)/.slurm/bin:$$PATH" $(BIN)/python -m pytest -m slurm $(OPTIONS)
+	PATH="$(CURDIR)/.slurm/bin:$$PATH" $(BIN)/python -m pytest -m slurm -n 2 $(OPTIONS)
 
 hosts-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m hosts $(OPTIONS)

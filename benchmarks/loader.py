@@ -1,7 +1,7 @@
 """Images per second of stock transforms read by the training's loader, beside the same data set in a plain DataLoader.
 
 `python -m benchmarks.loader`; how to read it: benchmarks/README.md. The training seeds torch, numpy and random before each sample, which is
-all that it adds. Both read the same MNIST images through torchvision's transforms, in turn, with as many workers.
+all that it adds. Both read the same MNIST images, as large as asked for, through torchvision's transforms, in turn, with as many workers.
 """
 
 import argparse
@@ -35,10 +35,10 @@ _PICTURES = 6_000
 
 
 class Pictures(Dataset[tuple[torch.Tensor, int]]):
-    """Digits as Pillow's images, through the transforms that people use."""
+    """Digits as Pillow's images of `pixels` x `pixels`, through the transforms that people use."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        self.pictures = [to_pil_image(image.unsqueeze(0)) for image in images]
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, pixels: int) -> None:
+        self.pictures = [to_pil_image(image.unsqueeze(0)).resize((pixels, pixels)) for image in images]
         self.labels = labels.tolist()
         self.transform = transforms.Compose(
             [
@@ -60,14 +60,16 @@ class PictureTask(Classification):
 
     name: ClassVar[str] = "pictures"
     class_names: ClassVar[Sequence[str]] = DIGITS
+    pixels: int = 28
 
     def load(self) -> Data:  # noqa: D102
         train, _ = load_dataset("mnist", None, download=False)
-        pictures = Pictures(*train[:_PICTURES])
+        images, labels = train[:_PICTURES]
+        pictures = Pictures(images, labels, self.pixels)
         return Data(pictures, pictures)
 
     def build_model(self) -> nn.Module:  # noqa: D102
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        return nn.Sequential(nn.Flatten(), nn.Linear(self.pixels**2, 10))
 
 
 def _repeat(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -82,9 +84,9 @@ def _time(batches: Iterator[Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure_workers(options: argparse.Namespace, workers: int) -> list[Row]:
+def measure_workers(options: argparse.Namespace, pixels: int, workers: int) -> list[Row]:
     """Seconds an image of both, in each round."""
-    values = {"steps": 10**9, "batch_size": options.batch_size, "workers": workers, "device": "cpu"}
+    values = {"pixels": pixels, "steps": 10**9, "batch_size": options.batch_size, "workers": workers, "device": "cpu"}
     config = make_config(values, task=PictureTask)
     data = config.task.load()
     config = config.with_sizes((_PICTURES, _PICTURES))
@@ -109,23 +111,28 @@ def measure_workers(options: argparse.Namespace, workers: int) -> list[Row]:
 
 def measure(options: argparse.Namespace) -> Row:
     """One row of results."""
-    found = {}
-    for workers in options.workers:
-        found[str(workers)] = measure_workers(options, workers)
-        ratio = common.compare([row["plain"] for row in found[str(workers)]], [row["training"] for row in found[str(workers)]])
-        common.tell(f"{workers} workers: {ratio} of a plain DataLoader")
-    settings = {name: getattr(options, name) for name in ("rounds", "batches", "batch_size", "workers")}
+    found: dict[str, dict[str, list[Row]]] = {}
+    for pixels, workers in itertools.product(options.pixels, options.workers):
+        rounds = found.setdefault(str(pixels), {})[str(workers)] = measure_workers(options, pixels, workers)
+        common.tell(f"{pixels} pixels, {workers} workers: {_compare(rounds)} of a plain DataLoader")
+    settings = {name: getattr(options, name) for name in ("rounds", "batches", "batch_size", "pixels", "workers")}
     return {"benchmark": "loader", "settings": settings, "rounds": found, "machine": common.describe_machine(), **common.describe_origin()}
+
+
+def _compare(rounds: Sequence[Row]) -> str:
+    return common.compare([row["plain"] for row in rounds], [row["training"] for row in rounds])
 
 
 def format_row(row: Row) -> str:
     """The table of a row."""
+    # Older rows have images of 28 pixels alone, and do not say so.
+    sizes = row["rounds"] if "pixels" in row["settings"] else {"28": row["rounds"]}
     lines = []
-    for workers, rounds in row["rounds"].items():
-        rates = {name: statistics.median(1 / one[name] for one in rounds) for name in ("plain", "training")}
-        ratio = common.compare([one["plain"] for one in rounds], [one["training"] for one in rounds])
-        lines.append([workers, f"{rates['plain']:,.0f}", f"{rates['training']:,.0f}", ratio])
-    header = ["workers", "plain DataLoader, images/s", "the training's loader", "ratio"]
+    for pixels, of_workers in sizes.items():
+        for workers, rounds in of_workers.items():
+            rates = {name: statistics.median(1 / one[name] for one in rounds) for name in ("plain", "training")}
+            lines.append([pixels, workers, f"{rates['plain']:,.0f}", f"{rates['training']:,.0f}", _compare(rounds)])
+    header = ["pixels", "workers", "plain DataLoader, images/s", "the training's loader", "ratio"]
     return f"{common.describe_rows([row])}\n\n{common.format_table(header, lines)}"
 
 
@@ -135,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=common.positive, default=9, help="rounds of one turn each")
     parser.add_argument("--batches", type=common.positive, default=60, help="batches of a turn")
     parser.add_argument("--batch_size", type=common.positive, default=64, help="images of a batch")
+    parser.add_argument("--pixels", type=common.positive, nargs="+", default=[28, 96], help="sizes of an image")
     parser.add_argument("--workers", type=common.whole, nargs="+", default=[0, 1, 2], help="numbers of workers")
     options = parser.parse_args(arguments)
     return common.measure_or_show(options, lambda: measure(options), format_row)

@@ -231,8 +231,8 @@ def _read_earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         except OSError:
             continue
         if page.get("asked") == asked and isinstance(page.get("time"), str) and not page.get("problem"):
-            pages.append(page)
-    return max(pages, key=lambda page: page["time"], default={})
+            pages.append((page["time"], path.name == PAGE_FILE, page))  # of two from one second, the last written is the newer one
+    return max(pages, key=lambda row: row[:2], default=("", False, {}))[2]
 
 
 # On this machine

@@ -14,7 +14,7 @@ from mnist_dist.preemption import StopSignals
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 finished, 85 asks to be requeued, 143 and 130 stopped, 2 a user's mistake, 1 the rest."""
     signals = StopSignals().install()
-    from mnist_dist.program import run_program
+    from mnist_dist.program import importing, run_program
 
     def run() -> int:
         import os
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return start_ranks(size, signals)
         with explaining(config.task.name, "in load_ahead"):
             config.task.load_ahead()
-        from mnist_dist.loop import train
+        with importing():
+            from mnist_dist.loop import train
 
         return train(config, signals).stop.exit_code
 

@@ -124,6 +124,7 @@ write_config() {
 ClusterName=dev
 SlurmctldHost=${host%%.*}($address)
 SlurmctldPort=$PORT
+FirstJobId=$((PORT % 100 * 1000 + 1))
 ${fetched:+PluginDir=$fetched/root/$PLUGINS}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)

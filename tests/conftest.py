@@ -15,7 +15,9 @@ os.environ["XDG_STATE_HOME"] = _state.name
 @pytest.fixture(scope="session")
 def daemons():
     folder = f"/tmp/slurm-test-{os.getpid()}"
-    environ = {**os.environ, "DEV_CLUSTER_DIR": folder, "SLURM_CONF": f"{folder}/slurm.conf"}
+    # Each of pytest-xdist's workers has a cluster of its own: of each, slurmctld and three nodes.
+    port = 31_700 + 4 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    environ = {**os.environ, "DEV_CLUSTER_PORT": str(port), "DEV_CLUSTER_DIR": folder, "SLURM_CONF": f"{folder}/slurm.conf"}
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON"):
         environ.pop(name, None)
     script = str(ROOT / "slurm/dev_cluster.sh")

@@ -187,7 +187,7 @@ def wait_for_line(stream, text):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_reaches_every_rank_once_even_before_its_handlers(tmp_path, probe, number):
     # A second Ctrl-C would end the rank with 130.
-    action = WAIT + "print('got', int(signals.received)); sys.exit(7 + world.rank)"
+    action = WAIT + "print(f'got {int(signals.received)}\\n', end=''); sys.exit(7 + world.rank)"
     process = start(tmp_path, probe, action)
     wait_for_line(process.stderr, "asked for")
     os.kill(find_child(process.pid), number)
