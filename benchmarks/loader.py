@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=common.positive, default=9, help="rounds of one turn each")
     parser.add_argument("--batches", type=common.positive, default=60, help="batches of a turn")
     parser.add_argument("--batch_size", type=common.positive, default=64, help="images of a batch")
-    parser.add_argument("--pixels", type=common.positive, nargs="+", default=[28, 96], help="sizes of an image")
+    parser.add_argument("--pixels", type=common.positive, nargs="+", default=[28, 224], help="sizes of an image")
     parser.add_argument("--workers", type=common.whole, nargs="+", default=[0, 1, 2], help="numbers of workers")
     options = parser.parse_args(arguments)
     return common.measure_or_show(options, lambda: measure(options), format_row)
