@@ -125,7 +125,7 @@ def _compare(rounds: Sequence[Row]) -> str:
 
 def format_row(row: Row) -> str:
     """The table of a row."""
-    # Older rows have images of 28 pixels alone, and do not say so.
+    # Older rows have images of 28 pixels alone.
     sizes = row["rounds"] if "pixels" in row["settings"] else {"28": row["rounds"]}
     lines = []
     for pixels, of_workers in sizes.items():

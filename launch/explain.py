@@ -6,7 +6,6 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -14,68 +13,42 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from launch import cluster
 from launch.account import JOB_NAME, Account, read_account
-from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind, read_log
+from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
+from launch.evidence import RUNS, Facts, find_log, find_run, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.runs import (
-    RunState,
     describe_best,
-    find_noted_log,
-    find_runs,
     find_saved_step,
     is_run,
-    list_noted_jobs,
     read_own_note,
-    read_state,
 )
-from mnist_dist.config import Config
 from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
-from mnist_dist.files import is_marked, read_file, read_tail
-from mnist_dist.lock import LOCK_FILE, read_holder
+from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
 from mnist_dist.program import make_printable, print_answer
 from mnist_dist.record import (
     CONFIG_FILE,
-    ENDS_FILE,
     METRICS_FILE,
     RESULT_FILE,
     STACKS,
-    STARTS_FILE,
-    Row,
     count_memory_kills,
     is_count,
     is_number,
-    read_config,
-    read_ends,
-    read_note,
-    read_result,
-    read_rows,
-    read_starts,
 )
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import is_named_before
 
-T = TypeVar("T")
-
-_RUNS = Path("runs")
-_LOG_BYTES_MAX = 4 << 20
-_RANK_LOG_BYTES_MAX = 256 << 10
-_RANKS_READ = 64
 _RANKS_NAMED = 100_000
-_NOTE_BYTES_MAX = 64 << 10
-_STACK_LINES = 6
-_KERNEL_TIMEOUT_S = 5
 _DAY_S = 86_400.0
 
 # What each kind of end means.
@@ -184,165 +157,23 @@ def explain(what: str) -> Explanation:
     if not JOB_NAME.fullmatch(what):
         raise UserError(f"{what} is neither a folder nor the number of a job; expected a run folder, or a number such as 12 or 12_3")
     account = read_account(what)
-    found = _find_run(what, account)
+    found = find_run(what, account)
     if found is not None:
         return _explain_run(found, what)
     if account is None:
         raise UserError(
-            f"no run in {_RUNS} is of job {what}, and Slurm does not know it"
+            f"no run in {RUNS} is of job {what}, and Slurm does not know it"
             + (" (any more)" if cluster.is_slurm_here() else ": there is no Slurm here")
             + "; give the run folder"
         )
     return _explain_job(account)
 
 
-# What is known.
-
-
-@dataclass
-class _Facts:
-    """What a run folder, the logs and Slurm tell of one start of a run."""
-
-    path: Path
-    state: RunState
-    config: Config | None
-    starts: list[Row]
-    number: int  # of the start that is explained, counted from one; 0 before the first
-    end: Row  # its row of ends.jsonl, or empty
-    job: str
-    status: int | None  # that the launcher noted
-    account: Account | None
-    log_path: str
-    logs: dict[int | None, Log]  # of all ranks together (None), or one of each
-    has_begun: bool  # the last attempt came as far as the training
-    damaged: list[str]
-    copy_of: str
-    last_row: Row
-
-    @property
-    def start(self) -> Row:
-        return self.starts[self.number - 1] if self.number else {}
-
-    @property
-    def why(self) -> str:
-        return str(self.end.get("why", "")) if self.has_begun else ""
-
-    @property
-    def world_size(self) -> int:
-        size = self.start.get("world_size")
-        return size if is_count(size) and size else 1
-
-    @property
-    def log(self) -> Log:
-        """The log of all, or that of rank zero."""
-        return self.logs.get(None) or self.logs.get(0) or Log()
-
-    @property
-    def errors(self) -> list[tuple[str, str]]:
-        """The messages in the logs, each with its rank: empty if it was alone."""
-        return [
-            (named or ("" if rank is None or len(self.logs) == 1 else str(rank)), message)
-            for rank, log in self.logs.items()
-            for named, message in log.errors
-        ]
-
-
-def _gather(path: Path, job: str) -> _Facts:
-    damaged: list[str] = []
-
-    def read(name: str, reader: Callable[[], T]) -> T | None:
-        try:
-            return reader() if os.path.lexists(path / name) else None
-        except UserError as error:
-            damaged.append(str(error).splitlines()[0])
-            return None
-
-    config = read(CONFIG_FILE, lambda: read_config(path))
-    starts = read(STARTS_FILE, lambda: read_starts(path)) or []
-    ends = read(ENDS_FILE, lambda: read_ends(path)) or []
-    read(RESULT_FILE, lambda: read_result(path, config))
-    rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
-    noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
-    state = read_state(path, cluster.read_jobs())
-    number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
-    start = starts[number - 1] if number else {}
-    job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
-    is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
-    is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
-    job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
-    account = read_account(job) if is_slurms else None
-    log_path = find_noted_log(noted, job) or _find_log(account, job)
-    logs, is_complete = _read_logs(log_path)
-    end = next((end for end in reversed(ends) if end["start"] == number), {})
-    begun = [log.has_begun for log in logs.values()]
-    has_begun = bool(starts) and (number < len(starts) or str(noted.get("time", "")) <= str(start.get("time", "")))
-    has_begun &= not begun or any(begun) or not is_complete
-    status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
-    return _Facts(
-        path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
-        _find_original(path), rows[-1] if rows else {},
-    )  # fmt: skip
-
-
-def _find_original(path: Path) -> str:
-    """The folder that this one is a copy of, as its notes name it; empty where it is none."""
-    marks = [str(read_note(path / f"slurm/{name}.json").get("folder", "")) for name in ("job", "end")]
-    with contextlib.suppress(OSError):
-        marks.append(read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").partition("\n")[2])
-    mark = next((mark.strip() for mark in marks if not is_marked(path, mark)), "")
-    return mark.partition(" ")[2].strip("'\"")[:300]
-
-
-def _find_log(account: Account | None, job: str) -> str:
-    if account is None or account.log:
-        return account.log if account else ""
-    folder, number = account.work_dir, job.partition("_")[0]
-    names = [f"mnist-dist-{number}.out", f"slurm-{job}.out"]  # of slurm/train.sh, and Slurm's default
-    return next((path for name in names if folder and os.path.isfile(path := os.path.join(folder, name))), "")
-
-
-def _read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
-    """The log of a job, or those of each rank, and whether all of it was read."""
-    if not path:
-        return {}, True
-    match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
-    if match is None:
-        text = read_tail(path, _LOG_BYTES_MAX)
-        return ({None: read_log(text)} if text else {}), len(text) < _LOG_BYTES_MAX // 4
-    texts = {rank: text for rank in range(_RANKS_READ) if (text := read_tail(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
-    return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
-
-
-def _find_run(job: str, account: Account | None) -> Path | None:
-    """The run folder of a job: by the notes of the runs here, or where its log and its command lead."""
-    folders = [_RUNS]
-    if account is not None and Path(account.log).parent.name == "slurm":  # RUN/slurm/12.log, or that of a sweep
-        folders.insert(0, Path(account.log).parent.parent)
-    for folder in folders:
-        for path in find_runs(folder):
-            holder = read_holder(path)
-            if job in list_noted_jobs(read_own_note(path, "job")) or (holder and holder.job == job):
-                return path
-    if account is None:
-        return None
-    named = [match[1] for log in _read_logs(_find_log(account, job))[0].values() for line in log.lines if (match := _BEGINS.match(line))]
-    words = [*account.command.split(), ""]
-    named += [word.partition("=")[2] or after for word, after in pairwise(words) if word.split("=")[0] == "--run_dir"]
-    for name in reversed(named):
-        path = Path(account.work_dir) / name
-        if is_run(path):
-            return path
-    return None
-
-
-_BEGINS = re.compile(r"(?:\[rank 0\] )?(.{1,1000}) from step \d{1,18} of \d{1,18}: ")
-
-
 # What follows from it.
 
 
 def _explain_run(path: Path, job: str) -> Explanation:
-    facts = _gather(path, job)
+    facts = gather_facts(path, job)
     is_last = facts.number == len(facts.starts)
     kind, notes = _decide(facts, is_last)
     state, start, end = facts.state, facts.start, facts.end
@@ -373,7 +204,7 @@ def _explain_run(path: Path, job: str) -> Explanation:
     return answer
 
 
-def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
+def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
     """The kind of an end, and what else is to be noted of it."""
     state, account, log = facts.state, facts.account, facts.log
     if state.is_finished:
@@ -419,26 +250,26 @@ def _decide(facts: _Facts, is_last: bool) -> tuple[str, list[str]]:
     return _describe_kill(facts)
 
 
-def _describe_before(facts: _Facts) -> list[str]:
+def _describe_before(facts: Facts) -> list[str]:
     """How the start before a job that waits or runs has ended."""
     if facts.state.is_waiting and facts.why:
         return [f"its start {facts.number} {facts.why}"]
     return []
 
 
-def _describe_kill(facts: _Facts) -> tuple[str, list[str]]:
+def _describe_kill(facts: Facts) -> tuple[str, list[str]]:
     """What can be known of a start that recorded no end."""
     start, host = facts.start, str(facts.start.get("host", ""))
     if "memory_kills" not in start and not facts.end:
         return "killed", ["an older version of this program may have recorded none"]
     if host != platform.node():
         return "killed", [f"its host was {host}: only the kernel's log there can tell whether it was killed for its memory"]
-    booted_s, begun_s = _read_boot_time(), _parse_time(start.get("time"))
+    booted_s, begun_s = read_boot_time(), _parse_time(start.get("time"))
     if booted_s and begun_s and booted_s > begun_s:
         booted = datetime.datetime.fromtimestamp(booted_s, datetime.UTC).isoformat(timespec="seconds")
         return "host restarted", [f"this host was restarted at {booted}, after this start began"]
     holder = read_holder(facts.path)
-    if holder and _is_in_kernel_log(holder.pid):
+    if holder and is_in_kernel_log(holder.pid):
         return "memory", [f"the kernel's log: process {holder.pid}, rank zero, was killed for its memory"]
     before, now = start.get("memory_kills"), count_memory_kills()
     if not is_count(before) or now is None:
@@ -453,14 +284,6 @@ def _count(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
-def _read_boot_time() -> float | None:
-    try:
-        match = re.search(rb"^btime (\d{1,15})$", Path("/proc/stat").read_bytes(), re.MULTILINE)
-    except OSError:
-        return None
-    return float(match[1]) if match else None
-
-
 def _parse_time(text: object) -> float | None:
     try:
         return datetime.datetime.fromisoformat(str(text)).timestamp()
@@ -468,16 +291,7 @@ def _parse_time(text: object) -> float | None:
         return None
 
 
-def _is_in_kernel_log(pid: int) -> bool:
-    """Whether the kernel's log names a process as killed for memory. Most users may not read it."""
-    try:
-        answer = subprocess.run(["dmesg"], capture_output=True, timeout=_KERNEL_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return re.search(rb"[Oo]ut of memory: Kill(ed)? process %d\b" % pid, answer.stdout) is not None
-
-
-def _describe_details(facts: _Facts, kind: str) -> str:
+def _describe_details(facts: Facts, kind: str) -> str:
     """What the record, or else the log, says of an end."""
     state, account = facts.state, facts.account
     if kind == "finished":
@@ -504,7 +318,7 @@ def _describe_details(facts: _Facts, kind: str) -> str:
     return re.split(r"; (?:the run stops here|where the others were)", words)[0][:400]
 
 
-def _describe_saving(facts: _Facts) -> str:
+def _describe_saving(facts: Facts) -> str:
     if facts.why.startswith("stopped"):
         return ", and saved"
     if not facts.has_begun:
@@ -527,7 +341,7 @@ def _find_age(path: Path) -> float | None:
         return None
 
 
-def _name_ranks(facts: _Facts, answer: Explanation) -> None:
+def _name_ranks(facts: Facts, answer: Explanation) -> None:
     """Who was the first, its last lines, and whose end followed from it."""
     kind = answer.end
     if kind in _SAVED or (facts.why.startswith("stopped") and kind in WEAK_STATES.values()):
@@ -543,7 +357,7 @@ def _name_ranks(facts: _Facts, answer: Explanation) -> None:
     elif None in facts.logs and (numbers or kind not in WEAK_STATES.values()):
         answer.last_lines = facts.log.show_rank(str(rank))
     if kind == "rank silent" and numbers:
-        answer.notes += _read_stack(facts.path, rank)
+        answer.notes += read_stack(facts.path, rank)
     others = sorted(set(range(min(facts.world_size, _RANKS_NAMED))) - set(numbers))
     if numbers and others and facts.has_begun:
         answer.consequence = f"{name_ranks(others)} ended because of it"
@@ -565,18 +379,7 @@ def _parse_ranks(text: str) -> list[int]:
     return sorted(set(numbers))
 
 
-def _read_stack(path: Path, rank: int) -> list[str]:
-    """Where a silent rank was, from the stack that was kept of it."""
-    file = path / STACKS / f"rank{rank}.txt"
-    try:
-        lines = read_file(file, _NOTE_BYTES_MAX).decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    frames = [line.strip()[:300] for line in lines if line.startswith("  ")]
-    return [f"its stack, innermost call first ({file}):", *(f"  {frame}" for frame in frames[:_STACK_LINES])]
-
-
-def _name_status(facts: _Facts, answer: Explanation) -> None:
+def _name_status(facts: Facts, answer: Explanation) -> None:
     own = facts.end.get("status") if facts.has_begun and is_count(facts.end.get("status")) else facts.status
     account = facts.account
     jobs = account.status if account is not None else None
@@ -593,7 +396,7 @@ def _name_status(facts: _Facts, answer: Explanation) -> None:
 # What to do now.
 
 
-def _advise(facts: _Facts, answer: Explanation) -> list[str]:
+def _advise(facts: Facts, answer: Explanation) -> list[str]:
     run, kind = str(facts.path), answer.end
     resume, job = _make_command(facts), facts.job
     jobs = ["python", "-m", "launch.jobs"]
@@ -646,7 +449,7 @@ def _describe_saved(answer: Explanation) -> str:
     return f"step {answer.saved_step}" + (f"; {_count(lost, 'step is', 'steps are')} repeated" if lost > 0 else "")
 
 
-def _ask_memory(facts: _Facts) -> str:
+def _ask_memory(facts: Facts) -> str:
     asked = facts.account.asked_mb if facts.account else None
     if asked and facts.account and facts.account.asked_for == "node":
         return f", such as --memory_gb {max(1, round(asked / 1024 * 1.5)):g}"
@@ -654,7 +457,7 @@ def _ask_memory(facts: _Facts) -> str:
     return f" (rank zero had used {used:.1f} GB at step {facts.last_row['step']})" if is_number(used) else ""
 
 
-def _make_command(facts: _Facts) -> str:
+def _make_command(facts: Facts) -> str:
     """The command that resumes a run, as far as the record has it."""
     config, start = facts.config, facts.start
     # Another's folder may name a task whose code this user has never run: it is not proposed.
@@ -681,8 +484,8 @@ def _make_command(facts: _Facts) -> str:
 
 def _explain_job(account: Account) -> Explanation:
     """A job whose run folder is not found: what Slurm and its log say."""
-    path = _find_log(account, account.job)
-    logs, _ = _read_logs(path)
+    path = find_log(account, account.job)
+    logs, _ = read_logs(path)
     log = logs.get(None, Log())
     answer = Explanation("", account.job, "", "", slurm=account.describe(), account=dataclasses.asdict(account), log=path)
     messages = [message for _, message in log.errors]

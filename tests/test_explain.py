@@ -19,7 +19,7 @@ import pytest
 from cluster import ROOT, Job
 from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
-from launch import explain, jobs
+from launch import evidence, explain, jobs
 from launch.endings import describe_status, find_first, read_log, shorten
 from launch.runs import find_noted_log
 from mnist_dist.files import mark_folder
@@ -189,7 +189,7 @@ def test_what_can_be_known_of_a_killed_process_is_told(ended, monkeypatch):
     count = explain.count_memory_kills() or 0
     monkeypatch.setattr(explain, "count_memory_kills", lambda: count + 2)
     assert "has killed 2 processes for memory since it began: perhaps this one" in tell(folder / "killed")[1]
-    monkeypatch.setattr(explain, "_read_boot_time", lambda: time.time() + 5)
+    monkeypatch.setattr(explain, "read_boot_time", lambda: time.time() + 5)
     assert tell(folder / "killed")[0].end == "host restarted"
     monkeypatch.setattr(platform, "node", lambda: "elsewhere")
     assert f"its host was {HOST}: only the kernel's log there can tell" in tell(folder / "killed")[1]
@@ -574,8 +574,8 @@ def test_the_number_of_a_job_in_a_note_is_no_command(slurm, tmp_path):
 def test_a_run_that_is_silent_is_not_called_healthy(slurm, tmp_path, monkeypatch):
     slurm(sacct=None, scontrol=None)
     folder = make_run(tmp_path / "runs/x")
-    state = dataclasses.replace(explain.read_state(folder, []), is_active=True, silent_s=300.0)
-    monkeypatch.setattr(explain, "read_state", lambda *_: state)
+    state = dataclasses.replace(evidence.read_state(folder, []), is_active=True, silent_s=300.0)
+    monkeypatch.setattr(evidence, "read_state", lambda *_: state)
     answer, text = tell(folder)
     assert answer.end == "silent"
     assert "still running, but it has added no row for long: step 120 of 600, newest row (step 120) 0 s ago" in text

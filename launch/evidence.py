@@ -1,0 +1,225 @@
+"""What is known of how a run ended: from its run folder, its logs, Slurm and the kernel. Reads only; imports no torch."""
+
+import contextlib
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from launch import cluster
+from launch.account import JOB_NAME, Account, read_account
+from launch.endings import Log, read_log
+from launch.runs import (
+    RunState,
+    find_noted_log,
+    find_runs,
+    is_run,
+    list_noted_jobs,
+    read_own_note,
+    read_state,
+)
+from mnist_dist.config import Config
+from mnist_dist.errors import UserError
+from mnist_dist.files import is_marked, read_file, read_tail
+from mnist_dist.lock import LOCK_FILE, read_holder
+from mnist_dist.record import (
+    CONFIG_FILE,
+    ENDS_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    STACKS,
+    STARTS_FILE,
+    Row,
+    is_count,
+    read_config,
+    read_ends,
+    read_note,
+    read_result,
+    read_rows,
+    read_starts,
+)
+
+T = TypeVar("T")
+
+RUNS = Path("runs")
+_LOG_BYTES_MAX = 4 << 20
+_RANK_LOG_BYTES_MAX = 256 << 10
+_RANKS_READ = 64
+_NOTE_BYTES_MAX = 64 << 10
+_STACK_LINES = 6
+_KERNEL_TIMEOUT_S = 5
+_BEGINS = re.compile(r"(?:\[rank 0\] )?(.{1,1000}) from step \d{1,18} of \d{1,18}: ")
+
+
+@dataclass
+class Facts:
+    """What a run folder, the logs and Slurm tell of one start of a run."""
+
+    path: Path
+    state: RunState
+    config: Config | None
+    starts: list[Row]
+    number: int  # of the start that is explained, counted from one; 0 before the first
+    end: Row  # its row of ends.jsonl, or empty
+    job: str
+    status: int | None  # that the launcher noted
+    account: Account | None
+    log_path: str
+    logs: dict[int | None, Log]  # of all ranks together (None), or one of each
+    has_begun: bool  # the last attempt came as far as the training
+    damaged: list[str]
+    copy_of: str
+    last_row: Row
+
+    @property
+    def start(self) -> Row:
+        """Its row of starts.jsonl, or empty."""
+        return self.starts[self.number - 1] if self.number else {}
+
+    @property
+    def why(self) -> str:
+        """Why it ended, by its own record; empty where that says nothing."""
+        return str(self.end.get("why", "")) if self.has_begun else ""
+
+    @property
+    def world_size(self) -> int:
+        """The number of its ranks."""
+        size = self.start.get("world_size")
+        return size if is_count(size) and size else 1
+
+    @property
+    def log(self) -> Log:
+        """The log of all, or that of rank zero."""
+        return self.logs.get(None) or self.logs.get(0) or Log()
+
+    @property
+    def errors(self) -> list[tuple[str, str]]:
+        """The messages in the logs, each with its rank: empty if it was alone."""
+        return [
+            (named or ("" if rank is None or len(self.logs) == 1 else str(rank)), message)
+            for rank, log in self.logs.items()
+            for named, message in log.errors
+        ]
+
+
+def gather_facts(path: Path, job: str) -> Facts:
+    """What is known of the start of the run in `path` that job `job` made; of its last one, where `job` is empty or made none."""
+    damaged: list[str] = []
+
+    def read(name: str, reader: Callable[[], T]) -> T | None:
+        try:
+            return reader() if os.path.lexists(path / name) else None
+        except UserError as error:
+            damaged.append(str(error).splitlines()[0])
+            return None
+
+    config = read(CONFIG_FILE, lambda: read_config(path))
+    starts = read(STARTS_FILE, lambda: read_starts(path)) or []
+    ends = read(ENDS_FILE, lambda: read_ends(path)) or []
+    read(RESULT_FILE, lambda: read_result(path, config))
+    rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
+    noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
+    state = read_state(path, cluster.read_jobs())
+    number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
+    start = starts[number - 1] if number else {}
+    job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
+    is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
+    is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
+    job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
+    account = read_account(job) if is_slurms else None
+    log_path = find_noted_log(noted, job) or find_log(account, job)
+    logs, is_complete = read_logs(log_path)
+    end = next((end for end in reversed(ends) if end["start"] == number), {})
+    begun = [log.has_begun for log in logs.values()]
+    has_begun = bool(starts) and (number < len(starts) or str(noted.get("time", "")) <= str(start.get("time", "")))
+    has_begun &= not begun or any(begun) or not is_complete
+    status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
+    return Facts(
+        path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
+        _find_original(path), rows[-1] if rows else {},
+    )  # fmt: skip
+
+
+def _find_original(path: Path) -> str:
+    """The folder that this one is a copy of, as its notes name it; empty where it is none."""
+    marks = [str(read_note(path / f"slurm/{name}.json").get("folder", "")) for name in ("job", "end")]
+    with contextlib.suppress(OSError):
+        marks.append(read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").partition("\n")[2])
+    mark = next((mark.strip() for mark in marks if not is_marked(path, mark)), "")
+    return mark.partition(" ")[2].strip("'\"")[:300]
+
+
+def find_log(account: Account | None, job: str) -> str:
+    """The log of a job, as far as Slurm or the usual names tell; empty where it is not found."""
+    if account is None or account.log:
+        return account.log if account else ""
+    folder, number = account.work_dir, job.partition("_")[0]
+    names = [f"mnist-dist-{number}.out", f"slurm-{job}.out"]  # of slurm/train.sh, and Slurm's default
+    return next((path for name in names if folder and os.path.isfile(path := os.path.join(folder, name))), "")
+
+
+def read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
+    """The log of a job, or those of each rank, and whether all of it was read."""
+    if not path:
+        return {}, True
+    match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
+    if match is None:
+        text = read_tail(path, _LOG_BYTES_MAX)
+        return ({None: read_log(text)} if text else {}), len(text) < _LOG_BYTES_MAX // 4
+    texts = {rank: text for rank in range(_RANKS_READ) if (text := read_tail(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
+    return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
+
+
+def find_run(job: str, account: Account | None) -> Path | None:
+    """The run folder of a job: by the notes of the runs here, or where its log and its command lead."""
+    folders = [RUNS]
+    if account is not None and Path(account.log).parent.name == "slurm":  # RUN/slurm/12.log, or that of a sweep
+        folders.insert(0, Path(account.log).parent.parent)
+    for folder in folders:
+        for path in find_runs(folder):
+            holder = read_holder(path)
+            if job in list_noted_jobs(read_own_note(path, "job")) or (holder and holder.job == job):
+                return path
+    if account is None:
+        return None
+    named = [match[1] for log in read_logs(find_log(account, job))[0].values() for line in log.lines if (match := _BEGINS.match(line))]
+    words = [*account.command.split(), ""]
+    named += [word.partition("=")[2] or after for word, after in pairwise(words) if word.split("=")[0] == "--run_dir"]
+    for name in reversed(named):
+        path = Path(account.work_dir) / name
+        if is_run(path):
+            return path
+    return None
+
+
+def read_stack(path: Path, rank: int) -> list[str]:
+    """Where a silent rank was, from the stack that was kept of it."""
+    file = path / STACKS / f"rank{rank}.txt"
+    try:
+        lines = read_file(file, _NOTE_BYTES_MAX).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    frames = [line.strip()[:300] for line in lines if line.startswith("  ")]
+    return [f"its stack, innermost call first ({file}):", *(f"  {frame}" for frame in frames[:_STACK_LINES])]
+
+
+def read_boot_time() -> float | None:
+    """When this host was started, in seconds since 1970; None where it does not tell."""
+    try:
+        match = re.search(rb"^btime (\d{1,15})$", Path("/proc/stat").read_bytes(), re.MULTILINE)
+    except OSError:
+        return None
+    return float(match[1]) if match else None
+
+
+def is_in_kernel_log(pid: int) -> bool:
+    """Whether the kernel's log names a process as killed for memory. Most users may not read it."""
+    try:
+        answer = subprocess.run(["dmesg"], capture_output=True, timeout=_KERNEL_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return re.search(rb"[Oo]ut of memory: Kill(ed)? process %d\b" % pid, answer.stdout) is not None
