@@ -18,7 +18,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile $(OPTIONS)
 
 slow-test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow $(OPTIONS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(OPTIONS)
 
 # Two at a time, each on a cluster of its own: these wait for Slurm more than they compute.
 slurm-test: .venv/.installed-dev
