@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -10,6 +11,9 @@ from cluster import ROOT
 # Before anything starts a process: no test may write the user's own list of tasks that were named.
 _state = tempfile.TemporaryDirectory(prefix="mnist-dist-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
+# Nor does it inherit that a closed terminal is ignored, where the tests run under nohup: one that is caught is the usual one to a child.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

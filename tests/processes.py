@@ -20,7 +20,7 @@ from mnist_dist.task import Task
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
 
-TINY = ["--dataset", "synthetic", "--train_size", "50", "--test_size", "30", "--batch_size", "12", "--steps", "10"]
+TINY = ["--dataset", "synthetic", "--train_size", "26", "--test_size", "30", "--batch_size", "6", "--steps", "10"]
 TINY += ["--precision", "fp32", "--threads", "1", "--log_every", "1", "--learning_rate", "0.01", "--evaluate_every", "5"]
 TINY += ["--optimizer", "sgd", "--momentum", "0.9", "--weight_decay", "0.0005"]
 TINY += ["--report", "false", "--wandb", "disabled"]
@@ -96,7 +96,6 @@ def _run(work: Work, variables: dict[str, str], log: str) -> None:
     # Python's own streams still point to the server's.
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
     sys.exit(work())
 
 

@@ -259,7 +259,7 @@ def test_another_config_in_the_folder_is_an_error_that_shows_the_difference(tmp_
     run_ranks(tmp_path, TrainOnce([*TINY, "--run_dir", str(folder)], 3), expect=85)
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     text = run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder), "--seed", "5", "--batch_size", "10"]), 2, expect=2)
-    assert "batch_size: 12 there, 10 asked for" in text
+    assert "batch_size: 6 there, 10 asked for" in text
     assert "seed: 0 there, 5 asked for" in text
     assert "learning_rate" not in text
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"} == {

@@ -93,7 +93,7 @@ def test_the_run_folder_holds_what_a_person_may_rely_on(tmp_path):
         "ends.jsonl",
         "lock",
     }
-    assert make_config(read_options_file(folder / "config.yaml")).batch_size == 12
+    assert make_config(read_options_file(folder / "config.yaml")).batch_size == 6
     assert (folder / "config.yaml").read_text().startswith("task: mnist\n")
     [start] = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     noted = {name: start[name] for name in ("step", "world_size", "tier", "best", "parameters", "training_samples", "test_samples")}
