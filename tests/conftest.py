@@ -11,9 +11,10 @@ from cluster import ROOT
 # Before anything starts a process: no test may write the user's own list of tasks that were named.
 _state = tempfile.TemporaryDirectory(prefix="mnist-dist-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
-# Nor does it inherit that a closed terminal is ignored, where the tests run under nohup: one that is caught is the usual one to a child.
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Nor does one inherit that signals are ignored, as under nohup or in the background of a shell: what is caught here is the usual to a child.
+for _number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
