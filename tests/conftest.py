@@ -11,7 +11,7 @@ from cluster import ROOT
 # Before anything starts a process: no test may write the user's own list of tasks that were named.
 _state = tempfile.TemporaryDirectory(prefix="mnist-dist-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
-# Nor does one inherit that signals are ignored, as under nohup or in the background of a shell: what is caught here is the usual to a child.
+# Nor does one inherit that signals are ignored, as under nohup or in the background of a shell: what is caught here is not so there.
 for _number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)

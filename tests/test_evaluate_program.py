@@ -57,9 +57,9 @@ def test_every_world_counts_the_same_as_the_run_itself(tmp_path, run):
 def test_the_training_images_are_those_of_the_run_and_a_bare_file_means_all_images(run, capsys):
     assert evaluate.main([str(run), "--split", "train", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    labels = Mnist(dataset="synthetic").load().train.tensors[1][:50]
+    labels = Mnist(dataset="synthetic").load().train.tensors[1][:26]
     assert [sum(row) for row in answer["train/confusion_matrix"]] == labels.bincount(minlength=10).tolist()
-    assert answer["train/images"] == 50
+    assert answer["train/images"] == 26
     assert evaluate.main([str(run / "model.safetensors"), "--precision", "fp32", "--threads", "1"]) == 0
     assert "1,024 test images of synthetic, fp32 on 1 x cpu" in capsys.readouterr().out
 

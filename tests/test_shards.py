@@ -135,7 +135,7 @@ def test_any_number_of_processes_shares_a_batch(tmp_path, world):
 @pytest.mark.parametrize(
     ("given", "world", "words"),
     [
-        (["--shards", "13"], 1, "shards is 13, more than the 12 samples of a batch"),
+        (["--shards", "7"], 1, "shards is 7, more than the 6 samples of a batch"),
         (["--shards", "2"], 3, "shards is 2, less than the 3 processes"),
         (["--shards", "4", "--cuda_graph"], 1, "cuda_graph cannot record the shards"),
     ],
