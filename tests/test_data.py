@@ -170,14 +170,20 @@ def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
     content = file.read_bytes()
     file.unlink()
     packed = tmp_path / "train-images-idx3-ubyte.gz"
+    damage = {
+        "bomb": lambda: gzip.compress(bytes(1 << 30), 1),
+        "cut": lambda: gzip.compress(content, 1)[:-100],
+        "other bytes": lambda: b"PK" + gzip.compress(content, 1),
+        "other type": lambda: gzip.compress(b"\0\0\x0b\3" + content[4:], 1),
+        "floats": lambda: gzip.compress(b"\0\0\x0d\3" + content[4:], 1),
+        "no dimensions": lambda: b"\0\0\x08\0\1",
+        "no images": lambda: b"\0\0\x08\3" + bytes(12),
+        "wide numbers": lambda: b"\0\0\x0c\3" + b"\0\0\0\1" * 4,
+    }
     if fault == "fifo":
         os.mkfifo(packed)
     else:
-        good = gzip.compress(content, 1)
-        header = {"other type": b"\0\0\x0b\3", "floats": b"\0\0\x0d\3"}.get(fault, content[:4])
-        odd = {"no dimensions": b"\0\0\x08\0\1", "no images": b"\0\0\x08\3" + bytes(12), "wide numbers": b"\0\0\x0c\3" + b"\0\0\0\1" * 4}
-        damaged = odd | {"bomb": gzip.compress(bytes(1 << 30), 1), "cut": good[:-100], "other bytes": b"PK" + good}
-        packed.write_bytes(damaged.get(fault, gzip.compress(header + content[4:], 1)))
+        packed.write_bytes(damage[fault]())
     start = time.process_time()
     with pytest.raises(UserError, match=str(packed)):
         load(dataset="fashion_mnist", data_dir=str(tmp_path))

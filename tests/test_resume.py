@@ -148,9 +148,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_promises.py has shorter ones
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_on_any_number_of_ranks_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, world):
     run_ranks(tmp_path, StopAndResume(str(tmp_path), world, find_free_ports(40)), world)
     for name in RECIPES:
