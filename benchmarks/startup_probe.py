@@ -52,12 +52,12 @@ def main() -> int:
     options = _import("import of options", "mnist_dist.config")
     given = options.parse_command_line(sys.argv[1:])
     given.task.load_ahead()
-    _import("import torch", "torch")
-    _import("import accelerate", "accelerate")
-    loop = _import("import of the loop", "mnist_dist.loop")
-    program, preemption, run_folder, mnist = (
-        importlib.import_module(f"mnist_dist.{name}") for name in ("program", "preemption", "run_folder", "tasks.mnist")
-    )
+    program = importlib.import_module("mnist_dist.program")
+    with program.importing():
+        _import("import torch", "torch")
+        _import("import accelerate", "accelerate")
+        loop = _import("import of the loop", "mnist_dist.loop")
+    preemption, run_folder, mnist = (importlib.import_module(f"mnist_dist.{name}") for name in ("preemption", "run_folder", "tasks.mnist"))
 
     said, first_step_s = _Said(), 0.0
     trackers: list[tuple[Any, float]] = []
