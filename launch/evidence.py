@@ -24,7 +24,7 @@ from launch.runs import (
 )
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
-from mnist_dist.files import is_marked, read_file, read_tail
+from mnist_dist.files import is_marked, read_file, read_kernel_count, read_tail
 from mnist_dist.lock import LOCK_FILE, read_holder
 from mnist_dist.record import (
     CONFIG_FILE,
@@ -209,11 +209,7 @@ def read_stack(path: Path, rank: int) -> list[str]:
 
 def read_boot_time() -> float | None:
     """When this host was started, in seconds since 1970; None where it does not tell."""
-    try:
-        match = re.search(rb"^btime (\d{1,15})$", Path("/proc/stat").read_bytes(), re.MULTILINE)
-    except OSError:
-        return None
-    return float(match[1]) if match else None
+    return read_kernel_count("/proc/stat", "btime")
 
 
 def is_in_kernel_log(pid: int) -> bool:

@@ -44,6 +44,15 @@ def read_tail(path: str | Path, bytes_max: int) -> str:
         return ""
 
 
+def read_kernel_count(path: str, name: str) -> int | None:
+    """The whole number after `name`, at the start of a line of one of the kernel's files; None where it does not tell."""
+    try:
+        match = re.search(rf"^{name} (\d{{1,15}})$", Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) if match else None
+
+
 def is_free_name(path: Path) -> bool:
     """Whether a new file can have this name: nothing has it, and its folder is there."""
     return not os.path.lexists(path) and path.parent.is_dir()

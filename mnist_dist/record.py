@@ -15,7 +15,7 @@ from typing import Any
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, write_atomically
+from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, read_kernel_count, write_atomically
 from mnist_dist.options import read_options_file
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Task, shorten_name
@@ -382,11 +382,7 @@ def count_memory_kills() -> int | None:
 
     Of a process that was killed nothing else tells an ordinary user why: two counts, of its start and of now, do.
     """
-    try:
-        match = re.search(rb"^oom_kill (\d{1,15})$", Path("/proc/vmstat").read_bytes(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) if match else None
+    return read_kernel_count("/proc/vmstat", "oom_kill")
 
 
 def read_note(path: Path) -> Row:
