@@ -124,6 +124,7 @@ write_config() {
 ClusterName=dev
 SlurmctldHost=${host%%.*}($address)
 SlurmctldPort=$PORT
+# The ports of a job follow from its number, so two clusters that are neighbours here begin with different ones.
 FirstJobId=$((PORT % 100 * 1000 + 1))
 ${fetched:+PluginDir=$fetched/root/$PLUGINS}
 SlurmUser=$(id -un)

@@ -52,7 +52,7 @@ class AddUp:
         return 0
 
 
-@pytest.mark.parametrize(("shards", "length", "worlds"), [(8, 1003, (1, 3, 8)), (6, 1, (1, 4, 6))])
+@pytest.mark.parametrize(("shards", "length", "worlds"), [(8, 1003, (1, 2, 3, 4, 5, 8)), (6, 1, (1, 4, 6))])
 def test_a_sum_along_the_tree_has_the_same_bits_in_any_world(tmp_path, shards, length, worlds):
     found = set()
     for world in worlds:
