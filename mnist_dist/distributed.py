@@ -21,6 +21,7 @@ from mnist_dist.errors import RunError, UserError, is_loss
 from mnist_dist.machine import (
     check_graph,
     choose_device,
+    choose_gpu,
     choose_precision,
     choose_threads,
     count_open_files,
@@ -331,8 +332,8 @@ def _choose_variables(world: World, device: str, threads: int, place: Place | No
         variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; who wants less asks for bf16
-        if torch.cuda.device_count() == 1 and world.size > 1:
-            variables["LOCAL_RANK"] = "0"  # one GPU for each task: Accelerate and DDP take the GPU's number from here
+        if world.size > 1:
+            variables["LOCAL_RANK"] = str(choose_gpu(world))  # Accelerate and DDP take the GPU's number from here
     return variables
 
 

@@ -19,6 +19,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 _FILES_ENOUGH = 65_536
+_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own variable: it refuses a GPU that two ranks share unless this is 1
 
 
 def count_usable_cores() -> int:
@@ -46,9 +47,18 @@ def choose_device(config: Config, world: World) -> str:
         return "cpu"
     gpus = torch.cuda.device_count()
     # Slurm may give each task a GPU of its own, and then shows it no other.
-    if gpus < world.local_size and not (gpus == 1 and world.launcher == "srun"):
-        raise UserError(f"{world.local_size} processes on this node share {gpus} GPUs; allowed: at most one process for each GPU")
+    has_own = gpus >= world.local_size or (gpus == 1 and world.launcher == "srun")
+    if not has_own and os.environ.get(_SHARED_GPUS) != "1":
+        raise UserError(
+            f"{world.local_size} processes on this node share {gpus} GPU{'s' * (gpus != 1)}; allowed: at most one process for each GPU "
+            f"(or {_SHARED_GPUS}=1, with NCCL 2.30 or newer, for a test)"
+        )
     return "cuda"
+
+
+def choose_gpu(world: World) -> int:
+    """The number of this process's GPU among those that it sees."""
+    return world.local_rank % torch.cuda.device_count()
 
 
 def check_graph(config: Config, world: World, device: str) -> None:

@@ -25,7 +25,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
-from mnist_dist.machine import choose_device, count_usable_cores
+from mnist_dist.machine import choose_device, choose_gpu, count_usable_cores
 from mnist_dist.model import build_model
 from mnist_dist.network import check_exchange
 from mnist_dist.randomness import make_generator
@@ -138,7 +138,7 @@ def describe_device(world: World, config: Config) -> dict[str, str]:
         return {"device": "none", "identity": "", "problem": str(error)}
     if kind == "cpu":
         return {"device": "no GPU", "identity": "", "problem": ""}
-    properties = torch.cuda.get_device_properties(world.local_rank if torch.cuda.device_count() > 1 else 0)
+    properties = torch.cuda.get_device_properties(choose_gpu(world))
     return {"device": properties.name, "identity": str(getattr(properties, "uuid", "")), "problem": ""}
 
 

@@ -58,8 +58,11 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     variables = distributed._choose_variables(task, "cuda", 1)
     assert (task.local_rank, variables["LOCAL_RANK"], variables["RANK"]) == (1, "0", "3")
     assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
-    with pytest.raises(UserError, match="2 processes on this node share 1 GPUs"):
+    with pytest.raises(UserError, match="2 processes on this node share 1 GPU; allowed"):
         machine.choose_device(configure(), find_world(SUBMITIT))
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert machine.choose_device(configure(), find_world(SUBMITIT)) == "cuda"
+    assert machine.choose_gpu(find_world(SUBMITIT)) == 0
 
 
 def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():
