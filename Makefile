@@ -1,11 +1,11 @@
 # make train   train the default recipe on the embedded MNIST     make test   the unit tests
 # make check   lint, format and types                             make slow-test   long tests and timings
 # make help    the options of a training                          make slurm-test  the job script on a real Slurm of three small nodes
-#                                                                 make hosts-test  several hosts, as network namespaces (root, iproute2)
+# make gpu-test  the promises on a GPU                            make hosts-test  several hosts, as network namespaces (root, iproute2)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow-test slurm-test slurm-test-newer hosts-test check help clean
+.PHONY: train test slow-test slurm-test slurm-test-newer hosts-test gpu-test check help clean
 
 train: .venv/.installed
 	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
@@ -31,6 +31,11 @@ slurm-test-newer: .venv/.installed-dev
 
 hosts-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m hosts $(OPTIONS)
+
+# Two ranks share a GPU where there is one, with NCCL 2.30 or newer.
+gpu-test: .venv/.installed-dev
+	TEST_ON_GPU=1 NCCL_MULTI_RANK_GPU_ENABLE=1 $(BIN)/python -m pytest -m 'gpu or not (slow or slurm or hosts)' -n 4 \
+		tests/test_gpu.py tests/test_promises.py tests/test_shards.py tests/test_verify.py $(OPTIONS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

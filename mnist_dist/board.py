@@ -28,6 +28,7 @@ _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
 _LEAVING_S = 5.0
+_LEAVING_GPU_S = 2 * _LEAVING_S  # there it is not seen whether the process is on its way
 _STACK_BYTES = 16_384
 _PACKAGE = Path(__file__).resolve().parent
 _WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.py")}  # ours that wait in collectives
@@ -36,13 +37,13 @@ _WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.
 class Board:
     """One rank's hold of the board, with the thread that answers for it."""
 
-    def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...], timeout: timedelta) -> None:
+    def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...], timeout: timedelta, on_gpu: bool = False) -> None:
         """`connect` opens a connection to the store: one stays, at which a thread waits; others are opened in need.
 
         The connection of the process group is not used, since a collective that waits for a peer may hold it.
         """
         self.folder: Path | None = None  # where the stacks go
-        self._connect, self._rank, self._timeout = connect, rank, timeout
+        self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
         self._ear = connect()
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
@@ -183,18 +184,19 @@ class Board:
                 answers = self._ear.multi_get([f"alive/{rank}" for rank in verdict["stacks_of"]])
                 self._write_stacks({rank: json.loads(text)["stacks"] for rank, text in zip(verdict["stacks_of"], answers, strict=True)})
             self._ear.add("told", 1)
-            self._leave_collective()
+            self.leave(self._told)
 
-    def _leave_collective(self) -> None:
-        """End the process if it still waits for a rank that is gone.
+    def leave(self, reason: str) -> None:
+        """End the process, saying why, if it still waits for a rank that is gone.
 
-        Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before.
+        Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before. A kernel of
+        NCCL waits for ever, and with it whoever waits for the GPU, wherever that is.
         """
-        end = time.monotonic() + _LEAVING_S
-        while _is_in_collective(self._thread_of_run):
+        end = time.monotonic() + (_LEAVING_GPU_S if self._on_gpu else _LEAVING_S)
+        while not self._closing and (self._on_gpu or _is_in_collective(self._thread_of_run)):
             if time.monotonic() > end:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"[rank {self._rank}] error: {make_printable(self._told)}\n".encode(errors="backslashreplace"))
+                    os.write(2, f"[rank {self._rank}] error: {make_printable(reason)}\n".encode(errors="backslashreplace"))
                 os._exit(RunError.exit_code)
             time.sleep(0.2)
 

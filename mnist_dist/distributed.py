@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _CLOSING_S = 1.0
 _NCCL_EXTRA_S = 60.0
+_FOREVER = timedelta(days=365)
 
 
 class Group:
@@ -50,7 +51,9 @@ class Group:
         # Small messages of the hosts (what to resume, whether to stop) go beside the GPUs' traffic and never wait for it.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
         self._board = board  # alone: none
-        self._reason = ""
+        self._reason, self._explaining = "", threading.Lock()
+        self._is_disconnected = False
+        self._neighbour = _Neighbour(self, self._notice) if self.size > 1 and self.device.type == "cuda" else None
 
     @property
     def is_main(self) -> bool:
@@ -119,18 +122,78 @@ class Group:
         """Why a collective has failed with `error`, in the same words on every rank; found once, and best as soon as it is known."""
         assert isinstance(error, Exception)
         assert self._board is not None
-        if not self._reason:
-            self._board.report_loss()
+        with self._explaining:
+            if not self._reason:
+                self._board.report_loss()
             self._disconnect()
-            self._reason = self._board.explain(error)
+            self._reason = self._reason or self._board.explain(error)
         return self._reason
+
+    def _notice(self, error: Exception) -> None:
+        """End this process, which may wait for its GPU, because another rank is gone."""
+        assert self._board is not None
+        with self._explaining:
+            if not self._reason:
+                # Still connected: if NCCL gave up now, what waits for the GPU would go on, with numbers that are wrong.
+                self._board.report_loss()
+                self._reason = self._board.explain(error)
+        self._board.leave(self._reason)
+
+    def leave(self) -> None:
+        """Tell the others that this rank ends as it should, unless it has told them another end."""
+        if self._neighbour is not None:
+            self._neighbour.leave(says_goodbye=not self._is_disconnected)
 
     def _disconnect(self) -> None:
         """Close the connections, so that ranks that wait for this one notice at once."""
+        if self._is_disconnected:
+            return
+        self._is_disconnected = True
         # In a thread: what is still on its way to a silent rank would hold it up.
-        closing = threading.Thread(target=self.accelerator.end_training, daemon=True)
+        closing = threading.Thread(target=self._close, daemon=True)
         closing.start()
         closing.join(_CLOSING_S)
+
+    def _close(self) -> None:
+        if self._neighbour is not None:
+            self._neighbour.leave(says_goodbye=False)
+            # To end the group would wait for the kernels, and so for the rank that is gone.
+            dist.distributed_c10d._abort_process_group()
+        self.accelerator.end_training()
+
+
+class _Neighbour:
+    """The rank before this one, listened to by a thread: that it is gone is noticed even while this rank waits for its GPU."""
+
+    def __init__(self, group: Group, notice: Callable[[Exception], None]) -> None:
+        self._notice = notice
+        self._is_leaving = False
+        self._group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._before, self._next = (group.rank - 1) % group.size, (group.rank + 1) % group.size
+        for work in (self._say(), self._hear()):  # two ranks are connected when they first talk
+            work.wait(group.timeout)
+        self._goodbye = self._hear()
+        threading.Thread(target=self._listen, name="neighbour", daemon=True).start()
+
+    def _say(self) -> Any:
+        return dist.isend(torch.zeros(1), self._next, self._group)
+
+    def _hear(self) -> Any:
+        return dist.irecv(torch.zeros(1), self._before, self._group)
+
+    def _listen(self) -> None:
+        try:
+            self._goodbye.wait()
+        except RuntimeError as error:
+            if not self._is_leaving:
+                self._notice(error)
+
+    def leave(self, says_goodbye: bool) -> None:
+        """Stop listening; and tell the rank after this one that this one ends as it should."""
+        self._is_leaving = True
+        with contextlib.suppress(RuntimeError):  # that may have gone before
+            if says_goodbye:
+                self._say().wait(timedelta(seconds=_CLOSING_S))
 
 
 class Agreement:
@@ -179,6 +242,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     timeout = timedelta(seconds=config.timeout_s)
     place = find_place(world, config) if world.size > 1 else None
     accelerator: Accelerator | None = None
+    group: Group | None = None
     board: Board | None = None
     store: Any = None
     with patch_environment(**_choose_variables(world, device, threads, place)):
@@ -195,6 +259,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
             with group.sharing_failures():
                 yield group
         finally:
+            if group is not None:
+                group.leave()
             if accelerator is not None:
                 accelerator.end_training()  # ranks that end without this may abort at exit
             if dist.is_initialized():  # Accelerate leaves it where a notebook has forked this process
@@ -232,7 +298,7 @@ _meetings = itertools.count()  # of this process: a script may train more than o
 def _start_group(world: World, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
     """Make the process group over a store of its own, and the board beside it."""
     store = open_store(place, timeout)
-    board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout)
+    board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout, on_gpu=device == "cuda")
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
     longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout

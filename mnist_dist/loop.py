@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data
+from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data, send
 from mnist_dist.distributed import Agreement, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -128,7 +128,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
                 drawn = draw(config, state.step, config.batch_size, batch.parts)
-                drawn = None if drawn is None else drawn.to(group.device, non_blocking=True)
+                drawn = None if drawn is None else send(drawn, group.device)
                 meter.begin_step()
                 loss = train_step(batch.samples, drawn, batch.parts)
                 state.step += 1

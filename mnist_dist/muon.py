@@ -5,7 +5,7 @@ of Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, 2025). tor
 kernel [out, in, height, width] counts as the matrix [out, height * width * in], and what has one dimension is left to AdamW.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _UPDATE_SIZE = 0.2
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
+# Matrices with at most so many rows are padded to this: one product of several is as quick as that of one.
+_SMALL = 64
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dtype = dtype  # not part of the state: it follows from the machine, as the precision of the model does
 
-    # torch's own versions of the next two import its compiler when they are first called, and a start would wait for that: 0.8 s.
+    # torch's own versions of the next four import its compiler when they are first called: a start, or a checkpoint, waits for that 0.8 s.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own or the usual ones."""
@@ -53,70 +55,129 @@ class Muon(torch.optim.Optimizer):
                 else:
                     parameter.grad.detach_().zero_()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each parameter by its number, and the options of the groups, as torch's own version gives them."""
+        numbers: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(self._list_parameters())}
+        groups = [{**group, "params": [numbers[parameter] for parameter in group["params"]]} for group in self.param_groups]
+        return {"state": {numbers[parameter]: dict(state) for parameter, state in self.state.items()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, each tensor on the device of its parameter."""
+        for number, parameter in enumerate(self._list_parameters()):
+            if number in state_dict["state"]:
+                self.state[parameter] = {name: value.to(parameter.device) for name, value in state_dict["state"][number].items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({**saved, "params": group["params"]})
+
+    def _list_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. `closure` is not called."""
+        # All parameters at once: most are so small that on a GPU it takes longer to launch an operation than to do it.
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state, is_matrix = self.state[parameter], parameter.ndim >= 2
+            parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                state = self.state[parameter]
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
-                    if not is_matrix:
+                    if parameter.ndim < 2:
                         # A tensor, as a CUDA graph would keep a number that it was recorded with.
                         state |= {"square_average": torch.zeros_like(parameter), "updates": parameter.new_zeros(())}
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                if is_matrix:
-                    parameter.sub_(self._muon_update(parameter.grad, state, group))
-                else:
-                    parameter.sub_(_adam_update(parameter.grad, state).mul_(group["lr"]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            self._update_matrices([parameter for parameter in parameters if parameter.ndim >= 2], group)
+            self._update_vectors([parameter for parameter in parameters if parameter.ndim < 2], group)
 
-    def _muon_update(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        average = state["average"].lerp_(gradient, 1 - group["momentum"])
+    def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """By Muon."""
+        if not parameters:
+            return
+        gradients, averages = _find_gradients(parameters), self._find("average", parameters)
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
         # its columns does not matter to what becomes of a matrix.
-        ahead = gradient.lerp(average, group["momentum"]).movedim(1, -1)
-        size = group["lr"] * _UPDATE_SIZE * max(len(gradient), gradient[0].numel()) ** 0.5
-        return orthogonalize(ahead.flatten(1).to(self._dtype), size).view(ahead.shape).movedim(-1, 1)
+        ahead = [each.movedim(1, -1) for each in torch._foreach_lerp(gradients, averages, group["momentum"])]
+        updates = orthogonalize([each.flatten(1).to(self._dtype) for each in ahead], group["lr"])
+        for parameter, update, shaped in zip(parameters, updates, ahead, strict=True):
+            size = _UPDATE_SIZE * max(update.shape) ** 0.5
+            parameter.sub_(update.view(shaped.shape).movedim(-1, 1), alpha=size)
+
+    def _update_vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """By AdamW, but for its weight decay."""
+        if not parameters:
+            return
+        gradients, averages = _find_gradients(parameters), self._find("average", parameters)
+        squares, updates = self._find("square_average", parameters), self._find("updates", parameters)
+        torch._foreach_add_(updates, 1)
+        torch._foreach_lerp_(averages, gradients, 1 - _BETAS[0])
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - _BETAS[1])
+        means, roots = (
+            torch._foreach_div(values, torch._foreach_add(torch._foreach_neg(torch._foreach_pow(beta, updates)), 1))
+            for values, beta in zip((averages, squares), _BETAS, strict=True)
+        )
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, _EPSILON)
+        torch._foreach_div_(means, roots)
+        torch._foreach_mul_(means, group["lr"])
+        torch._foreach_sub_(parameters, means)
+
+    def _find(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
+        return [self.state[parameter][name] for parameter in parameters]
 
 
-def _adam_update(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    state["updates"] += 1
-    average = state["average"].lerp_(gradient, 1 - _BETAS[0])
-    square = state["square_average"].lerp_(gradient.square(), 1 - _BETAS[1])
-    bias, square_bias = (1 - beta ** state["updates"] for beta in _BETAS)
-    return average.div(bias).div_(square.div(square_bias).sqrt_().add_(_EPSILON))
+def _find_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def orthogonalize(matrix: Tensor, size: float | Tensor = 1.0) -> Tensor:
-    """About the nearest matrix to `matrix` [m, n] with orthonormal rows (columns, where m > n), times `size`, in its dtype.
+def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> list[Tensor]:
+    """Of each matrix [m, n] about the nearest with orthonormal rows (columns, where m > n), times `size`, in its dtype.
 
     By Newton-Schulz iteration: the singular values end between about 0.7 and 1.2 times `size`, which is close enough for an update, and
-    takes matrix products alone.
+    takes matrix products alone. Those of matrices with as many rows are done together, and so are those of all small ones.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    gram = x @ x.T
-    norm = gram.diagonal().sum().sqrt() + 1e-7
-    # Five rounds, in two groups: five at once would blow up the rounding of x @ x.T, which hides small singular values, hundredfold.
-    x = (_find_factor(gram / norm.square(), rounds=2) / norm) @ x
-    x = (_find_factor(x @ x.T, rounds=3) * size) @ x
-    return x.T if is_tall else x
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    batches: dict[int, list[int]] = {}
+    for place, x in enumerate(wide):
+        batches.setdefault(max(len(x), _SMALL), []).append(place)
+    for side, places in batches.items():
+        xs = [wide[place] for place in places]
+        grams = _multiply_by_own(xs, side)
+        norms = grams.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True).unsqueeze(-1).sqrt() + 1e-7
+        # Five rounds, in two groups: five at once would blow up the rounding of x @ x.T, which hides small singular values, hundredfold.
+        xs = _multiply(_find_factors(grams / norms.square(), rounds=2) / norms, xs)
+        xs = _multiply(_find_factors(_multiply_by_own(xs, side), rounds=3) * size, xs)
+        for place, x in zip(places, xs, strict=True):
+            wide[place] = x
+    return [x.T if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(wide, matrices, strict=True)]
 
 
-def _find_factor(gram: Tensor, rounds: int) -> Tensor:
-    """What some rounds together multiply x by, from `gram` = x @ x.T alone: its products are small where x is wide."""
-    whole = factor = _find_factor_of_one(gram)
+def _multiply_by_own(xs: Sequence[Tensor], side: int) -> Tensor:
+    """The product x @ x.T of each, as one tensor [len(xs), side, side], with zeros where x has fewer rows: they stay so."""
+    grams = xs[0].new_zeros(len(xs), side, side)
+    for gram, x in zip(grams, xs, strict=True):
+        gram[: len(x), : len(x)] = x @ x.T
+    return grams
+
+
+def _multiply(factors: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    return [factor[: len(x), : len(x)] @ x for factor, x in zip(factors, xs, strict=True)]
+
+
+def _find_factors(grams: Tensor, rounds: int) -> Tensor:
+    """What some rounds together multiply each x by, from its x @ x.T alone: these products are small where x is wide."""
+    whole = factors = _find_factors_of_one(grams)
     for _ in range(rounds - 1):
-        gram = factor @ gram @ factor
-        factor = _find_factor_of_one(gram)
-        whole = factor @ whole
+        grams = factors @ grams @ factors
+        factors = _find_factors_of_one(grams)
+        whole = factors @ whole
     return whole
 
 
-def _find_factor_of_one(gram: Tensor) -> Tensor:
+def _find_factors_of_one(grams: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
-    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-    factor.diagonal().add_(a)
-    return factor
+    factors = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
+    factors.diagonal(dim1=1, dim2=2).add_(a)
+    return factors

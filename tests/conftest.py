@@ -11,6 +11,9 @@ from cluster import ROOT
 # Before anything starts a process: no test may write the user's own list of tasks that were named.
 _state = tempfile.TemporaryDirectory(prefix="mnist-dist-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
+# Without this variable the tests are of the CPU, also where there is a GPU: their ranks could not share it.
+if os.environ.get("TEST_ON_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Nor does one inherit that signals are ignored, as under nohup or in the background of a shell: what is caught here is not so there.
 for _number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(_number) == signal.SIG_IGN:

@@ -1,5 +1,7 @@
 """Muon against torch's own optimizers, where they do the same."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -53,7 +55,7 @@ def test_a_kernel_moves_as_its_matrix_in_any_memory_format():
 
 @pytest.mark.parametrize("shape", [(64, 288), (50, 4096), (32, 9), (10, 50)])
 def test_singular_values_become_about_one(shape):
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(3))))
+    values = torch.linalg.svdvals(orthogonalize([torch.randn(shape, generator=torch.Generator().manual_seed(3))])[0])
     assert 0.6 < float(values.min()) < float(values.max()) < 1.25
 
 
@@ -63,7 +65,7 @@ def test_small_singular_values_do_not_blow_up(shape, dtype):
     generator = torch.Generator().manual_seed(4)
     left, right = (torch.linalg.qr(torch.randn(size, shape[0], generator=generator))[0] for size in shape)
     steep = (left * torch.logspace(0, -4, shape[0])) @ right.T
-    result = orthogonalize(steep.to(dtype), 0.5).float()
+    result = orthogonalize([steep.to(dtype)], 0.5)[0].float()
     assert float(torch.linalg.matrix_norm(result, 2)) < 0.5 * 1.4
     parts = (left.T @ result @ right).diagonal() / 0.5
     assert float(parts[: shape[0] // 2].min()) > 0.6  # down to a hundredth of the largest
@@ -75,3 +77,33 @@ def test_a_parameter_without_a_gradient_stays():
     follow(optimizer, used, steps=1)
     assert torch.equal(unused, make_parameter(4))
     assert unused not in optimizer.state
+
+
+def test_matrices_together_become_what_each_becomes_alone():
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(32, 9), (64, 288), (128, 576), (576, 128), (50, 4096), (10, 50), (1, 1)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    together = orthogonalize(matrices, 0.1)
+    for matrix, result in zip(matrices, together, strict=True):
+        assert result.shape == matrix.shape
+        assert torch.allclose(result, orthogonalize([matrix], 0.1)[0], atol=1e-6)
+
+
+def test_the_state_is_what_torchs_own_code_gives_and_takes():
+    torch_state, torch_load = (inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in ("state_dict", "load_state_dict"))
+    parameters = [make_parameter(4, 4), make_parameter(4), make_parameter(3)]
+    optimizer = Muon(parameters, lr=0.1)
+    for parameter in parameters[:2]:  # the third is not used
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved, expected = optimizer.state_dict(), torch_state(optimizer)
+    assert saved["param_groups"] == expected["param_groups"]
+    assert {number: [*state] for number, state in saved["state"].items()} == {
+        number: [*state] for number, state in expected["state"].items()
+    }
+    here, there = (Muon([make_parameter(4, 4), make_parameter(4), make_parameter(3)], lr=0.5) for _ in range(2))
+    here.load_state_dict(saved)
+    torch_load(there, saved)
+    assert here.param_groups[0]["lr"] == there.param_groups[0]["lr"] == 0.1
+    for one, other in zip(here.state.values(), there.state.values(), strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())

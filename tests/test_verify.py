@@ -120,7 +120,7 @@ def find_out(folder, reference, mistake, world=2, expect=1):
     return findings, text
 
 
-NAME = f"on host {socket.gethostname()} (cpu, "
+NAME = f"on host {socket.gethostname()} ("
 
 
 def test_two_ranks_compute_what_one_has_recorded(tmp_path, reference):
