@@ -48,12 +48,17 @@ def choose_device(config: Config, world: World) -> str:
     gpus = torch.cuda.device_count()
     # Slurm may give each task a GPU of its own, and then shows it no other.
     has_own = gpus >= world.local_size or (gpus == 1 and world.launcher == "srun")
-    if not has_own and os.environ.get(_SHARED_GPUS) != "1":
+    if not has_own and not may_share_gpus():
         raise UserError(
             f"{world.local_size} processes on this node share {gpus} GPU{'s' * (gpus != 1)}; allowed: at most one process for each GPU "
             f"(or {_SHARED_GPUS}=1, with NCCL 2.30 or newer, for a test)"
         )
     return "cuda"
+
+
+def may_share_gpus() -> bool:
+    """Whether NCCL was told that several ranks may have the same GPU."""
+    return os.environ.get(_SHARED_GPUS) == "1"
 
 
 def choose_gpu(world: World) -> int:

@@ -25,7 +25,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
-from mnist_dist.machine import choose_device, choose_gpu, count_usable_cores
+from mnist_dist.machine import choose_device, choose_gpu, count_usable_cores, may_share_gpus
 from mnist_dist.model import build_model
 from mnist_dist.network import check_exchange
 from mnist_dist.randomness import make_generator
@@ -143,8 +143,8 @@ def describe_device(world: World, config: Config) -> dict[str, str]:
 
 
 def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:
-    def find(text: str, ranks: list[int], next_step: str) -> Finding:
-        return Finding("joined", "WRONG", text, next_step, {"ranks": ranks})
+    def find(text: str, ranks: list[int], next_step: str, word: str = "WRONG") -> Finding:
+        return Finding("joined", word, text, next_step, {"ranks": ranks})
 
     ask = "ask for one GPU for each rank (--gpus-per-task, or --gpus_per_node of launch.submit)"
     problems = []
@@ -152,7 +152,8 @@ def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:
         problems.append(find(f"{name_with_hosts(ranks, hosts)}: {text}", ranks, ask))
     for _, ranks in _by_value({rank: (hosts[rank], one["identity"]) for rank, one in enumerate(told) if one["identity"]}).items():
         if len(ranks) > 1:
-            problems.append(find(f"{name_with_hosts(ranks, hosts)} have the same GPU", ranks, ask))
+            text = f"{name_with_hosts(ranks, hosts)} have the same GPU"
+            problems.append(find(text, ranks, ask, "WARN" if may_share_gpus() else "WRONG"))
     without = [rank for rank, one in enumerate(told) if one["device"] == "no GPU"]
     if 0 < len(without) < len(told):
         problems.append(

@@ -266,7 +266,7 @@ def test_all_is_well_on_a_busy_machine(tmp_path):
             hog.wait()
 
 
-def test_two_ranks_on_one_gpu_and_a_rank_without_one_are_named():
+def test_two_ranks_on_one_gpu_and_a_rank_without_one_are_named(monkeypatch):
     def judge(*told):
         rows = [{"device": device, "identity": identity, "problem": problem} for device, identity, problem in told]
         return [finding.measured for finding in _judge_devices(rows, {0: "a", 1: "a", 2: "b"})]
@@ -276,6 +276,10 @@ def test_two_ranks_on_one_gpu_and_a_rank_without_one_are_named():
     assert judge(("H", "x", ""), ("H", "x", ""), ("H", "x", "")) == ["ranks 0-1 on host a have the same GPU"]
     assert judge(("H", "x", ""), ("H", "y", ""), ("no GPU", "", "")) == ["no GPU is seen by rank 2 on host b, but by the others"]
     assert judge(("none", "", "too many"), ("none", "", "too many"), ("H", "x", "")) == ["ranks 0-1 on host a: too many"]
+    shared = [{"device": "H", "identity": "x", "problem": ""}] * 2
+    assert [finding.word for finding in _judge_devices(shared, {0: "a", 1: "a"})] == ["WRONG"]
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [finding.word for finding in _judge_devices(shared, {0: "a", 1: "a"})] == ["WARN"]
 
 
 def test_crowded_cpus_are_found_and_others_are_not():
