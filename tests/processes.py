@@ -1,5 +1,6 @@
 """Real processes for the tests: each rank is one, started in milliseconds by a server that has imported torch already."""
 
+import atexit
 import contextlib
 import importlib
 import multiprocessing
@@ -76,6 +77,8 @@ def start_ranks(folder: Path, work: Work, world: int = 1, environ: dict[str, str
         log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
         process = _context.Process(target=_run, args=(work, {k: str(v) for k, v in variables.items()} | (environ or {}), str(log)))
         process.start()
+        # Of a test that fails, some may never end, and the server's children are waited for.
+        atexit.register(process.kill)
         ranks.append(Rank(process, log))
     return ranks
 

@@ -275,11 +275,11 @@ def test_the_commands_for_a_cluster_work_there(cluster, tmp_path):
 # The numbers of the README
 
 
-def read_raw(name, *numbers):
+def read_raw(name, *numbers, machine=("Intel(R) Xeon(R) Processor", 2, None)):
     lines = read(f"benchmarks/results/{name}.jsonl").splitlines()
     rows = [json.loads(lines[number - 1]) for number in numbers]
-    machines = {(row["machine"]["cpu"], row["machine"]["cores"], row["precision"]) for row in rows}
-    assert machines == {("Intel(R) Xeon(R) Processor", 2, "bf16")}
+    machines = {(*(row["machine"][name] for name in ("cpu", "cores", "gpu")), row["precision"]) for row in rows}
+    assert machines == {(*machine, "bf16")}
     return rows
 
 
@@ -289,7 +289,7 @@ def median_ratio(above, below):
 
 
 def test_the_numbers_of_the_readme_are_in_the_raw_rows():
-    accuracy, fast, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
+    accuracy, fast, gpu, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
 
     assert "31 to 35" in accuracy[2]
     rows = read_raw("accuracy", *range(31, 36))
@@ -305,6 +305,12 @@ def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     assert {row["seed"] for row in rows} == {*range(5)}
     times_s = [next(each["time_s"] for each in row["evaluations"] if each["accuracy"] >= 0.994) for row in rows]
     assert fast[1] == f"{statistics.median(times_s):.1f} s (median of 5 seeds; {min(times_s):.1f} to {max(times_s):.1f})"
+
+    assert gpu[2].startswith("9 of")
+    [row] = read_raw("throughput", 9, machine=("Intel(R) Xeon(R) Processor", 16, "NVIDIA H100 80GB HBM3"))
+    rates = [round(1 / each["loop"], -3) for each in row["rounds"]]
+    shown = f"{statistics.median(rates):,.0f} images/s ({len(rates)} rounds, seed 0; {min(rates):,.0f} to {max(rates):,.0f})"
+    assert (row["settings"]["config"], gpu[1]) == ("gpu", shown)
 
     assert loop[2].startswith("8 of")
     [row] = read_raw("throughput", 8)

@@ -21,9 +21,10 @@ import pytest
 import torch
 from processes import TINY, Train, TrainTask, find_free_port, run_ranks, start_ranks
 
-from mnist_dist import board, rendezvous
+from mnist_dist import board, distributed, rendezvous
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.machine import count_open_files, raise_file_limit
+from mnist_dist.meter import Meter
 from mnist_dist.rendezvous import describe_run, find_interface, meet, name_ranks, name_with_hosts
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.world import World
@@ -404,6 +405,49 @@ def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(t
     assert ranks[0].wait() == 1
     assert time.monotonic() - begun < 15
     assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} failed: UserError: the planted fault\n")
+
+
+@dataclass(frozen=True)
+class WaitForGpu(Train):
+    """As on a GPU, the ranks wait for ever for what another one does not do: from the third step on, all but the `victim`."""
+
+    victim: int
+
+    def __call__(self):
+        make_group, make_board, begin_step = distributed.Group.__init__, board.Board.__init__, Meter.begin_step
+
+        def join(group, *given):
+            make_group(group, *given)
+            group._neighbour = distributed._Neighbour(group, group._notice)
+
+        def wait(meter):
+            while len(meter._losses) == 2 and os.environ["RANK"] != str(self.victim):
+                time.sleep(1)
+            begin_step(meter)
+
+        distributed.Group.__init__, Meter.begin_step = join, wait
+        distributed.dist.distributed_c10d._abort_process_group = lambda: None
+        board.Board.__init__ = lambda *given, on_gpu: make_board(*given, on_gpu=True)
+        board._LEAVING_GPU_S = 2.0
+        return super().__call__()
+
+
+# Rank zero has the board in its memory.
+@pytest.mark.parametrize("victim", [0, 2])
+def test_that_a_rank_is_gone_is_noticed_while_the_others_wait_for_their_gpus(tmp_path, victim):
+    options = [*TINY, "--log_every", "100", "--evaluate_every", "100", "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(tmp_path, WaitForGpu(options, victim), 3)
+    ranks[0].wait_for(lambda: "any world" in ranks[0].text)
+    time.sleep(1)
+    ranks.pop(victim).kill(signal.SIGKILL)
+    for rank in ranks:
+        assert rank.wait(60) == 1
+        assert f"error: rank {victim} on host {HOST} is gone and left no reason" in rank.text
+
+
+def test_ranks_that_listen_to_their_neighbours_end_as_others_do(tmp_path):
+    text = run_ranks(tmp_path, WaitForGpu([*TINY, "--steps", "2", "--run_dir", str(tmp_path / "run")], 9), 3)
+    assert "error" not in text
 
 
 @pytest.fixture
