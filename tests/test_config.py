@@ -96,7 +96,7 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["--seed=--"], ["seed needs a value"]),
         (["--config=--"], ["config needs a value"]),
         (["--task=--"], ["task needs a value"]),
-        (["--config", "absent.yaml"], ["'absent.yaml'", "course, fast, mnist, smoke"]),
+        (["--config", "absent.yaml"], ["'absent.yaml'", "course, fast, gpu, mnist, smoke"]),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, words, capsys):
