@@ -18,13 +18,14 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
@@ -39,6 +40,8 @@ from mnist_dist.task import Data, Task
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
+_PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 
 
@@ -65,13 +68,26 @@ class Batch(NamedTuple):
         return _send_plainly(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A small tensor between two processes: on torch's own way it takes a file of shared memory, and a connection to fetch that."""
+
+    values: Any
+
+
 def _send_plainly(sent: Share | Batch) -> tuple[Any, ...]:
-    """How one goes to a worker or comes back: on its own way the tensor of indices would take a file of shared memory."""
-    return _receive, (type(sent), sent.step, sent.indices.numpy(), *sent[2:])
+    """How one goes to a worker or comes back."""
+    return _receive, (type(sent), recursively_apply(lambda tensor: _Plain(tensor.numpy()), tuple(sent), test_type=_is_small))
 
 
-def _receive(kind: type[Share] | type[Batch], step: int, indices: Any, *rest: Any) -> Share | Batch:
-    return kind(step, torch.from_numpy(indices), *rest)
+def _receive(kind: type[Share] | type[Batch], fields: tuple[Any, ...]) -> Share | Batch:
+    return kind(*recursively_apply(lambda sent: torch.from_numpy(sent.values), fields, test_type=lambda sent: isinstance(sent, _Plain)))
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value is a tensor that is sent plainly."""
+    is_plain = isinstance(value, Tensor) and value.dtype in _PLAIN_TYPES and value.layout == torch.strided and not value.requires_grad
+    return is_plain and value.nbytes <= _PLAIN_BYTES
 
 
 class _Failure(NamedTuple):

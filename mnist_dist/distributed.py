@@ -253,7 +253,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                         store, board = _start_group(world, place, device, timeout)
                 accelerator = _make_accelerator(world, device, precision, timeout)
                 _check_world(accelerator, world)
-                group = Group(accelerator, precision, board, timeout)
+                with explaining_start(world, timeout):
+                    group = Group(accelerator, precision, board, timeout)
                 with group.sharing_failures():
                     _check_settings(group)
             with group.sharing_failures():

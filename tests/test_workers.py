@@ -2,10 +2,14 @@
 
 import json
 import os
+import pickle
 import signal
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from processes import Train, run_ranks, start_ranks
@@ -13,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist.config import make_config
-from mnist_dist.data import Reader, Share
+from mnist_dist.data import Batch, Reader, Share, list_tensors
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.world import World
@@ -149,3 +153,33 @@ def test_a_signal_to_all_processes_saves_and_a_killed_run_leaves_no_worker(tmp_p
     while any(map(is_alive, workers)):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+class Pair(NamedTuple):
+    """A batch of a task's own type."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@pytest.mark.parametrize("size", [3, 1 << 18])  # sent plainly, and through shared memory
+def test_a_batch_comes_from_a_worker_as_it_was_made(size):
+    image = torch.arange(size, dtype=torch.float32)
+    samples = {
+        "pair": Pair(image, torch.tensor(7)),
+        "list": [image.to(torch.bfloat16), image.bool(), torch.zeros(0, 2), image[::2]],
+        "names": ("a", None, 3),
+        "values": image.numpy(),
+    }
+    sent = Batch(5, torch.tensor([2, 1]), samples, (range(2),))
+    came = pickle.loads(ForkingPickler.dumps(sent))
+    assert (type(came), came.step, came.parts, came.indices.tolist()) == (Batch, 5, (range(2),), [2, 1])
+    assert type(came.samples["pair"]) is Pair
+    assert [*came.samples] == [*samples]
+    assert came.samples["names"] == samples["names"]
+    assert isinstance(came.samples["values"], np.ndarray)
+    for one, other in zip(list_tensors(came.samples), list_tensors(samples), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    for one in list_tensors(came.samples):
+        one.zero_()  # they may be written to
