@@ -162,15 +162,16 @@ class Seeded:
         """The samples, each under its seed; or why one cannot be read."""
         seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
         places = None if self.draws_elsewhere else _read_places()
-        samples: list[Any] | str = []
-        for index, its_seed in zip(indices, seeds, strict=True):
-            at[1] = index
-            try:
+        split: Any = self.split
+        samples: list[Any] | str = (read := [])
+        index = -1
+        try:
+            for index, its_seed in zip(indices, seeds, strict=True):
+                at[1] = index
                 seed(its_seed)
-                samples.append(self.split[index])  # type: ignore[union-attr]
-            except Exception as error:
-                samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
-                break
+                read.append(split[index])
+        except Exception as error:
+            samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
         if places not in (None, _read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
             self.draws_elsewhere = True
             return self._read(indices, seeds, at)
