@@ -28,7 +28,7 @@ _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
 _LEAVING_S = 5.0
-_LEAVING_GPU_S = 2 * _LEAVING_S  # there it is not seen whether the process is on its way
+_LEAVING_GPU_S = 2 * _LEAVING_S
 _STACK_BYTES = 16_384
 _PACKAGE = Path(__file__).resolve().parent
 _WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.py")}  # ours that wait in collectives
@@ -192,9 +192,12 @@ class Board:
         Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before. A kernel of
         NCCL waits for ever, and with it whoever waits for the GPU, wherever that is.
         """
-        end = time.monotonic() + (_LEAVING_GPU_S if self._on_gpu else _LEAVING_S)
+        since, place, allowed_s = time.monotonic(), None, _LEAVING_GPU_S if self._on_gpu else _LEAVING_S
         while not self._closing and (self._on_gpu or _is_in_collective(self._thread_of_run)):
-            if time.monotonic() > end:
+            now = _find_stop(self._thread_of_run) if self._on_gpu else "a collective"
+            if now != place or now is None:
+                since, place = time.monotonic(), now
+            if time.monotonic() - since > allowed_s:
                 with contextlib.suppress(OSError):
                     os.write(2, f"[rank {self._rank}] error: {make_printable(reason)}\n".encode(errors="backslashreplace"))
                 os._exit(RunError.exit_code)
@@ -281,6 +284,14 @@ def _is_in_collective(ident: int) -> bool:
     frame = sys._current_frames().get(ident)
     path = frame.f_code.co_filename if frame is not None else ""
     return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
+
+
+def _find_stop(ident: int) -> tuple[Any, int] | None:
+    """Where a thread is that may wait for a GPU; None where it waits for what is none, such as a process: by the standard library."""
+    frame = sys._current_frames().get(ident)
+    if frame is None or str(frame.f_globals.get("__name__")).partition(".")[0] in sys.stdlib_module_names:
+        return None
+    return frame.f_code, frame.f_lasti
 
 
 def describe_place(ident: int) -> str:

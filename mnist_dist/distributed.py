@@ -112,6 +112,9 @@ class Group:
             self._disconnect()  # the others learn of it when the connections close
             self._board.blame_self(error)
             raise
+        except BaseException:  # Ctrl-C
+            self._disconnect()
+            raise
 
     def keep_stacks_in(self, folder: Path) -> None:
         """Where the Python stacks of the ranks go when one of them is silent. All ranks call it alike."""

@@ -421,8 +421,8 @@ class WaitForGpu(Train):
             group._neighbour = distributed._Neighbour(group, group._notice)
 
         def wait(meter):
-            while len(meter._losses) == 2 and os.environ["RANK"] != str(self.victim):
-                time.sleep(1)
+            if len(meter._losses) == 2 and os.environ["RANK"] != str(self.victim):
+                self.wait()
             begin_step(meter)
 
         distributed.Group.__init__, Meter.begin_step = join, wait
@@ -431,9 +431,13 @@ class WaitForGpu(Train):
         board._LEAVING_GPU_S = 2.0
         return super().__call__()
 
+    def wait(self):
+        while True:
+            time.sleep(1)
+
 
 # Rank zero has the board in its memory.
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_that_a_rank_is_gone_is_noticed_while_the_others_wait_for_their_gpus(tmp_path, victim):
     options = [*TINY, "--log_every", "100", "--evaluate_every", "100", "--run_dir", str(tmp_path / "run")]
     ranks = start_ranks(tmp_path, WaitForGpu(options, victim), 3)
@@ -443,6 +447,26 @@ def test_that_a_rank_is_gone_is_noticed_while_the_others_wait_for_their_gpus(tmp
     for rank in ranks:
         assert rank.wait(60) == 1
         assert f"error: rank {victim} on host {HOST} is gone and left no reason" in rank.text
+
+
+class WaitForProcess(WaitForGpu):
+    """A rank that waits for a process, as for that of W&B, when it learns that another one is gone."""
+
+    def wait(self):
+        subprocess.run(["sleep", "8"], check=True)
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_a_process_is_not_taken_for_one_that_waits_for_its_gpu(tmp_path):
+    options = [*TINY, "--log_every", "100", "--evaluate_every", "100", "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(tmp_path, WaitForProcess(options, 1), 2)
+    ranks[0].wait_for(lambda: "any world" in ranks[0].text)
+    time.sleep(0.5)
+    ranks[1].kill(signal.SIGKILL)
+    time.sleep(6)  # a rank that waits for its GPU would have been ended
+    assert ranks[0].process.is_alive()
+    assert ranks[0].wait(60) == 1
+    assert f"error: rank 1 on host {HOST} is gone and left no reason" in ranks[0].text
 
 
 def test_ranks_that_listen_to_their_neighbours_end_as_others_do(tmp_path):
