@@ -78,8 +78,6 @@ class Muon(torch.optim.Optimizer):
         # All parameters at once: most are so small that on a GPU it takes longer to launch an operation than to do it.
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
             for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
@@ -87,14 +85,16 @@ class Muon(torch.optim.Optimizer):
                     if parameter.ndim < 2:
                         # A tensor, as a CUDA graph would keep a number that it was recorded with.
                         state |= {"square_average": torch.zeros_like(parameter), "updates": parameter.new_zeros(())}
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            self._update_matrices([parameter for parameter in parameters if parameter.ndim >= 2], group)
-            self._update_vectors([parameter for parameter in parameters if parameter.ndim < 2], group)
+            kept = 1 - group["lr"] * group["weight_decay"]
+            matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+            vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+            for update, chosen in ((self._update_matrices, matrices), (self._update_vectors, vectors)):
+                if chosen:
+                    torch._foreach_mul_(chosen, kept)
+                    update(chosen, group)
 
     def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """By Muon."""
-        if not parameters:
-            return
         gradients, averages = _find_gradients(parameters), self._find("average", parameters)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
@@ -107,8 +107,6 @@ class Muon(torch.optim.Optimizer):
 
     def _update_vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """By AdamW, but for its weight decay."""
-        if not parameters:
-            return
         gradients, averages = _find_gradients(parameters), self._find("average", parameters)
         squares, updates = self._find("square_average", parameters), self._find("updates", parameters)
         torch._foreach_add_(updates, 1)

@@ -120,7 +120,7 @@ def find_out(folder, reference, mistake, world=2, expect=1):
     return findings, text
 
 
-NAME = f"on host {socket.gethostname()} ("
+NAME = f"on host {socket.gethostname()} ({'cuda:0' if torch.cuda.is_available() else 'cpu'}, "
 
 
 def test_two_ranks_compute_what_one_has_recorded(tmp_path, reference):
