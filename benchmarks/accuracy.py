@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
-from mnist_dist.config import Config, configure, read_recipe, resolve_config
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.config import Config, read_recipe, resolve_config
+from mnist_dist.errors import RunError
 from mnist_dist.machine import choose_precision
 from mnist_dist.options import Parser
 from mnist_dist.program import run_program
@@ -84,22 +84,11 @@ def format_rows(rows: Sequence[Row]) -> str:
     """The table of the rows of one machine, as markdown; recipes in the order of their means."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_name(row), []).append(row)
+        groups.setdefault(common.name_settings(row["settings"]), []).append(row)
     ranked = sorted(groups.items(), key=lambda item: -statistics.mean(_find_value(row, "accuracy") for row in item[1]))
     header = ["recipe", "epochs", "images", "seeds", "mean %", "sd", "95 % interval", "lowest %", "time, s"]
     lines = [[name, *_describe_group(group)] for name, group in ranked]
     return f"{common.describe_rows(rows)}\n\n{common.format_table(header, lines)}"
-
-
-def _name(row: Row) -> str:
-    """The recipe's name, with what differs from the recipe of that name as it is now."""
-    name, recipe = row["settings"]["config"], row["settings"]["recipe"]
-    try:
-        now = common.describe_recipe(make_config(name, ()))
-    except UserError:  # a file of one's own
-        now = common.describe_recipe(configure())
-    differing = [f"{key}={value}" for key, value in recipe.items() if now.get(key) != value and key != "holdout"]
-    return " ".join([name, *differing])
 
 
 def _find_value(row: Row, name: str) -> Any:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from mnist_dist.config import Config
+from mnist_dist.config import Config, configure, read_recipe, resolve_config
 from mnist_dist.errors import UserError
 from mnist_dist.loop import Turns, train
 from mnist_dist.machine import count_usable_cores, find_processor, has_native_bfloat16
@@ -87,6 +87,17 @@ def describe_machine() -> Row:
 def describe_recipe(config: Config) -> Row:
     """The options that decide what is trained, but for the seed, and for the task: it is the built-in one."""
     return {name: value for name, value in config.recipe().items() if name not in ("seed", "task")}
+
+
+def name_settings(settings: Row) -> str:
+    """The recipe's name, with what differs from the recipe of that name as it is now."""
+    name = settings["config"]
+    try:
+        now = describe_recipe(resolve_config({}, read_recipe(name)))
+    except UserError:  # a file of one's own
+        now = describe_recipe(configure())
+    differing = [f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout"]
+    return " ".join([name, *differing])
 
 
 def find_mnist(config: Config) -> Mnist:

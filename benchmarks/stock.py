@@ -85,23 +85,3 @@ def build_course(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer
     model = CNN().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=15, gamma=0.1)
-
-
-class ExampleNet(nn.Module):
-    """The network of PyTorch's MNIST example, after its description: two convolutions, dropout, two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, 10] for images [n, 1, 28, 28]."""
-        return self.head(self.features(images))
-
-
-def build_example(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """The example's network and recipe: model, optimizer, scheduler that steps once an epoch."""
-    model = ExampleNet().to(device)
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)

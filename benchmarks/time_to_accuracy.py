@@ -5,6 +5,11 @@ the results file; the same command goes on where it was stopped.
 """
 
 import argparse
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
 import logging
 import math
 import os
@@ -21,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
 
 from benchmarks import common, stock
 from benchmarks.common import Row
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.machine import count_usable_cores
 from mnist_dist.program import run_program
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Tally
@@ -39,8 +46,9 @@ _NAMES = {
     "example": "PyTorch's MNIST example",
     "lightning": "the CNN under Lightning",
 }
-_STOCK_RECIPES = {"course": (20, 512), "example": (14, 64), "lightning": (14, 64)}  # epochs, batch size
+_PEERS = {"course": (20, 512), "example": (14, 64), "lightning": (14, 64)}  # epochs, batch size
 _MARKS = (0.990, 0.994)
+_TRIAL_IMAGES = 4096  # on which numbers of workers and threads are tried
 _FIRST_STEPS = 10  # in which libraries load and choose their kernels, and a graph is recorded
 
 
@@ -81,14 +89,19 @@ def describe_settings(entry: str, options: argparse.Namespace) -> Row:
     if entry == "ours":
         recipe = common.describe_recipe(make_our_config(options, 0, "unused"))  # it has the sizes
         return {"config": common.name_recipe(options.config), "evaluations": options.evaluations, "recipe": recipe}
-    epochs, batch_size = _STOCK_RECIPES[entry]
-    return {
-        "epochs": options.epochs or epochs,
-        "batch_size": batch_size,
-        "workers": options.workers,
-        "train_size": options.train_size,
-        "test_size": options.test_size,
-    }
+    epochs, batch_size = _PEERS[entry]
+    settings = {"epochs": options.epochs or epochs, "batch_size": batch_size}
+    settings |= {"train_size": options.train_size, "test_size": options.test_size}
+    if entry == "example":
+        if options.example is None:
+            raise UserError(
+                "the entry example needs --example FILE, mnist/main.py of github.com/pytorch/examples; or leave it out by --entries"
+            )
+        try:
+            settings["sha256"] = hashlib.sha256(options.example.read_bytes()).hexdigest()[:12]
+        except OSError as error:
+            raise UserError(f"--example {options.example} cannot be read: {error.strerror}") from error
+    return settings
 
 
 def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
@@ -126,13 +139,13 @@ def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
     return {"precision": precision, "evaluations": evaluations, "first_steps_s": first_steps_s}
 
 
-def train_stock(entry: str, options: argparse.Namespace, seed: int, folder: Path) -> Row:
-    """Train the course's or the example's way. What it took and reached."""
-    settings = describe_settings(entry, options)
-    train_loader, test_loader = _make_loaders(settings, folder, stock.make_course_augmentation() if entry == "course" else None)
+def train_course(options: argparse.Namespace, seed: int, folder: Path, workers: int) -> Row:
+    """Train the course's way. What it took and reached."""
+    settings = describe_settings("course", options)
+    train_loader, test_loader = _make_loaders(settings, folder, workers, stock.make_course_augmentation())
     clock = Clock()
     torch.manual_seed(seed)
-    model, optimizer, scheduler = (stock.build_course if entry == "course" else stock.build_example)(clock.device)
+    model, optimizer, scheduler = stock.build_course(clock.device)
     evaluations: list[Row] = []
     clock.start()
     for epoch in range(1, settings["epochs"] + 1):
@@ -145,16 +158,52 @@ def train_stock(entry: str, options: argparse.Namespace, seed: int, folder: Path
     return {"precision": "fp32", "evaluations": evaluations}
 
 
-def _make_loaders(settings: Row, folder: Path, augmentation: Any = None) -> tuple[Any, Any]:
+def _make_loaders(settings: Row, folder: Path, workers: int, augmentation: Any = None) -> tuple[Any, Any]:
     stock.write_files(folder)
-    workers, size = settings["workers"], settings["train_size"]
     train_loader = stock.make_loader(
-        folder, train=True, batch_size=settings["batch_size"], workers=workers, augmentation=augmentation, size=size
+        folder, train=True, batch_size=settings["batch_size"], workers=workers, augmentation=augmentation, size=settings["train_size"]
     )
     return train_loader, stock.make_loader(folder, train=False, batch_size=500, workers=workers, size=settings["test_size"])
 
 
-def train_lightning(options: argparse.Namespace, seed: int, folder: Path) -> Row:
+def train_example(options: argparse.Namespace, seed: int, folder: Path) -> Row:
+    """Run the program `--example`, with a clock around its `train` and an exact count for its `test`. What it took and reached.
+
+    Raises `UserError` if it is another program.
+    """
+    specification = importlib.util.spec_from_file_location("example", options.example)
+    if specification is None or specification.loader is None:
+        raise UserError(f"--example {options.example} is no Python file")
+    program: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(program)
+    if not all(hasattr(program, name) for name in ("train", "test", "main")):
+        raise UserError(f"--example {options.example} has no train, test and main; expected mnist/main.py of github.com/pytorch/examples")
+    clock, train = Clock(), program.train
+    evaluations: list[Row] = []
+
+    def cut(loader: Any, size: int | None) -> Any:
+        return loader if size is None else DataLoader(Subset(loader.dataset, range(size)), batch_size=loader.batch_size)
+
+    def train_timed(arguments: Any, model: Any, device: Any, loader: Any, *rest: Any) -> None:
+        loader = cut(loader, options.train_size)
+        clock.start()
+        train(arguments, model, device, loader, *rest)
+        clock.stop()
+
+    def evaluate(model: Any, _: Any, loader: Any) -> None:
+        accuracy = stock.measure_accuracy(model, cut(loader, options.test_size))
+        evaluations.append({"epoch": len(evaluations) + 1, "time_s": clock.stop(), "accuracy": accuracy})
+
+    program.train, program.test = train_timed, evaluate
+    stock.write_files(folder / "data")  # where it looks for MNIST before it would fetch it: ../data
+    (folder / "program").mkdir()
+    sys.argv = ["main.py", "--seed", str(seed), "--epochs", str(describe_settings("example", options)["epochs"])]
+    with contextlib.chdir(folder / "program"):
+        program.main()
+    return {"precision": "fp32", "evaluations": evaluations}
+
+
+def train_lightning(options: argparse.Namespace, seed: int, folder: Path, workers: int) -> Row:
     """Train the CNN as a user of Lightning would, until the last mark is reached. What it took and reached."""
     try:
         import lightning
@@ -196,7 +245,7 @@ def train_lightning(options: argparse.Namespace, seed: int, folder: Path) -> Row
                 clock.start()
 
     settings = describe_settings("lightning", options)
-    train_loader, test_loader = _make_loaders(settings, folder)
+    train_loader, test_loader = _make_loaders(settings, folder, workers)
     clock = Clock()
     times_s: list[float] = []
     evaluations: list[Row] = []
@@ -208,18 +257,21 @@ def train_lightning(options: argparse.Namespace, seed: int, folder: Path) -> Row
     return {"precision": "fp32", "evaluations": evaluations}
 
 
-def train_entry(entry: str, options: argparse.Namespace, seed: int) -> Row:
-    """One row: train an entry with a seed in this process."""
+def train_entry(entry: str, options: argparse.Namespace, seed: int, way: Row) -> Row:
+    """One row: train an entry with a seed in this process, with the workers and threads of `way`."""
     clock = Clock()
     products = [common.measure_products(clock.device)]
-    threads = torch.get_num_threads()
+    torch.set_num_threads(way["threads"])
     with common.temporary_folder() as folder:
         if entry == "ours":
             trained = train_ours(options, seed, folder)
         elif entry == "lightning":
-            trained = train_lightning(options, seed, folder)
+            trained = train_lightning(options, seed, folder, way["workers"])
+        elif entry == "example":
+            trained = train_example(options, seed, folder)
         else:
-            trained = train_stock(entry, options, seed, folder)
+            trained = train_course(options, seed, folder, way["workers"])
+    torch.set_num_threads(count_usable_cores())
     products.append(common.measure_products(clock.device))
     return {
         "benchmark": "time_to_accuracy",
@@ -227,7 +279,7 @@ def train_entry(entry: str, options: argparse.Namespace, seed: int) -> Row:
         "seed": seed,
         "settings": describe_settings(entry, options),
         **trained,
-        "threads": threads,
+        **way,
         "products": products,
         "machine": common.describe_machine(),
         **common.describe_origin(),
@@ -246,36 +298,71 @@ def _identify(row: Row) -> Row:
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Train each entry with each seed that the results file lacks, each in a process of its own; the number of failures."""
-    machine = common.describe_machine()
+    wanted = {entry: {"settings": describe_settings(entry, options), "machine": common.describe_machine()} for entry in options.entries}
     rows = common.read_rows(options.results)
     done = [_identify(row) for row in rows]
+    ways: dict[str, Row] = {}
     failures = 0
-    lifeline, _ = os.pipe()
-    for seed in options.seeds:
-        for entry in options.entries:
-            wanted = {"entry": entry, "seed": seed, "settings": describe_settings(entry, options), "machine": machine}
-            if _identify(wanted) in done:
-                common.tell(f"{entry}, seed {seed}: is in the results")
-                continue
-            command = [sys.executable, "-m", "benchmarks.time_to_accuracy", *arguments, "--only", entry, str(seed)]
-            # The child prints much, and what it says last tells why it failed.
-            child = subprocess.run(command, stdin=lifeline, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-            if child.returncode:
-                failures += 1
-                reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
-                common.tell(f"{entry}, seed {seed}: failed with status {child.returncode}: {reason}")
-                continue
-            last = common.read_rows(options.results)[-1]["evaluations"][-1]
-            common.tell(f"{entry}, seed {seed}: {last['accuracy']:.2%} after {last['epoch']:g} epochs, {last['time_s']:,.1f} s")
+    for seed, entry in itertools.product(options.seeds, options.entries):
+        row = {"entry": entry, "seed": seed, **wanted[entry]}
+        if _identify(row) in done:
+            common.tell(f"{entry}, seed {seed}: is in the results")
+            continue
+        try:
+            if entry not in ways:
+                earlier = [old for old in rows if _identify({**old, "seed": seed}) == _identify(row)]
+                ways[entry] = (
+                    {name: earlier[-1][name] for name in ("workers", "threads", "tried")} if earlier else _find_best(entry, arguments)
+                )
+            _start([*arguments, "--only", entry, str(seed), json.dumps(ways[entry])])
+        except RunError as error:
+            failures += 1
+            common.tell(f"{entry}, seed {seed}: {error}")
+            continue
+        last = common.read_rows(options.results)[-1]["evaluations"][-1]
+        common.tell(f"{entry}, seed {seed}: {last['accuracy']:.2%} after {last['epoch']:g} epochs, {last['time_s']:,.1f} s")
     return failures
+
+
+def _start(arguments: Sequence[str]) -> None:
+    """Run this program for one entry and seed. Raises `RunError` if it fails."""
+    lifeline, kept = os.pipe()
+    try:
+        # The child prints much, and what it says last tells why it failed.
+        command = [sys.executable, "-m", "benchmarks.time_to_accuracy", *arguments]
+        child = subprocess.run(command, stdin=lifeline, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    finally:
+        os.close(lifeline)
+        os.close(kept)
+    if child.returncode:
+        reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RunError(f"failed with status {child.returncode}: {reason}")
+
+
+def _find_best(entry: str, arguments: Sequence[str]) -> Row:
+    """The numbers of loader workers and of threads with which an entry is quickest here, and the seconds of all that were tried."""
+    cores = count_usable_cores()
+    if entry == "ours":
+        return {"workers": 0, "threads": cores, "tried": []}  # the loop chooses by itself
+    tried: list[Row] = []
+    numbers = [0] if entry == "example" else sorted({0, 1, cores})  # the example chooses its workers by itself
+    for workers, threads in itertools.product(numbers, sorted({1, cores})):
+        way = {"workers": workers, "threads": threads}
+        with common.temporary_folder() as folder:
+            file = folder / "trial.jsonl"
+            short = ["--results", str(file), "--epochs", "1", "--train_size", str(_TRIAL_IMAGES), "--test_size", "500"]
+            _start([*arguments, *short, "--only", entry, "0", json.dumps(way)])
+            tried.append({**way, "time_s": common.read_rows(file)[-1]["evaluations"][-1]["time_s"]})
+    best = min(tried, key=lambda way: way["time_s"])
+    common.tell(f"{entry}: quickest with {best['workers']} workers and {best['threads']} threads")
+    return {"workers": best["workers"], "threads": best["threads"], "tried": tried}
 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """The tables of the rows of one machine, as markdown."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        recipe = f", recipe {row['settings']['config']}, {row['precision']}" if row["entry"] == "ours" else f", {row['precision']}"
-        groups.setdefault(_NAMES[row["entry"]] + recipe, []).append(row)
+        groups.setdefault(_name(row), []).append(row)
     ours = next((group for group in groups.values() if group[0]["entry"] == "ours"), None)
     header = ["entry", "seeds", "last accuracy", "its time, s"]
     for mark in _MARKS:
@@ -287,8 +374,18 @@ def format_rows(rows: Sequence[Row]) -> str:
         for mark in _MARKS:
             line += _describe_mark(group, ours, mark)
         lines.append(line)
-    text = [f"{common.describe_rows(rows)}, {rows[-1]['threads']} threads;\n{_describe_rates(rows)}", common.format_table(header, lines)]
+    text = [f"{common.describe_rows(rows)};\n{_describe_rates(rows)}", common.format_table(header, lines)]
     return "\n\n".join(text + _compare_ends(groups, ours))
+
+
+def _name(row: Row) -> str:
+    """The entry, and what its rows have in common."""
+    if row["entry"] == "ours":
+        return f"{_NAMES['ours']}, recipe {common.name_settings(row['settings'])}, {row['precision']}"
+    workers = row["settings"].get("workers", row.get("workers"))  # older rows had them among the settings
+    # Older rows of the example are of a program that was written after its description.
+    name = _NAMES[row["entry"]] + (" (rewritten)" if row["entry"] == "example" and "sha256" not in row["settings"] else "")
+    return f"{name}, {row['precision']}, {workers} workers, {row['threads']} threads"
 
 
 def _describe_rates(rows: Sequence[Row]) -> str:
@@ -329,24 +426,29 @@ def _compare_ends(groups: dict[str, list[Row]], ours: Sequence[Row] | None) -> l
     return ["\n".join(lines)] if lines else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the program."""
     parser = common.make_parser("time_to_accuracy", "Time to 99.0 % and 99.4 % test accuracy. Takes hours; the same command goes on.")
     parser.add_argument("--entries", nargs="+", choices=list(_NAMES), default=list(_NAMES), help="what is measured")
     parser.add_argument("--seeds", type=common.whole, nargs="+", default=[0, 1, 2], help="seeds of each entry")
     parser.add_argument("--config", default="fast", help="recipe of the loop")
     parser.add_argument("--evaluations", type=common.positive, default=8, help="evaluations of the loop in each epoch; the others have one")
-    parser.add_argument("--workers", type=common.whole, default=0, help="loader workers of the stock ways")
+    parser.add_argument("--example", type=Path, metavar="FILE", help="mnist/main.py of github.com/pytorch/examples: this code is run")
     parser.add_argument("--epochs", type=common.positive, help="epochs of every entry; None: each recipe's own")
     parser.add_argument("--train_size", type=common.positive, help="use only the first N training images; None: all")
     parser.add_argument("--test_size", type=common.positive, help="use only the first N test images; None: all")
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # how the program starts itself for one entry and seed
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)  # how the program starts itself: entry, seed, way
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if options.only:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        entry, seed = options.only
-        common.append_row(options.results, train_entry(entry, options, int(seed)))
+        entry, seed, way = options.only
+        common.append_row(options.results, train_entry(entry, options, int(seed), json.loads(way)))
         return 0
     failures = 0 if options.table else measure(options, arguments)
     newest = common.newest_of_each(common.find_rows(options.results), _identify)

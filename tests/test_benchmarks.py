@@ -18,7 +18,7 @@ from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.model import CNN
 
 # What time_to_accuracy makes of a command line without options.
-OPTIONS = argparse.Namespace(config="fast", evaluations=8, workers=0, epochs=None, train_size=None, test_size=None)
+OPTIONS = argparse.Namespace(config="fast", evaluations=8, example=None, epochs=None, train_size=None, test_size=None)
 TINY = {"dataset": "synthetic", "steps": 3, "batch_size": 4, "train_size": 20, "test_size": 5, "report": False, "wandb": "disabled"}
 PROGRAMS = [accuracy, commits, scaling, startup, throughput, time_to_accuracy, worlds]
 
@@ -133,9 +133,63 @@ def test_a_stock_batch_that_leaves_nothing_to_time_is_refused(capsys):
     assert "stock_batch_size is 15001; allowed: at most 15000" in capsys.readouterr().err
 
 
-def test_the_example_has_the_parameters_of_its_description():
-    convolutions, linear = (9 * 1 + 1) * 32 + (9 * 32 + 1) * 64, (12 * 12 * 64 + 1) * 128 + (128 + 1) * 10
-    assert sum(parameter.numel() for parameter in stock.ExampleNet().parameters()) == convolutions + linear
+# As the published example is built, but for what it computes.
+EXAMPLE = """
+import argparse
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+def train(args, model, device, train_loader, optimizer, epoch):
+    assert [len(images) for images, _ in train_loader] == [64, 36]
+
+def test(model, device, test_loader):
+    raise AssertionError("it is counted exactly instead")
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    assert args.seed == 7
+    train_data, test_data = (datasets.MNIST("../data", train, transforms.ToTensor(), download=True) for train in (True, False))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    for epoch in range(1, args.epochs + 1):
+        train(args, model, "cpu", DataLoader(train_data, batch_size=64), None, epoch)
+        test(model, "cpu", DataLoader(test_data, batch_size=1000))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_published_example_is_run_from_the_file_of_the_reader(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["unchanged"])
+    file = tmp_path / "main.py"
+    file.write_text(EXAMPLE)
+    options = argparse.Namespace(**{**vars(OPTIONS), "example": file, "epochs": 2, "train_size": 100, "test_size": 200})
+    evaluations = time_to_accuracy.train_example(options, 7, tmp_path)["evaluations"]
+    assert [row["epoch"] for row in evaluations] == [1, 2]
+    assert 0 < evaluations[0]["time_s"] < evaluations[1]["time_s"]
+    assert 0 <= evaluations[0]["accuracy"] <= 1
+    settings = time_to_accuracy.describe_settings("example", options)
+    file.write_text(EXAMPLE + "\n")  # another version of it is another entry
+    assert time_to_accuracy.describe_settings("example", options) != settings
+
+
+def test_a_file_that_is_not_the_example_is_refused(tmp_path):
+    file = tmp_path / "main.py"
+    options = argparse.Namespace(**{**vars(OPTIONS), "example": file})
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        time_to_accuracy.describe_settings("example", options)
+    file.write_text("print()")
+    with pytest.raises(UserError, match="has no train, test and main"):
+        time_to_accuracy.train_example(options, 0, tmp_path)
+
+
+def test_the_example_is_asked_for_before_anything_is_trained(tmp_path, capsys):
+    assert run_program(lambda: time_to_accuracy.main(["--results", str(tmp_path / "x.jsonl")])) == 2
+    assert "needs --example FILE" in capsys.readouterr().err
 
 
 def test_a_ratio_is_of_medians_and_its_spread_of_pairs():
@@ -180,7 +234,9 @@ def make_row(entry, seed, settings):
         "seed": seed,
         "settings": settings,
         "precision": "fp32",
+        "workers": 1,
         "threads": 2,
+        "tried": [],
         "evaluations": [{"epoch": 1, "time_s": 5.0 if entry == "ours" else 50.0, "accuracy": 0.991}],
         "products": [{"fp32": 1e9, "bf16": 1e9}],
         "machine": common.describe_machine(),
@@ -205,16 +261,40 @@ def test_a_row_that_is_missing_is_measured_and_a_failure_is_told(tmp_path, monke
     started = []
 
     def start(command, **_):
-        started.append(command[-2:])
+        started.append(command[-3:-1])
         return subprocess.CompletedProcess(command, 1, stderr="much\nerror: the reason")
 
     monkeypatch.setattr(time_to_accuracy.subprocess, "run", start)
     path = tmp_path / "x.jsonl"
     common.append_row(path, make_row("course", 0, time_to_accuracy.describe_settings("course", OPTIONS)))
-    arguments = ["--results", str(path), "--entries", "course", "example", "--seeds", "0", "1"]
+    arguments = ["--results", str(path), "--entries", "course", "ours", "--seeds", "0", "1"]
     assert run_program(lambda: time_to_accuracy.main(arguments)) == 1
-    assert started == [["example", "0"], ["course", "1"], ["example", "1"]]
+    assert started == [["ours", "0"], ["course", "1"], ["ours", "1"]]
     assert "error: the reason" in capsys.readouterr().err
+
+
+def test_a_peer_is_measured_with_the_workers_and_threads_that_are_quickest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy, "count_usable_cores", lambda: 2)
+    trained = []
+
+    def start(command, **_):
+        options = time_to_accuracy.make_parser().parse_args(command[3:])
+        entry, seed, way = options.only[0], int(options.only[1]), json.loads(options.only[2])
+        if options.train_size is None:
+            trained.append((seed, way["workers"], way["threads"], len(way["tried"])))
+        row = make_row(entry, seed, time_to_accuracy.describe_settings(entry, OPTIONS)) | way
+        row["evaluations"][0]["time_s"] = 9 - (way["workers"] == 1) - (way["threads"] == 2)
+        common.append_row(options.results, row)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(time_to_accuracy.subprocess, "run", start)
+    path = tmp_path / "x.jsonl"
+    arguments = ["--results", str(path), "--entries", "course", "--seeds"]
+    assert time_to_accuracy.main([*arguments, "0", "1"]) == 0
+    assert trained == [(0, 1, 2, 6), (1, 1, 2, 6)]
+    assert time_to_accuracy.main([*arguments, "2"]) == 0  # later: the same, without new trials
+    assert trained[2:] == [(2, 1, 2, 6)]
+    assert "1 workers, 2 threads" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
