@@ -20,7 +20,7 @@ from mnist_dist.machine import choose_precision
 from mnist_dist.options import Parser
 from mnist_dist.program import run_program
 from mnist_dist.record import read_result
-from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.tasks.mnist import SIZES, Mnist
 
 # Student's t for 95 %, by degrees of freedom from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -106,7 +106,8 @@ def _describe_group(group: Sequence[Row]) -> list[str]:
         half = quantile * deviation / len(group) ** 0.5
         spread = [f"{deviation:.3f}", f"{mean - half:.3f} - {mean + half:.3f}"]
     where = f"{_find_value(group[0], 'images'):,} {'held out' if recipe['holdout'] else 'test'}"
-    epochs = "-" if recipe["steps"] else str(recipe["epochs"])
+    trained = (recipe["train_size"] or SIZES[recipe["dataset"]][0]) - recipe["holdout"]
+    epochs = f"{recipe['steps'] * recipe['batch_size'] / trained:.2g}" if recipe["steps"] else str(recipe["epochs"])
     elapsed_s = statistics.median(row["elapsed_s"] for row in group)
     return [epochs, where, str(len(group)), f"{mean:.3f}", *spread, f"{min(accuracies):.2f}", f"{elapsed_s:.0f}"]
 

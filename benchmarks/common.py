@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from mnist_dist.config import Config, configure, read_recipe, resolve_config
+from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.errors import UserError
 from mnist_dist.loop import Turns, train
 from mnist_dist.machine import count_usable_cores, find_processor, has_native_bfloat16
@@ -90,14 +90,16 @@ def describe_recipe(config: Config) -> Row:
 
 
 def name_settings(settings: Row) -> str:
-    """The recipe's name, with what differs from the recipe of that name as it is now."""
-    name = settings["config"]
-    try:
-        now = describe_recipe(resolve_config({}, read_recipe(name)))
-    except UserError:  # a file of one's own
-        now = describe_recipe(configure())
-    differing = [f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout"]
-    return " ".join([name, *differing])
+    """The recipe's name, with what differs from the recipe of that name as it is now; or the default one's, where less differs from it."""
+
+    def name(recipe: str) -> list[str]:
+        now = describe_recipe(resolve_config({}, read_recipe(recipe)))
+        return [recipe, *(f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout")]
+
+    names: list[list[str]] = [name("mnist")]
+    with contextlib.suppress(UserError):  # a file of one's own
+        names.insert(0, name(settings["config"]))
+    return " ".join(sorted(names, key=len)[0])
 
 
 def find_mnist(config: Config) -> Mnist:
