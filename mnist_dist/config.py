@@ -68,7 +68,7 @@ class Config(Options):
         "The data", 0, "processes that read the samples of a data set that is not kept in memory, beside each process", ge=0, le=1024
     )
 
-    epochs: int = _option("The training", 3, "passes over the training samples", ge=1, le=_STEPS_MAX)
+    epochs: int = _option("The training", 2, "passes over the training samples", ge=1, le=_STEPS_MAX)
     steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
     shards: int | None = _option(
@@ -88,7 +88,7 @@ class Config(Options):
         "learning rate over the steps; one_cycle: up for --warmup, then down to zero along a cosine; step: a tenth in the last quarter",
     )
     warmup: float = _option("The training", 0.2, "part of the steps in which one_cycle rises (fraction)", ge=0, le=1)
-    momentum: float = _option("The training", 0.95, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
+    momentum: float = _option("The training", 0.9, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
     nesterov: bool = _option("The training", True, "sgd: Nesterov's momentum, else the classical one")
     weight_decay: float = _option("The training", 0.01, "weight decay of the optimizer", ge=0, le=10)
     clip_norm: float | None = _option("The training", None, "longest gradient: a longer one is shortened to this 2-norm; none: any", gt=0)

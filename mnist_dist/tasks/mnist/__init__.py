@@ -41,6 +41,7 @@ class Mnist(Classification):
     )
     download: bool = option(False, "fetch missing files into --data_dir", group="The data", recipe=False)
 
+    label_smoothing: float = option(0.2, "label smoothing of the training loss (fraction)", group="The training", ge=0, lt=1)
     rotation: float = option(8.0, "largest random rotation (degrees)", group=_AUGMENTATION, ge=0, le=180)
     shear: float = option(8.0, "largest random shear (degrees)", group=_AUGMENTATION, ge=0, le=60)
     scale: float = option(0.08, "largest random change of size (fraction)", group=_AUGMENTATION, ge=0, le=0.9)
