@@ -92,14 +92,16 @@ def describe_recipe(config: Config) -> Row:
 def name_settings(settings: Row) -> str:
     """The recipe's name, with what differs from the recipe of that name as it is now; or the default one's, where less differs from it."""
 
-    def name(recipe: str) -> list[str]:
+    def list_differing(recipe: str) -> list[str]:
         now = describe_recipe(resolve_config({}, read_recipe(recipe)))
-        return [recipe, *(f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout")]
+        return [f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout"]
 
-    names: list[list[str]] = [name("mnist")]
-    with contextlib.suppress(UserError):  # a file of one's own
-        names.insert(0, name(settings["config"]))
-    return " ".join(sorted(names, key=len)[0])
+    from_default = list_differing("mnist")
+    try:
+        differing = list_differing(settings["config"])
+    except UserError:  # a file of one's own
+        return " ".join([settings["config"], *from_default])
+    return " ".join(["mnist", *from_default] if len(from_default) < len(differing) else [settings["config"], *differing])
 
 
 def find_mnist(config: Config) -> Mnist:
