@@ -94,7 +94,8 @@ def name_settings(settings: Row) -> str:
 
     def list_differing(recipe: str) -> list[str]:
         now = describe_recipe(resolve_config({}, read_recipe(recipe)))
-        return [f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key != "holdout"]
+        unsaid = {"holdout", "epochs" if settings["recipe"]["steps"] else "steps"}  # steps override epochs
+        return [f"{key}={value}" for key, value in settings["recipe"].items() if now.get(key) != value and key not in unsaid]
 
     from_default = list_differing("mnist")
     try:

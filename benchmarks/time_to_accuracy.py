@@ -383,9 +383,12 @@ def _name(row: Row) -> str:
     if row["entry"] == "ours":
         return f"{_NAMES['ours']}, recipe {common.name_settings(row['settings'])}, {row['precision']}"
     workers = row["settings"].get("workers", row.get("workers"))  # older rows had them among the settings
+    return f"{_name_peer(row)}, {row['precision']}, {workers} workers, {row['threads']} threads"
+
+
+def _name_peer(row: Row) -> str:
     # Older rows of the example are of a program that was written after its description.
-    name = _NAMES[row["entry"]] + (" (rewritten)" if row["entry"] == "example" and "sha256" not in row["settings"] else "")
-    return f"{name}, {row['precision']}, {workers} workers, {row['threads']} threads"
+    return _NAMES[row["entry"]] + (" (rewritten)" if row["entry"] == "example" and "sha256" not in row["settings"] else "")
 
 
 def _describe_rates(rows: Sequence[Row]) -> str:
@@ -409,7 +412,7 @@ def _median_end(group: Sequence[Row]) -> float:
 def _compare_ends(groups: dict[str, list[Row]], ours: Sequence[Row] | None) -> list[str]:
     """How much sooner the loop is where the course's recipe ends, and where the example ends."""
     lines = []
-    for name, group in groups.items():
+    for group in groups.values():
         if not ours or group[0]["entry"] not in ("course", "example"):
             continue
         final = statistics.median(row["evaluations"][-1]["accuracy"] for row in group)
@@ -420,7 +423,7 @@ def _compare_ends(groups: dict[str, list[Row]], ours: Sequence[Row] | None) -> l
         }
         for shown, (mark, their_s, event) in marks.items():
             our_s = statistics.median(find_time(row, mark) for row in ours)
-            theirs = f"{name} {event} ({their_s:,.1f} s)"
+            theirs = f"{_name_peer(group[0])} {event} ({their_s:,.1f} s)"
             reaches = f"reaches {shown} in {our_s:,.1f} s, {their_s / our_s:.1f} times sooner than"
             lines.append(f"- The loop {reaches if our_s < math.inf else f'does not reach {shown};'} {theirs}.")
     return ["\n".join(lines)] if lines else []
