@@ -7,7 +7,6 @@ the results file; the same command goes on where it was stopped.
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -20,7 +19,9 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -139,9 +140,8 @@ def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
     return {"precision": precision, "evaluations": evaluations, "first_steps_s": first_steps_s}
 
 
-def train_course(options: argparse.Namespace, seed: int, folder: Path, workers: int) -> Row:
+def train_course(settings: Row, seed: int, folder: Path, workers: int) -> Row:
     """Train the course's way. What it took and reached."""
-    settings = describe_settings("course", options)
     train_loader, test_loader = _make_loaders(settings, folder, workers, stock.make_course_augmentation())
     clock = Clock()
     torch.manual_seed(seed)
@@ -166,18 +166,15 @@ def _make_loaders(settings: Row, folder: Path, workers: int, augmentation: Any =
     return train_loader, stock.make_loader(folder, train=False, batch_size=500, workers=workers, size=settings["test_size"])
 
 
-def train_example(options: argparse.Namespace, seed: int, folder: Path) -> Row:
-    """Run the program `--example`, with a clock around its `train` and an exact count for its `test`. What it took and reached.
+def train_example(file: Path, settings: Row, seed: int, folder: Path) -> Row:
+    """Run the program `file`, with a clock around its `train` and an exact count for its `test`. What it took and reached.
 
     Raises `UserError` if it is another program.
     """
-    specification = importlib.util.spec_from_file_location("example", options.example)
-    if specification is None or specification.loader is None:
-        raise UserError(f"--example {options.example} is no Python file")
-    program: Any = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(program)
+    program: Any = ModuleType("example")
+    SourceFileLoader(program.__name__, str(file)).exec_module(program)
     if not all(hasattr(program, name) for name in ("train", "test", "main")):
-        raise UserError(f"--example {options.example} has no train, test and main; expected mnist/main.py of github.com/pytorch/examples")
+        raise UserError(f"--example {file} has no train, test and main; expected mnist/main.py of github.com/pytorch/examples")
     clock, train = Clock(), program.train
     evaluations: list[Row] = []
 
@@ -185,25 +182,25 @@ def train_example(options: argparse.Namespace, seed: int, folder: Path) -> Row:
         return loader if size is None else DataLoader(Subset(loader.dataset, range(size)), batch_size=loader.batch_size)
 
     def train_timed(arguments: Any, model: Any, device: Any, loader: Any, *rest: Any) -> None:
-        loader = cut(loader, options.train_size)
+        loader = cut(loader, settings["train_size"])
         clock.start()
         train(arguments, model, device, loader, *rest)
         clock.stop()
 
     def evaluate(model: Any, _: Any, loader: Any) -> None:
-        accuracy = stock.measure_accuracy(model, cut(loader, options.test_size))
+        accuracy = stock.measure_accuracy(model, cut(loader, settings["test_size"]))
         evaluations.append({"epoch": len(evaluations) + 1, "time_s": clock.stop(), "accuracy": accuracy})
 
     program.train, program.test = train_timed, evaluate
     stock.write_files(folder / "data")  # where it looks for MNIST before it would fetch it: ../data
     (folder / "program").mkdir()
-    sys.argv = ["main.py", "--seed", str(seed), "--epochs", str(describe_settings("example", options)["epochs"])]
+    sys.argv = ["main.py", "--seed", str(seed), "--epochs", str(settings["epochs"])]
     with contextlib.chdir(folder / "program"):
         program.main()
     return {"precision": "fp32", "evaluations": evaluations}
 
 
-def train_lightning(options: argparse.Namespace, seed: int, folder: Path, workers: int) -> Row:
+def train_lightning(settings: Row, seed: int, folder: Path, workers: int) -> Row:
     """Train the CNN as a user of Lightning would, until the last mark is reached. What it took and reached."""
     try:
         import lightning
@@ -244,7 +241,6 @@ def train_lightning(options: argparse.Namespace, seed: int, folder: Path, worker
                 trainer.should_stop = accuracy >= _MARKS[-1]
                 clock.start()
 
-    settings = describe_settings("lightning", options)
     train_loader, test_loader = _make_loaders(settings, folder, workers)
     clock = Clock()
     times_s: list[float] = []
@@ -259,25 +255,25 @@ def train_lightning(options: argparse.Namespace, seed: int, folder: Path, worker
 
 def train_entry(entry: str, options: argparse.Namespace, seed: int, way: Row) -> Row:
     """One row: train an entry with a seed in this process, with the workers and threads of `way`."""
-    clock = Clock()
+    clock, threads, settings = Clock(), torch.get_num_threads(), describe_settings(entry, options)
     products = [common.measure_products(clock.device)]
     torch.set_num_threads(way["threads"])
     with common.temporary_folder() as folder:
         if entry == "ours":
             trained = train_ours(options, seed, folder)
         elif entry == "lightning":
-            trained = train_lightning(options, seed, folder, way["workers"])
+            trained = train_lightning(settings, seed, folder, way["workers"])
         elif entry == "example":
-            trained = train_example(options, seed, folder)
+            trained = train_example(options.example, settings, seed, folder)
         else:
-            trained = train_course(options, seed, folder, way["workers"])
-    torch.set_num_threads(count_usable_cores())
+            trained = train_course(settings, seed, folder, way["workers"])
+    torch.set_num_threads(threads)
     products.append(common.measure_products(clock.device))
     return {
         "benchmark": "time_to_accuracy",
         "entry": entry,
         "seed": seed,
-        "settings": describe_settings(entry, options),
+        "settings": settings,
         **trained,
         **way,
         "products": products,
@@ -310,10 +306,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             continue
         try:
             if entry not in ways:
-                earlier = [old for old in rows if _identify({**old, "seed": seed}) == _identify(row)]
-                ways[entry] = (
-                    {name: earlier[-1][name] for name in ("workers", "threads", "tried")} if earlier else _find_best(entry, arguments)
-                )
+                ways[entry] = _choose_way(row, rows, arguments)
             _start([*arguments, "--only", entry, str(seed), json.dumps(ways[entry])])
         except RunError as error:
             failures += 1
@@ -339,11 +332,19 @@ def _start(arguments: Sequence[str]) -> None:
         raise RunError(f"failed with status {child.returncode}: {reason}")
 
 
+def _choose_way(row: Row, rows: Sequence[Row], arguments: Sequence[str]) -> Row:
+    """The numbers of loader workers and of threads of an entry: the loop's own, or those of the same peer's earlier rows, or the best."""
+    if row["entry"] == "ours":
+        return {"workers": 0, "threads": count_usable_cores(), "tried": []}
+    for old in reversed(rows):
+        if _identify({**old, "seed": row["seed"]}) == _identify(row):
+            return {name: old[name] for name in ("workers", "threads", "tried")}
+    return _find_best(row["entry"], arguments)
+
+
 def _find_best(entry: str, arguments: Sequence[str]) -> Row:
-    """The numbers of loader workers and of threads with which an entry is quickest here, and the seconds of all that were tried."""
+    """The numbers of loader workers and of threads with which a peer is quickest here, and the seconds of all that were tried."""
     cores = count_usable_cores()
-    if entry == "ours":
-        return {"workers": 0, "threads": cores, "tried": []}  # the loop chooses by itself
     tried: list[Row] = []
     numbers = [0] if entry == "example" else sorted({0, 1, cores})  # the example chooses its workers by itself
     for workers, threads in itertools.product(numbers, sorted({1, cores})):

@@ -168,11 +168,11 @@ def test_the_published_example_is_run_from_the_file_of_the_reader(tmp_path, monk
     file = tmp_path / "main.py"
     file.write_text(EXAMPLE)
     options = argparse.Namespace(**{**vars(OPTIONS), "example": file, "epochs": 2, "train_size": 100, "test_size": 200})
-    evaluations = time_to_accuracy.train_example(options, 7, tmp_path)["evaluations"]
+    settings = time_to_accuracy.describe_settings("example", options)
+    evaluations = time_to_accuracy.train_example(file, settings, 7, tmp_path)["evaluations"]
     assert [row["epoch"] for row in evaluations] == [1, 2]
     assert 0 < evaluations[0]["time_s"] < evaluations[1]["time_s"]
     assert 0 <= evaluations[0]["accuracy"] <= 1
-    settings = time_to_accuracy.describe_settings("example", options)
     file.write_text(EXAMPLE + "\n")  # another version of it is another entry
     assert time_to_accuracy.describe_settings("example", options) != settings
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_not_the_example_is_refused(tmp_path):
         time_to_accuracy.describe_settings("example", options)
     file.write_text("print()")
     with pytest.raises(UserError, match="has no train, test and main"):
-        time_to_accuracy.train_example(options, 0, tmp_path)
+        time_to_accuracy.train_example(file, time_to_accuracy.describe_settings("example", options), 0, tmp_path)
 
 
 def test_the_example_is_asked_for_before_anything_is_trained(tmp_path, capsys):
@@ -295,6 +295,23 @@ def test_a_peer_is_measured_with_the_workers_and_threads_that_are_quickest(tmp_p
     assert time_to_accuracy.main([*arguments, "2"]) == 0  # later: the same, without new trials
     assert trained[2:] == [(2, 1, 2, 6)]
     assert "1 workers, 2 threads" in capsys.readouterr().out
+
+
+def test_older_rows_of_the_loop_say_nothing_of_workers_and_are_gone_on_with(tmp_path, monkeypatch):
+    ways = []
+
+    def start(command, **_):
+        ways.append(json.loads(command[-1]))
+        common.append_row(path, make_row("ours", 1, settings) | ways[-1])
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(time_to_accuracy.subprocess, "run", start)
+    monkeypatch.setattr(time_to_accuracy, "count_usable_cores", lambda: 2)
+    path, settings = tmp_path / "x.jsonl", time_to_accuracy.describe_settings("ours", OPTIONS)
+    older = make_row("ours", 0, settings)
+    common.append_row(path, {name: older[name] for name in older if name not in ("workers", "tried")})
+    assert time_to_accuracy.main(["--results", str(path), "--entries", "ours", "--seeds", "0", "1"]) == 0
+    assert ways == [{"workers": 0, "threads": 2, "tried": []}]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -54,7 +54,7 @@ PICTURED = ["--train_size", "50", "--batch_size", "12"]  # enough samples for ev
 def finished(tmp_path_factory):
     """The folder of a tiny run, with its pictures and its report. Read it, do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run_ranks(folder.parent, TrainAndReport([*TINY, *PICTURED, "--run_dir", str(folder)], folder))
+    run_ranks(folder.parent, TrainAndReport([*TINY, *PICTURED, "--label_smoothing", "0.1", "--run_dir", str(folder)], folder))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_a_finished_run_gets_all_pictures_and_none_is_blank(finished):
         assert 1000 <= image.width <= 1500
         assert 250 <= image.height <= 1500
         pixels = np.array(image.convert("L"))
-        assert 0.03 < (pixels < 250).mean() < 0.95
+        assert 0.05 < (pixels < 250).mean() < 0.95
         assert len(np.unique(pixels)) > 20
 
 
