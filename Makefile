@@ -1,11 +1,11 @@
 # make train   train the default recipe on the embedded MNIST     make test   the unit tests
-# make check   lint, format and types                             make slow-test   long tests and timings
+# make check   lint, format and types                             make slow-test   long tests, and make cost-test the timings
 # make help    the options of a training                          make slurm-test  the job script on a real Slurm of three small nodes
 # make gpu-test  the promises on a GPU                            make hosts-test  several hosts, as network namespaces (root, iproute2)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow-test slurm-test slurm-test-newer hosts-test gpu-test check help clean
+.PHONY: train test slow-test cost-test slurm-test slurm-test-newer hosts-test gpu-test check help clean
 
 train: .venv/.installed
 	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
@@ -18,7 +18,11 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile $(OPTIONS)
 
 slow-test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(OPTIONS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/test_cost.py $(OPTIONS)
+
+# What measures time: nothing beside it.
+cost-test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_cost.py $(OPTIONS)
 
 # Two at a time, each on a cluster of its own: these wait for Slurm more than they compute.
 slurm-test: .venv/.installed-dev

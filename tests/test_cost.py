@@ -23,7 +23,7 @@ from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path):
-    warm_up, blocks = 10, 3
+    warm_up, blocks = 10, 4
     config = configure(steps=warm_up + blocks * STEPS_AT_ONCE, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
     times = {"loop": [], "bare": []}
 
@@ -40,11 +40,15 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
             begin = time.perf_counter()
 
     run_loop(config, take_turns)
-    # In blocks of as many steps as share one draw of transforms, so that it counts.
-    begins = range(warm_up, config.total_steps, STEPS_AT_ONCE)
-    loop_s, bare_s = ([sum(spent[begin : begin + STEPS_AT_ONCE]) for begin in begins] for spent in times.values())
-    ratio = statistics.median(spent_s / other_s for spent_s, other_s in zip(loop_s, bare_s, strict=True))
-    print(f"loop {sum(loop_s):.2f} s, bare {sum(bare_s):.2f} s, median ratio of a block {ratio:.3f}")
+    # In blocks of as many steps as share one draw of transforms, so that it counts; each place in the block at its fastest, as whatever
+    # else the machine does only adds to a time.
+    blocks_s = {
+        name: [spent[begin : begin + STEPS_AT_ONCE] for begin in range(warm_up, config.total_steps, STEPS_AT_ONCE)]
+        for name, spent in times.items()
+    }
+    loop_s, bare_s = (sum(map(min, *blocks_s[name])) for name in ("loop", "bare"))
+    ratio = loop_s / bare_s
+    print(f"a block of {STEPS_AT_ONCE} steps: loop {loop_s:.2f} s, bare {bare_s:.2f} s, ratio {ratio:.3f}")
     assert ratio <= 1.05
 
 
