@@ -326,6 +326,31 @@ def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     assert scaling[1] == f"{ratios[0]:.2f} at batch 64, {ratios[1]:.2f} at batch 512 (7 rounds, seed 0)"
 
 
+def find_references(text):
+    """Of each reference to raw rows, the results file and the numbers of the rows; and the bullet, table row or paragraph that has it."""
+    for chunk in re.split(r"\n(?=[-|])|\n\n", text):
+        for name, numbers in re.findall(r"\(results/(\w+)\.jsonl\)((?:(?:,? and|,| with)? \d+(?: to \d+)?)+)", chunk):
+            ranges = [(int(first), int(last or first)) for first, last in re.findall(r"(\d+)(?: to (\d+))?", numbers)]
+            yield name, [number for first, last in ranges for number in range(first, last + 1)], chunk
+
+
+def test_the_raw_rows_that_the_benchmarks_name_are_of_the_machine_they_name():
+    text = read("benchmarks/README.md")
+    references = [
+        *((*reference, "Intel") for reference in find_references(find_section(text, "Conclusions"))),  # unless another one is named
+        *((*reference, "H100") for reference in find_references(find_section(text, "gpu"))),
+    ]
+    assert len(references) >= 15
+    for name, numbers, chunk, usual in references:
+        machines = {usual, *(machine for machine in ("EPYC", "H100") if machine in chunk)}
+        lines = read(f"benchmarks/results/{name}.jsonl").splitlines()
+        assert max(numbers) <= len(lines), (name, numbers)
+        for number in numbers:
+            machine = json.loads(lines[number - 1])["machine"]
+            shown = machine["gpu"] or machine["cpu"]
+            assert any(machine in shown for machine in machines), (name, number, shown)
+
+
 def test_the_example_of_the_readme_is_in_the_raw_rows():
     row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[59])
     wrong, seconds = row["test/errors"], round(row["elapsed_s"])
