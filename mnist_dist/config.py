@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from mnist_dist.errors import UserError
 from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file, trait
-from mnist_dist.source import BUILT_IN, Unknown, find_task
+from mnist_dist.source import BUILT_IN, Unknown, explaining, find_task
 from mnist_dist.task import Task
 
 SIZE_NAMES = ("training_samples", "test_samples")
@@ -121,7 +121,8 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
-        self._sizes = self.task.sizes
+        with explaining(self.task.name, "in sizes"):
+            self._sizes = self.task.sizes
         if self.holdout and self.test_size is not None:
             raise ValueError("test_size has no use with holdout, which evaluates on training samples: leave one of them out")
         if self.shards is not None and self.shards > self.batch_size:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
@@ -66,6 +67,10 @@ class Batch(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _send_plainly(self)
+
+    def pin_memory(self) -> "Batch":
+        """The same, ready to be sent to a GPU. torch asks for it, and would else make lists of the ranges."""
+        return self._replace(samples=pin_memory(self.samples))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +186,14 @@ class Seeded:
         return _Failure(f"task {self.task.name}: {reason}")
 
 
+def is_in_memory(split: Dataset[Any]) -> TypeGuard[TensorDataset]:
+    """Whether the samples of a split are rows of its tensors, and nothing is done to one that is read."""
+    return isinstance(split, TensorDataset) and type(split).__getitem__ is TensorDataset.__getitem__
+
+
 def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.device) -> InMemory | Seeded:
     """A split as it is read: on `device` if it is kept in memory, else sample by sample."""
-    return InMemory(split, device) if isinstance(split, TensorDataset) else Seeded(split, config.task, config.seed, what)
+    return InMemory(split, device) if is_in_memory(split) else Seeded(split, config.task, config.seed, what)
 
 
 def read_share(kept: InMemory | Seeded, share: Share, kind: type[UserError] | type[RunError] = UserError) -> Any:
@@ -248,7 +258,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
     config = config.with_sizes(sizes)
     train, holdout = _hold_out(data.train, config.train_size or sizes[0], config.holdout)
     data = Data(train, take_samples(data.test, range(config.test_size or sizes[1])), holdout)
-    if config.workers and all(isinstance(split, TensorDataset) for split in (data.train, data.evaluated)):
+    if config.workers and all(map(is_in_memory, (data.train, data.evaluated))):
         raise UserError(
             f"workers is {config.workers}, but task {task.name} keeps its data in memory, where no worker has any work: leave it out"
         )
@@ -295,7 +305,7 @@ def take_samples(split: Dataset[Any], places: Sequence[int]) -> Dataset[Any]:
     """Some samples of a split; a range begins with the first."""
     if len(places) == len(split):  # type: ignore[arg-type]
         return split
-    if isinstance(split, TensorDataset):
+    if is_in_memory(split):
         which = slice(len(places)) if isinstance(places, range) else torch.tensor(places)
         return TensorDataset(*(tensor[which] for tensor in split.tensors))
     return Subset(split, places)
@@ -307,7 +317,7 @@ def fingerprint(data: Data, task: Task) -> str:
     Of all that is kept in memory; else of the number of samples and of the first, the last and some in between.
     """
     digest = hashlib.sha256()
-    if isinstance(data.train, TensorDataset):
+    if is_in_memory(data.train):
         for tensor in data.train.tensors:
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         return digest.hexdigest()[:16]
@@ -370,9 +380,10 @@ class StepSampler(DistributedSampler[Any]):
         return self.config.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[Share]:
-        orders, shuffled_epoch, size = [torch.empty(0)], -1, self.config.batch_size
+        orders, shuffled_epoch = [torch.empty(0)], -1
+        size, steps_per_epoch = self.config.batch_size, self.config.steps_per_epoch
         for step in range(self.start_step, self.config.total_steps):
-            epoch, batch = divmod(step, self.config.steps_per_epoch)
+            epoch, batch = divmod(step, steps_per_epoch)
             if epoch != shuffled_epoch:
                 # DistributedSampler shuffles by seed + epoch. The hash replaces that sum; the rest (a part's share) is its own work.
                 self.seed, self.epoch = derive_seed(self.config.seed, "order", epoch) >> 1, 0
@@ -393,10 +404,10 @@ class StepSampler(DistributedSampler[Any]):
         """Does nothing: Accelerate calls this with its own count of epochs, but here the epoch follows from the step."""
 
 
-def list_shares(count: int, group: Group) -> list[Share]:
-    """This rank's part of a split of `count` samples, in batches: over all ranks, each sample once."""
+def list_shares(count: int, group: Group, at_once: int | None) -> list[Share]:
+    """This rank's part of a split of `count` samples, in batches of at most `at_once`: over all ranks, each sample once."""
     mine = torch.arange(count)[group.rank :: group.size]
-    parts = torch.split(mine, _EVALUATED_AT_ONCE) if len(mine) else ()
+    parts = torch.split(mine, min(_EVALUATED_AT_ONCE, at_once or _EVALUATED_AT_ONCE)) if len(mine) else ()
     # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
     return [Share(0, part, (range(int(part[0]), int(part[-1]) + 1, group.size),)) for part in parts]
 
@@ -404,7 +415,7 @@ def list_shares(count: int, group: Group) -> list[Share]:
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = keep_split(split, config, "test", device)
-    for part in torch.split(torch.arange(len(kept)), _EVALUATED_AT_ONCE):
+    for part in torch.split(torch.arange(len(kept)), min(_EVALUATED_AT_ONCE, config.micro_batch or _EVALUATED_AT_ONCE)):
         yield send_to_device(read_share(kept, Share(0, part, (range(int(part[0]), int(part[-1]) + 1),)), RunError), device)
 
 
@@ -416,7 +427,7 @@ class Reader:
         self.task, self.what = config.task, what
         self.timeout_s = config.timeout_s
         # Of each worker its process, and the sample that it is at, or -1. Memory that the processes share.
-        self.workers = torch.full((0 if isinstance(split, TensorDataset) else config.workers, 2), -1, dtype=torch.int64)
+        self.workers = torch.full((0 if is_in_memory(split) else config.workers, 2), -1, dtype=torch.int64)
         several: dict[str, Any] = {}
         kept = keep_split(split, config, what, group.device)
         if len(self.workers):

@@ -105,4 +105,4 @@ def _check_measures(task: Task, measures: Any) -> None:
 
 def open_evaluation(split: Any, config: Any, group: Group, what: str = "test") -> Reader:
     """A reader of this rank's part of a split, for `evaluate`. To be closed, as in a `with` statement."""
-    return Reader(split, config, group, what, list_shares(len(split), group))
+    return Reader(split, config, group, what, list_shares(len(split), group, config.micro_batch))

@@ -469,7 +469,7 @@ def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[T
         for piece, numbers in state.cut(samples, drawn):
             loss = task.losses(state.bare_model, piece, numbers).sum() / config.batch_size
             found = torch.autograd.grad(loss, trained)
-            total = [one.add_(other) for one, other in zip(total, found, strict=True)] if total else list(found)
+            total = [one + other for one, other in zip(total, found, strict=True)] if total else list(found)
         return total
 
 

@@ -13,7 +13,7 @@ from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data, send
-from mnist_dist.distributed import Agreement, join_group
+from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.graph import GraphedStep
@@ -22,6 +22,7 @@ from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.record import Row, pick_measures
+from mnist_dist.rendezvous import name_ranks
 from mnist_dist.run_folder import RunFolder, describe_versions
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
@@ -69,9 +70,9 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
         shared |= {"micro_batch": config.micro_batch}
         if (main := group.broadcast(shared)) != shared:
-            differing = ", ".join(sorted(name for name in {*main, *shared} if main.get(name) != shared.get(name)))
             raise UserError(
-                f"this rank has other options than rank zero ({differing}): start all processes with the same command and files"
+                f"this rank has other options than rank zero ({_list_differing(main, shared)}): start all processes with the same command "
+                "and files"
             )
         # Whatever can be refused is refused before the run folder is made.
         if (result := run.check()) is not None:
@@ -80,6 +81,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         config, data = load_data(config)
         state = TrainingState(config, data, group)
         task, run.config = config.task, config
+        if turns is _take_no_turns:  # verify compares the data itself, and names a rank by its host
+            _check_data(state, group)
 
         saved = run.open(state.count_bytes())
         recorded = state.restore(saved) if saved is not None else []
@@ -166,6 +169,20 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         _log.info("finished: %s", _summarize(config, values))
         run.publish(values, data, evaluation)
         return Result(Stop.NONE, state.step, values)
+
+
+def _check_data(state: TrainingState, group: Group) -> None:
+    """Raise `UserError` on all ranks where some have other training data, or other numbers of samples."""
+    first, *others = group.gather({"data": state.fingerprint} | state.config.name_sizes())
+    if odd := [rank for rank, other in enumerate(others, start=1) if other != first]:
+        raise UserError(
+            f"rank zero has other data than {name_ranks(odd)} ({_list_differing(first, others[odd[0] - 1])}): give all hosts the same, in "
+            "the same order (os.listdir and glob have none: sort what they give)"
+        )
+
+
+def _list_differing(one: Row, other: Row) -> str:
+    return ", ".join(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Meter:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
-            raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1} on rank {rank}; {_ADVICE}")
+            where = "" if self.config.shards else f" on rank {rank}"  # with shards each rank has the loss of all
+            raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1}{where}; {_ADVICE}")
         self._step += len(self._losses)
         self._losses.clear()
         return losses[:, -1].double().mean().item()

@@ -58,7 +58,7 @@ class Options(BaseModel):
         if (isinstance(value, str) and len(value) > _TEXT_MAX) or (isinstance(value, int) and abs(value) >= 2**64):
             raise PydanticCustomError("too_long", "a value of such a size is not allowed")
         # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
-        if isinstance(value, bool) and field.annotation is not bool:
+        if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
             raise ValueError("true and false are not allowed here")
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("expected printable characters")
@@ -167,6 +167,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         )
         self._names: list[str] = []
+        self._with_none: set[str] = set()  # those of which `none` is a word
         self._commands: set[str] = set()
         self._groups: dict[str, Any] = {}
 
@@ -221,6 +222,8 @@ class Parser(argparse.ArgumentParser):
                 **flag,
             )
             self._names.append(name)
+            if "none" in _literals(model, name):
+                self._with_none.add(name)
             if trait(field, "command"):
                 self._commands.add(f"--{name}")
 
@@ -230,7 +233,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             shown = unknown[0].split("=")[0]
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
-        return {name: None if value == "none" else value for name, value in vars(known).items()}
+        return {name: None if value == "none" and name not in self._with_none else value for name, value in vars(known).items()}
 
 
 class _StrictLoader(yaml.SafeLoader):

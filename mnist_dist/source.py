@@ -92,7 +92,8 @@ def _load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        with explaining(name, "while it was imported"), warnings.catch_warnings(action="error", category=UserWarning):
+        with explaining(name, "while it was imported"), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Field name .* shadows", UserWarning)  # pydantic's, of an option that hides a method
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]

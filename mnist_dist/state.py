@@ -23,11 +23,12 @@ from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed
 from mnist_dist.record import check_same, find_step
-from mnist_dist.source import BUILT_IN
+from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
 from mnist_dist.tier import check_count, find_tier, keeping, take
 
 _log = logging.getLogger(__name__)
+_SETTLING = "in a first pass of several processes, where losses may call the model itself alone, and no method of it"
 
 
 class TrainingState:
@@ -75,7 +76,8 @@ class TrainingState:
         """
         if self.model is not self.bare_model:
             samples, drawn = send_to_device(self.probe, self.group.device)
-            with keeping(self.bare_model):
+            name = self.config.task.name
+            with keeping(self.bare_model), explaining(name, _SETTLING, RunError):
                 self.config.task.losses(self.model, samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
@@ -128,12 +130,14 @@ class TrainingState:
             for piece, numbers in self.cut(take(samples, rows), take(drawn, rows)):
                 loss = self.config.task.losses(self.model, piece, numbers).sum() / self.config.batch_size
                 found = torch.autograd.grad(loss, self.trained)
-                gradients = [one.add_(other) for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
+                # Not in place: the gradients of two parameters that are added up are one tensor.
+                gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
                 losses.append(loss.detach())
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = dict(self.bare_model.named_buffers())
-            changes = [now[name] - starts[name] for name in self.averaged]
+            # What has not moved has no difference: an infinite number, as in a mask, would have none.
+            changes = [torch.where(now[name] == starts[name], 0, now[name] - starts[name]) for name in self.averaged]
             return self.flat.pack([*gradients, *changes], [torch.stack(losses).sum()])
 
         total = tree(compute)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, Seeded, Share, StepSampler, draw, keep_split, load_data, read_share, seed_generators
+from mnist_dist.data import Batch, Seeded, Share, StepSampler, draw, is_in_memory, keep_split, load_data, read_share, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -90,7 +90,7 @@ def digest_data(config: Config, data: Data, backwards: bool = False) -> dict[str
 
 def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: bool) -> dict[int, str]:
     count = len(split)  # type: ignore[arg-type]
-    if isinstance(split, TensorDataset):
+    if is_in_memory(split):
         size = -(-count // _BLOCKS)
         return {start: digest([tensor[start : start + size] for tensor in split.tensors]) for start in range(0, count, size)}
     kept = Seeded(split, config.task, config.seed, what)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ import yaml
 
 from mnist_dist.config import Config, configure, find_config_file, make_config, parse_command_line
 from mnist_dist.errors import UserError
-from mnist_dist.options import read_options_file
+from mnist_dist.options import Options, Parser, make_options, option, read_options_file
 from mnist_dist.train import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -131,6 +132,22 @@ def test_a_mistake_in_a_file_gets_one_message_and_exit_2(tmp_path, text, words, 
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert len(message) < 1000
+
+
+class Words(Options):
+    norm: Literal["batch", "none"] = option("Words", "batch", "a word that is `none`")
+    tied: bool | None = option("Words", None, "unset, or either")
+    limit: int | None = option("Words", 3, "unset, or a number")
+
+
+def test_options_may_have_a_word_none_and_be_true_false_or_unset():
+    parser = Parser("words", "")
+    parser.add_options(Words)
+    given = make_options(Words, parser.parse(["--norm", "none", "--tied", "true", "--limit", "none"]))
+    assert (given.norm, given.tied, given.limit) == ("none", True, None)
+    assert make_options(Words, given.model_dump()) == given
+    with pytest.raises(UserError, match="limit is True"):
+        make_options(Words, {"limit": True})
 
 
 def test_an_empty_file_means_the_defaults(tmp_path):

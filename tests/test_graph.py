@@ -37,6 +37,21 @@ def test_each_call_gets_its_own_inputs_and_keeps_its_output(recorded):
     assert len(recorded) == 1
 
 
+def test_the_batches_of_a_data_set_may_be_dictionaries(recorded):
+    step = GraphedStep(lambda samples, _: (samples["x"] * samples["y"][0]).sum())
+    outputs = [step({"x": torch.full((2,), float(number)), "y": [torch.tensor([2.0])]}, None) for number in range(8)]
+    assert torch.stack(outputs).tolist() == [4.0 * number for number in range(8)]
+    assert len(recorded) == 1
+
+
+def test_a_batch_of_another_shape_is_refused_and_not_spread_over_the_first(recorded):
+    step = GraphedStep(lambda samples: samples["x"].sum())
+    for _ in range(4):
+        step({"x": torch.zeros(64, 37)})
+    with pytest.raises(UserError, match=r"here it is \[64, 1\], and was \[64, 37\]"):
+        step({"x": torch.zeros(64, 1)})
+
+
 def test_a_graph_is_recorded_after_some_steps_and_once(recorded):
     step = GraphedStep(lambda a: a.sum())
     counts = []

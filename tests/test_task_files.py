@@ -5,7 +5,9 @@ import os
 from dataclasses import dataclass
 
 import pytest
+import torch
 from processes import Train, run_ranks
+from safetensors.torch import load_file
 
 from launch import jobs, submit, sweep
 from mnist_dist import evaluate, export, report
@@ -75,6 +77,13 @@ WRONG = [
         ["width", "allowed: bool, int, float, str"],
         2,
     ),
+    (
+        "sizes that fail",
+        [(LOAD, "    @property\n    def sizes(self):\n        return len(None)\n\n    def load(self):")],
+        ["in sizes", "TypeError"],
+        2,
+    ),
+    ("a number too many", [(SEQUENTIAL, "nn.Linear(3, 3)")], ["numbers of shape [4, 3]", "there are 2 classes"], 2),
     ("an option without a default", [("    width: int", "    depth: int\n    width: int")], ["depth has no default"], 2),
     ("an option that clashes", [("    width: int", "    batch_size: int = 3\n    width: int")], ["batch_size", "every training has"], 2),
     ("an option that hides a method", [("    width: int", "    draw: int = 3\n    width: int")], ["draw"], 2),
@@ -215,6 +224,76 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
     assert "Traceback" not in text
     if "while it was imported" in errors[0] or "in load" in errors[0] or "losses" in words[0]:
         assert not (tmp_path / "run").exists()
+
+
+def test_a_warning_of_what_a_task_imports_is_no_mistake(tmp_path):
+    name = write(
+        tmp_path / "warns.py", SANE, ("import torch\n", "import warnings\nimport torch\nwarnings.warn('a newer version is out')\n")
+    )
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+
+
+def test_a_method_of_the_model_is_named_where_several_processes_cannot_call_it(tmp_path):
+    model = "model = nn.Sequential(nn.Linear(3, 2))\n        model.encode = model.forward\n        return model"
+    encode = LOSSES.format("nn.functional.cross_entropy(model.encode(batch[0]), batch[1], reduction='none')")
+    name = write(tmp_path / "encodes.py", SANE, (f"return {SEQUENTIAL}", model), (BUILD, encode))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    text = run_ranks(tmp_path / "logs", Train(arguments), 2, expect=1)
+    assert "losses may call the model itself alone, and no method of it: " in text
+    assert "has no attribute 'encode'" in text
+    assert "Traceback" not in text
+
+
+SHARDED = [*SHORT, "--shards", "2", "--optimizer", "sgd", "--momentum", "0", "--learning_rate", "0.1"]
+
+
+def test_an_infinite_number_in_a_mask_stays_one_with_shards(tmp_path):
+    masked = f"model = {SEQUENTIAL}\n        model.register_buffer('mask', torch.full((2,), -torch.inf), persistent=False)\n"
+    masked += "        model.register_forward_hook(lambda m, _, out: out + m.mask.clamp(min=0))\n        return model"
+    name = write(tmp_path / "masked.py", SANE, (f"return {SEQUENTIAL}", masked))
+    losses = LOSSES.format("super().losses(model, batch, drawn) + (0 if model.mask.isneginf().all() else float('nan'))")
+    write(tmp_path / "masked.py", (tmp_path / "masked.py").read_text(), (BUILD, losses))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHARDED]))
+
+
+def test_a_loss_that_is_not_finite_blames_no_rank_where_each_has_the_loss_of_all(tmp_path):
+    losses = LOSSES.format("super().losses(model, batch, None) * (float('nan') if model.training and drawn[0] > 1 else 1)")
+    drawn = "    def draw(self, seed, step, size):\n        return torch.full((size,), float(step))\n\n"
+    name = write(tmp_path / "nan.py", SANE, (BUILD, drawn + losses))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHARDED]), expect=1)
+    assert "the loss is nan at step 3; " in text
+
+
+def test_two_parameters_that_share_a_gradient_are_trained_alike_in_any_pieces(tmp_path):
+    shared = "return Sum()"
+    model = (
+        "class Sum(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.base = nn.Parameter(torch.zeros(2, 3))\n"
+    )
+    model += "        self.delta = nn.Parameter(torch.zeros(2, 3))\n\n    def forward(self, inputs):\n"
+    model += "        return inputs @ (self.base + self.delta).T\n\n\nclass Mine"
+    name = write(tmp_path / "shared.py", SANE, (f"return {SEQUENTIAL}", shared), ("class Mine", model))
+    for folder, more in (("whole", ()), ("pieces", ("--micro_batch", "1"))):
+        run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / folder), *SHARDED, *more]))
+    whole, pieces = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "pieces"))
+    assert all(torch.allclose(value, pieces[key], atol=1e-6) for key, value in whole.items())
+    assert whole["base"].abs().max() > 0.01
+
+
+@dataclass(frozen=True)
+class TrainOnOwnOrder(Train):
+    """A rank whose file system gives the files in an order of its own."""
+
+    def __call__(self):
+        os.environ["ORDER"] = os.environ.get("RANK", "0")
+        return super().__call__()
+
+
+def test_ranks_with_other_data_are_refused(tmp_path):
+    own = "import os\n        numbers = torch.arange(60.0) if os.environ['ORDER'] == '0' else torch.arange(60.0).flip(0)"
+    name = write(tmp_path / "listed.py", SANE, ("numbers = torch.arange(60.0)", own))
+    text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), 2, expect=None)
+    assert "rank zero has other data than rank 1 (data)" in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_parameter_is_resumed(tmp_path):

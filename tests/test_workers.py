@@ -14,10 +14,12 @@ import pytest
 import torch
 from processes import Train, run_ranks, start_ranks
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mnist_dist.config import make_config
-from mnist_dist.data import Batch, Reader, Share, list_tensors
+from mnist_dist import data
+from mnist_dist.config import configure, make_config
+from mnist_dist.data import Batch, Reader, Share, keep_split, list_tensors, read_share, take_samples
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.world import World
@@ -183,3 +185,27 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
         assert torch.equal(one, other)
     for one in list_tensors(came.samples):
         one.zero_()  # they may be written to
+
+
+def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
+    monkeypatch.setattr(data, "pin_memory", lambda samples: [f"pinned {sample}" for sample in samples])
+    batch = Batch(3, torch.arange(2), ["a", "b"], (range(0, 4, 2),))
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert (pinned.samples, pinned.parts, pinned.step) == (["pinned a", "pinned b"], (range(0, 4, 2),), 3)
+
+
+class Halved(TensorDataset):
+    """In memory, but what is read is not what lies there."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] / 2, 1
+
+
+def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
+    split, config = Halved(torch.arange(8.0)), configure()
+    share = Share(0, torch.arange(2, 4), (range(2),))
+    for kept in (
+        keep_split(split, config, "test", torch.device("cpu")),
+        keep_split(take_samples(split, range(6)), config, "test", torch.device("cpu")),
+    ):
+        assert read_share(kept, share)[0].tolist() == [1.0, 1.5]

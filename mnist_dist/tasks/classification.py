@@ -73,7 +73,16 @@ class Classification(Task):
         from torch.nn.functional import cross_entropy
 
         inputs, labels = self.make_inputs(batch, drawn)
-        return cross_entropy(model(inputs), labels, reduction="none", label_smoothing=self.label_smoothing)
+        return cross_entropy(self._classify(model, inputs), labels, reduction="none", label_smoothing=self.label_smoothing)
+
+    def _classify(self, model: "nn.Module", inputs: Any) -> "Tensor":
+        logits: Tensor = model(inputs)
+        if logits.shape[1:2] != (len(self.class_names),):
+            raise UserError(
+                f"task {self.name}: the model gives numbers of shape {list(logits.shape)}, and there are {len(self.class_names)} "
+                "classes; expected one number for each class of each sample"
+            )
+        return logits
 
     def tally(self, model: "nn.Module", batch: Any) -> Tally:
         """The number of samples, the sum of their cross-entropy, the confusion matrix; wrong predictions by their confidence."""
@@ -81,7 +90,7 @@ class Classification(Task):
         from torch.nn.functional import cross_entropy
 
         inputs, labels = self.make_inputs(batch)
-        logits = model(inputs).float()
+        logits = self._classify(model, inputs).float()
         classes = len(self.class_names)
         predicted = logits.argmax(dim=1)
         probabilities = logits.softmax(dim=1)
