@@ -1,10 +1,12 @@
 """What Slurm offers and what it says of jobs: sinfo, squeue and scontrol in forms for machines. No slurmdbd is needed."""
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.request import Request
@@ -60,7 +62,7 @@ class Job:
 
 
 _ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
-_ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"}
+_ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
 
 def is_slurm_here() -> bool:
@@ -82,7 +84,7 @@ def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
 
 def read_nodes() -> list[Nodes]:
     """The nodes of all partitions. Raises `RunError`."""
-    text = run_slurm("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%T|%c|%m|%G")
+    text = run_slurm("sinfo", "--all", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%T|%c|%m|%G")
     return [_parse_nodes(line) for line in text.splitlines() if line.count("|") >= 8]
 
 
@@ -125,20 +127,27 @@ def count_gpus(gres: str) -> int:
 def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     """Compare a request with what the cluster has. Raises `UserError` where no wait would help; returns what is worth a note."""
     names = sorted({some.partition for some in nodes})
-    partition = request.partition or next((some.partition for some in nodes if some.is_default), None)
+    partition = request.partition or os.environ.get("SBATCH_PARTITION") or next((some.partition for some in nodes if some.is_default), None)
     if partition is None:
-        raise UserError(f"partition is none, and this cluster has no default one; allowed: {', '.join(names) or 'there are none'}")
-    here = [some for some in nodes if some.partition == partition]
+        return [
+            f"partition is none, and this cluster has no default one: its own rules must choose it; there are {', '.join(names) or 'none'}"
+        ]
+    here = [some for some in nodes if some.partition in partition.split(",")]
     if not here:
         raise UserError(f"partition is {partition!r}, which this cluster does not have; allowed: {', '.join(names)}")
-    mistakes = []
-    limit = min(some.time_limit_min for some in here)
+    mistakes: list[str] = []
+    notes: list[str] = []
+    # A quality of service may allow more than the partition does.
+    beyond = notes if request.qos or os.environ.get("SBATCH_QOS") else mistakes
+    limit = max(some.time_limit_min for some in here)
     if request.time > limit:
-        mistakes.append(f"time is {request.time} min; partition {partition} allows at most {limit:.0f} min")
+        beyond.append(f"time is {request.time} min; partition {partition} allows at most {limit:.0f} min")
     cpus, gpus, memory_mb = request.tasks * (request.cpus_per_task or 1), request.gpus_per_node, (request.memory_gb or 0) * 1024
-    count, allowed = sum(some.count for some in here), min(some.most_nodes for some in here)
+    count, allowed = sum(some.count for some in here), max(some.most_nodes for some in here)
     if request.nodes > min(count, allowed):
-        mistakes.append(f"nodes is {request.nodes}; partition {partition} has {count} nodes and allows {min(count, allowed):.0f} for a job")
+        (mistakes if request.nodes > count else beyond).append(
+            f"nodes is {request.nodes}; partition {partition} has {count} nodes and allows {min(count, allowed):.0f} for a job"
+        )
     for words, asked, unit, offered in (
         (f"{request.tasks} tasks of {request.cpus_per_task or 1} CPUs", cpus, "CPUs", [some.cpus for some in here]),
         (f"gpus_per_node {gpus}", gpus, "GPUs", [some.gpus for some in here]),
@@ -154,20 +163,30 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     if mistakes:
         raise UserError("\n".join(mistakes))
     up = sum(some.count for some in fitting if some.are_up)
-    notes = [] if up >= request.nodes else [f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}"]
-    if not here[0].is_partition_up:
+    if up < request.nodes:
+        notes.append(f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}")
+    if not any(some.is_partition_up for some in here):
         notes.append(f"partition {partition} is not up; the job waits until it is")
     return notes
 
 
-def read_jobs() -> list[Job]:
-    """The user's jobs that wait, run or ended within the last minutes; none where there is no Slurm or it does not answer."""
+def read_jobs(say: Callable[[str], None] | None = None) -> list[Job]:
+    """The user's jobs that wait, run or ended within the last minutes; none without Slurm.
+
+    Where it does not answer, this raises `RunError`; or, with `say`, that is said, and there are none.
+    """
     if not is_slurm_here():
         return []
     fields = ("JobArrayID", "JobID", "State", "Reason", "NodeList", "RestartCnt")
+    columns = ",".join(f"{field}:|" for field in fields)
     try:
-        text = run_slurm("squeue", "--me", "--states=all", "--array", "--noheader", "-O", ",".join(f"{field}:|" for field in fields))
-    except RunError:
+        text = run_slurm("squeue", "--me", "--all", "--states=all", "--array", "--noheader", "-O", columns)
+    except RunError as error:
+        if "configuration source" in str(error):  # its commands are here, and no cluster
+            return []
+        if say is None:
+            raise
+        say(f"note: {error}; jobs that only wait in the queue are not known")
         return []
     rows = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
     return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows if len(row) > len(fields)]

@@ -122,7 +122,8 @@ def read_log(text: str) -> Log:
     log = Log()
     for line in text.splitlines():
         line = line.rpartition("\r")[2].rstrip()[:_WORDS_MAX]
-        if _START.search(line) or (log.lines and _REQUEUED.search(log.lines[-1])):
+        # After it was requeued comes another start; what Slurm says of the end of this one belongs to this one.
+        if _START.search(line) or (log.lines and _REQUEUED.search(log.lines[-1]) and "DUE TO JOB REQUEUE" not in line):
             log = Log()
         if not line:
             continue

@@ -74,6 +74,7 @@ class Facts:
     damaged: list[str]
     copy_of: str
     last_row: Row
+    unanswered: list[str]  # what Slurm did not tell
 
     @property
     def start(self) -> Row:
@@ -123,9 +124,14 @@ def gather_facts(path: Path, job: str) -> Facts:
     read(RESULT_FILE, lambda: read_result(path, config))
     rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
     noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
-    state = read_state(path, cluster.read_jobs())
+    unanswered: list[str] = []
+    state = read_state(path, cluster.read_jobs(unanswered.append))
     number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
     start = starts[number - 1] if number else {}
+    if not state.is_active:  # of a chain, the last one that has done something; those after it had nothing to do
+        jobs = list_noted_jobs(noted)
+        done = [name for name in (str(ended.get("job")), str(start.get("job"))) if name in jobs]
+        job = job or max(done, key=jobs.index, default="")
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
     is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
@@ -140,7 +146,7 @@ def gather_facts(path: Path, job: str) -> Facts:
     status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
     return Facts(
         path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
-        _find_original(path), rows[-1] if rows else {},
+        _find_original(path), rows[-1] if rows else {}, unanswered,
     )  # fmt: skip
 
 

@@ -24,11 +24,14 @@ from launch import cluster
 from launch.account import JOB_NAME, Account, read_account
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
 from launch.evidence import RUNS, Facts, find_log, find_run, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
+from launch.request import list_words
 from launch.runs import (
     describe_best,
     find_saved_step,
     is_run,
+    list_noted_jobs,
     read_own_note,
+    read_request,
 )
 from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
@@ -199,6 +202,7 @@ def _explain_run(path: Path, job: str) -> Explanation:
         )
     if facts.copy_of:
         answer.notes.append(f"this folder is a copy of {facts.copy_of}: the job and the process in its notes are that one's")
+    answer.notes += [words.removeprefix("note: ") for words in facts.unanswered]
     answer.notes += [f"damaged: {message}" for message in facts.damaged]
     answer.now = _advise(facts, answer)
     return answer
@@ -221,6 +225,8 @@ def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
         return strong, [log.notice_line] if log.notice == strong else []
     if why.startswith("stopped"):
         if Stop.REQUEUE.cause in why:
+            if weak == "cancelled" and not log.requeue:  # while it waited to be started again
+                return weak, []
             return "to be continued", [log.requeue] if log.requeue else []
         return ("interrupted", []) if Stop.INTERRUPT.cause in why else (weak or "stopped", [])
     if why.startswith("failed"):
@@ -465,15 +471,11 @@ def _make_command(facts: Facts) -> str:
         return "the same command as before"
     rest = ["--config", str(facts.path / CONFIG_FILE), "--run_dir", str(facts.path)]
     size, launcher = facts.world_size, str(start.get("launcher", ""))
-    noted = read_own_note(facts.path, "job")
-    if noted:
-        local = str(noted.get("log", "")).endswith("_log.out")
-        nodes = start.get("nodes")
-        nodes = 1 if local or not is_count(nodes) or not nodes or size % nodes else nodes
-        words = ["--cluster", "local"] if local else ["--nodes", str(nodes)]
-        words += ["--tasks_per_node", str(size // nodes)] if size // nodes > 1 else []
-        account = facts.account
-        words += ["--time", str(max(1, round(account.limit_s / 60)))] if account and account.limit_s and not local else []
+    if noted := read_own_note(facts.path, "job"):
+        request, chain = read_request(facts.path), len(list_noted_jobs(noted))
+        if request is None:
+            return "the same command as before"
+        words = [*list_words(request), *([f"--chain={chain}"] if chain > 1 else [])]
         return shlex.join(["python", "-m", "launch.submit", *words, *rest])
     if start.get("job") and launcher == "srun":
         return "the same sbatch command again"

@@ -22,12 +22,13 @@ from launch.runs import RunState, find_noted_log, find_runs, find_saved_step, is
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_table, print_answer
+from mnist_dist.program import make_printable, make_table, print_answer
 from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")
 _POLL_S = 1.0
 _SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
+_UNANSWERED_S = 60.0  # for which Slurm may be busy, or be started again
 _CANCEL_TIMEOUT_S = 300.0
 
 _EPILOG = """follow RUN: show the log of a run until it ends, requeues included; exit status 0 if it is finished
@@ -65,7 +66,7 @@ def _list(folder: Path, as_json: bool) -> int:
         return 0
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected the folder that the runs are in")
-    jobs = cluster.read_jobs()
+    jobs = cluster.read_jobs(_say)
     runs = [read_state(path, jobs) for path in find_runs(folder)]
     if as_json:
         print(json.dumps([{**dataclasses.asdict(run), "path": str(run.path)} for run in runs], indent=2))
@@ -104,14 +105,15 @@ def follow(path: Path) -> int:
     """Print the log of the run in `path` until the run ends. 0 if it is finished, 1 if not."""
     log, position, ended_s = "", 0, 0.0
     while True:
-        run = read_state(path, cluster.read_jobs())
+        unanswered: list[str] = []
+        run = read_state(path, cluster.read_jobs(unanswered.append))
         newest = locate_log(run)
         if newest != log:
             _copy(log, position)
             log, position = newest, 0
         position = _copy(log, position)
         ended_s = 0.0 if run.is_active else ended_s + _POLL_S
-        if run.is_finished or ended_s > _SETTLE_S:
+        if run.is_finished or ended_s > (_UNANSWERED_S if unanswered else _SETTLE_S):
             break
         time.sleep(_POLL_S)
     _copy(log, position)
@@ -129,6 +131,10 @@ def locate_log(run: RunState) -> str:
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
 
 
+def _say(text: str) -> None:
+    print(make_printable(text), file=sys.stderr)
+
+
 def _copy(log: str, position: int) -> int:
     try:
         if not os.path.isfile(log):  # not begun; or not a file, which would never end
@@ -144,8 +150,11 @@ def _copy(log: str, position: int) -> int:
 
 
 def cancel(path: Path) -> int:
-    """Let the run in `path` save and end. Raises `UserError` where there is nothing to cancel."""
-    run = read_state(path, cluster.read_jobs())
+    """Let the run in `path` save and end. Raises `UserError` where there is nothing to cancel, `RunError` where that is not known."""
+    unanswered: list[str] = []
+    run = read_state(path, cluster.read_jobs(unanswered.append))
+    if unanswered and run.pid is None:
+        raise RunError(unanswered[0].removeprefix("note: "))
     if not run.is_active:
         raise UserError(f"{path} does not run: it is {run.state}")
     waited = run.is_waiting
@@ -157,11 +166,13 @@ def cancel(path: Path) -> int:
     else:
         raise UserError(f"{path} is {run.state} on another machine, and not in this cluster's queue: stop it there")
     end = time.monotonic() + _CANCEL_TIMEOUT_S
-    while run.is_active:
+    queued = run.is_in_queue
+    while run.is_active or (queued and unanswered):
         if time.monotonic() > end:
             raise RunError(f"{path} was told to stop, and is still {run.state} after {_CANCEL_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)
-        run = read_state(path, cluster.read_jobs())
+        unanswered.clear()
+        run = read_state(path, cluster.read_jobs(unanswered.append))
     saved = find_saved_step(path)
     if run.is_finished:
         print(f"{path} had just finished")

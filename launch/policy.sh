@@ -29,13 +29,22 @@ drop_inherited() {
         [[ ${SLURM_NTASKS:-$tasks} == "$tasks" ]] || unset SLURM_NTASKS
         [[ ${SLURM_CPUS_PER_TASK:-$cpus} == "$cpus" ]] || SLURM_CPUS_PER_TASK=$cpus
         grep -Eq '\b(TresPer[A-Za-z]+|JOB_GRES)=[^ ]*gpu' <<<"$job" || unset SLURM_GPUS_ON_NODE
+        local kind
+        for kind in Job: Node:_PER_NODE Socket:_PER_SOCKET Task:_PER_TASK; do
+            grep -Eq "\bTresPer${kind%%:*}=[^ ]*gpu" <<<"$job" || unset "SLURM_GPUS${kind#*:}"
+        done
+        # srun refuses two kinds of memory.
+        for kind in Node:NODE CPU:CPU; do
+            [[ $(read_field "MinMemory${kind%%:*}") =~ ^[1-9] ]] || unset "SLURM_MEM_PER_${kind#*:}"
+        done
         [[ -n $(read_field ArrayJobId) ]] || unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
         steps+=(--nodes="$SLURM_NNODES")
     else
         tasks=${SLURM_NTASKS:-} # an odd controller: the environment will do
     fi
     if [[ -n ${SLURM_STEP_NODELIST:-} ]]; then
-        unset SLURM_DISTRIBUTION SLURM_HOSTFILE SLURM_HET_SIZE # those of a step: this job was submitted in it
+        # Those of a step: this job was submitted in it.
+        unset SLURM_DISTRIBUTION SLURM_HOSTFILE SLURM_HET_SIZE "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_GPU_BIND@}"
     fi
     local name
     for name in $(compgen -e); do # what other launchers may have left

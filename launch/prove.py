@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import contextlib
 import datetime
-import io
 import json
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from launch import cluster
 from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Drill, judge_requeue, judge_signal, list_words, read_notes
 from launch.request import Request, check_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
-from launch.submission import describe_refusal, list_srun_options, make_slurm_executor, write_script
+from launch.submission import describe_refusal, list_srun_options, make_slurm_executor, queueing, write_script
 from launch.submit import add_job_options, compare_with_cluster, read_request, say
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
@@ -41,7 +40,7 @@ from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import STOP_SIGNALS, Stop
 from mnist_dist.program import print_answer
-from mnist_dist.record import RESULT_FILE, is_number, parse_object, read_ends
+from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, read_ends
 
 ORDER = ("joined", "agree", "exchange", "gradients", "curve", "speed", "files", "signal", "requeue", "kill", "W&B")
 _OF_SITE = ("signal", "requeue")  # the checks of the second job
@@ -189,7 +188,7 @@ def _finish(page: Page, folder: Path, work: Path, problem: str, as_json: bool) -
     earlier = _read_earlier(folder, page.describe_request())
     changes = compare_pages(earlier, page.findings) if earlier else []
     status = _COULD_NOT_TEST if problem else page.status
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = make_timestamp()
     values: dict[str, Any] = {
         "time": now,
         "asked": page.describe_request(),
@@ -321,15 +320,15 @@ def _make_driver(request: Request, work: Path) -> SlurmExecutor:
     executor = make_slurm_executor(request, work / "slurm")
     executor.python = f"{shlex.quote(sys.executable)} -P"
     more = {name: value for name, value in executor.parameters["additional_parameters"].items() if name not in ("signal", "requeue")}
-    executor.update_parameters(use_srun=False, additional_parameters={**more, "no-requeue": True})
+    executor.update_parameters(additional_parameters={**more, "no-requeue": True})
     return executor
 
 
-def _submit(executor: SlurmExecutor, work: Callable[[], None], what: str, jobs: list[Watched]) -> Watched:
+def _submit(request: Request, executor: SlurmExecutor, work: Callable[[], None], what: str, jobs: list[Watched]) -> Watched:
     """Queue a job and add it to `jobs`. A signal waits until that is done: no job may be left behind."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
+        with queueing(request):
             jobs.append(Watched(executor.submit(work).job_id, what))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(describe_refusal(error)) from error
@@ -354,8 +353,8 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
     site = make_slurm_executor(request.model_copy(update=limits), work / "slurm")
     drill = Drill(work, REQUEUED, HOLD_S)
     try:
-        driver = _submit(_make_driver(request, work), checks, "the checks", jobs)
-        stopped = _submit(site, drill, "signal and requeue", jobs)
+        driver = _submit(request, _make_driver(request, work), checks, "the checks", jobs)
+        stopped = _submit(request, site, drill, "signal and requeue", jobs)
         driver_over = stopped_over = False
         taken: set[str] = set()
         while not (driver_over and stopped_over):
@@ -407,7 +406,7 @@ def _judge_site(page: Page, work: Path, site: SlurmExecutor, drill: Drill, stopp
     if was_stopped and not (work / REQUEUED / RESULT_FILE).exists() and stopped.state == "FAILED":
         is_forbidden = True  # it saved and asked to be requeued; the same command must still continue it
         say(f"job {stopped.number} was not requeued; it is submitted again")
-        again = _submit(site, drill, "submitted again", jobs)
+        again = _submit(page.request, site, drill, "submitted again", jobs)
         while not again.look():
             time.sleep(_POLL_S)
         state = again.state

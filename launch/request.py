@@ -3,7 +3,7 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -125,6 +125,16 @@ class Request(Options):
     def world_size(self) -> int:
         """Processes of the whole job."""
         return self.nodes * self.tasks
+
+
+def list_words(request: Request) -> list[str]:
+    """The command line that makes a request."""
+    return [f"--{name}={_write(value)}" for name, value in note_request(request).items()]
+
+
+def note_request(request: Request) -> dict[str, Any]:
+    """What a request asks for beside the defaults, for the note of its job."""
+    return request.model_dump(exclude_defaults=True, exclude={"dry_run"})
 
 
 def split_options(text: str | None) -> dict[str, str | None]:

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 from launch.cluster import Job
 from launch.endings import STRONG_STATES, shorten
+from launch.request import Request
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import is_marked
 from mnist_dist.lock import LOCK_FILE, find_process, is_locked_elsewhere, read_holder
+from mnist_dist.options import make_options
 from mnist_dist.preemption import Stop
 from mnist_dist.record import (
     CHECKPOINTS,
@@ -45,7 +47,13 @@ _DEPTH = 4
 _TAIL_BYTES = 1 << 16
 
 # What Slurm says of a job that has ended without the run being finished.
-_ENDS = {"CANCELLED": "cancelled", "TIMEOUT": "out of time", "NODE_FAIL": "node failed", "OUT_OF_MEMORY": "out of memory"}
+_ENDS = {
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "out of time",
+    "NODE_FAIL": "node failed",
+    "OUT_OF_MEMORY": "out of memory",
+    "PREEMPTED": "preempted",
+}
 _STATUSES = {
     Stop.REQUEUE.exit_code: "saved, to be continued",
     Stop.TERMINATE.exit_code: "stopped, saved",
@@ -240,3 +248,14 @@ def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:
     """RUN_DIR/slurm/NAME.json; empty where there is none, where it is damaged, or where the folder is a copy of the one that it is of."""
     note = read_note(run_dir / f"slurm/{name}.json")
     return note if is_marked(run_dir, str(note.get("folder", ""))) else {}
+
+
+def read_request(run_dir: Path) -> Request | None:
+    """The request of a run's last job, as its note has it; None where that is not this user's: it may hold options that run programs."""
+    try:
+        if (run_dir / "slurm/job.json").stat().st_uid != os.getuid():
+            return None
+        noted = read_own_note(run_dir, "job").get("request")
+        return make_options(Request, noted) if isinstance(noted, dict) and all(isinstance(name, str) for name in noted) else None
+    except (OSError, UserError):
+        return None

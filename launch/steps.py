@@ -19,7 +19,7 @@ from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.program import make_printable
 from mnist_dist.starter import find_free_port, make_die_with_parent
-from mnist_dist.world import MPI_VARIABLES, TORCH_VARIABLES, World
+from mnist_dist.world import World, list_inherited
 
 _GRACE_S = 10.0  # for a step that is told to end
 _OWN_DEADLINE_S = 15.0  # a program names who hangs so long before its step is ended
@@ -164,11 +164,7 @@ class Step:
 
 def _clean_environment() -> dict[str, str]:
     """This environment without what an outer job or launcher left in it, and with this package."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "SUBMITIT_")) and name not in TORCH_VARIABLES + MPI_VARIABLES
-    }
+    kept = {name: value for name, value in os.environ.items() if name not in list_inherited(os.environ)}
     package = str(Path(__file__).resolve().parents[1])
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))}
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,33 @@ from submitit.slurm.slurm import SlurmExecutor
 
 import mnist_dist
 from launch.cluster import run_slurm
-from launch.request import Request, list_arguments, split_options
+from launch.request import Request, list_arguments, note_request, split_options
 from launch.runs import read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import Stop
+from mnist_dist.record import make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
-from mnist_dist.world import MPI_VARIABLES, TORCH_VARIABLES
+from mnist_dist.world import list_inherited
 
 # -P: a folder mnist_dist where the job was submitted is not the package.
 _PYTHON = f"{shlex.quote(sys.executable)} -P"
 _POLICY = Path(__file__).resolve().with_name("policy.sh")
+# The variables that sbatch heeds before a script's options, by the option of a request that the script has them from.
+_SBATCH_VARIABLES = {
+    "name": "JOB_NAME OUTPUT ERROR OPEN_MODE EXPORT ARRAY_INX REQUEUE NO_REQUEUE",
+    "time": "TIMELIMIT",
+    "signal_delay_s": "SIGNAL",
+    "partition": "PARTITION",
+    "account": "ACCOUNT",
+    "qos": "QOS",
+    "constraint": "CONSTRAINT",
+    "reservation": "RESERVATION",
+    "memory_gb": "MEM_PER_NODE MEM_PER_CPU MEM_PER_GPU",
+    "gpus_per_node": "GPUS GPUS_PER_NODE GPUS_PER_TASK",
+}
 _LOST = 1  # status of a job that has not noted how it ended
 
 
@@ -150,15 +164,19 @@ def submit_to_slurm(
     """
     made = _prepare_folders(configs, folder)
     names: list[list[str]] = [[] for _ in configs]
+    more: dict[str, Any] = {"request": note_request(request)}
+    if chain > 1:
+        more["time"] = make_timestamp()  # the first may begin before the last is queued
     try:
         for _ in range(chain):
             executor = make_slurm_executor(request, folder, len(configs), parallel, group, type(configs[0].task), names[0])
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
+            with queueing(request):
                 jobs = executor.submit_array([_make_training(config) for config in configs])
             _make_private(folder, jobs[0].job_id)
             for config, job, mine in zip(configs, jobs, names, strict=True):
                 mine.append(job.job_id)
-                more = {"chain": ":".join(mine)} if chain > 1 else {}
+                if chain > 1:
+                    more["chain"] = ":".join(mine)
                 write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         if names[0]:
@@ -173,6 +191,24 @@ def submit_to_slurm(
                 path.rmdir()
         raise UserError(describe_refusal(error)) from error
     return names
+
+
+@contextlib.contextmanager
+def queueing(request: Request) -> Iterator[None]:
+    """While sbatch is called: without the words that submitit also raises, and without variables that would change the job.
+
+    Those are what an outer job left, which srun would take for the new job's, and what sbatch heeds before the options in a script.
+    """
+    before = dict(os.environ)
+    given = [names for option, names in _SBATCH_VARIABLES.items() if getattr(request, option)]
+    names = {f"SBATCH_{name}" for names in given for name in names.split()}
+    for name in names.intersection(before) | {*list_inherited(before)}:
+        del os.environ[name]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.environ.update(before)
 
 
 def describe_refusal(error: Exception) -> str:
@@ -233,7 +269,7 @@ def _start_locally(request: Request, config: Config, report: Callable[[str], Non
     assert isinstance(job, LocalJob)
     _make_private(folder, job.job_id)
     log = folder / f"{job.job_id}_0_log.out"
-    write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log)})
+    write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log), "request": note_request(request)})
     report(f"{config.run_dir}: started here, {request.world_size} processes; log: {log}")
     return job
 
@@ -265,7 +301,7 @@ def _make_private(folder: Path, job_id: str) -> None:
 
 def _prepare_environment(group: str, task: type[Task]) -> None:
     """The environment of jobs on this machine: what an outer job or launcher left in it would mislead them."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in TORCH_VARIABLES + MPI_VARIABLES]:
+    for name in list_inherited(os.environ):
         del os.environ[name]
     os.environ["SUBMITIT_LOG_LEVEL"] = "WARNING"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*_find_paths(task), os.environ.get("PYTHONPATH"))))

@@ -64,7 +64,7 @@ def _submit(arguments: Sequence[str] | None) -> int:
         if wanted.chain > 1:
             say(f"note: {wanted.chain - 1} more jobs would follow, each with --dependency=afterany on those before it")
         return 0
-    run = read_state(Path(config.run_dir), cluster.read_jobs())
+    run = read_state(Path(config.run_dir), cluster.read_jobs(say if request.cluster == "local" else None))
     if not check_free(run, config):
         print(f"{run.path} is finished, {describe_best(run)}; nothing to do")
         return 0

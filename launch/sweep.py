@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         print(write_script(executor, len(placed)))
         return 0
     collect_mistakes(*(partial(check_folder, Path(config.run_dir), config) for config in placed))
-    runs = _read_runs(placed)
+    runs = _read_runs(placed, say if sweep.table or request.cluster == "local" else None)
     left = [config for config, run in zip(placed, runs, strict=True) if not run.is_finished and not run.is_active]
     if sweep.table or not left:
         active = sum(run.is_active for run in runs)
@@ -94,7 +94,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         return 0
     if request.cluster == "local":
         statuses = run_locally(request, left, sweep.parallel or 1, folder.name)
-        print(make_results(list(axes), placed, _read_runs(placed)))
+        print(make_results(list(axes), placed, _read_runs(placed, say)))
         return 0 if not any(statuses.values()) and len(statuses) == len(left) else RunError.exit_code
     submitted = submit_to_slurm(request, left, folder / "slurm", sweep.parallel, folder.name)
     job = submitted[0][0]
@@ -103,8 +103,8 @@ def _sweep(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _read_runs(configs: Sequence[Config]) -> list[RunState]:
-    jobs = cluster.read_jobs()
+def _read_runs(configs: Sequence[Config], say: Callable[[str], None] | None) -> list[RunState]:
+    jobs = cluster.read_jobs(say)
     return [read_state(Path(config.run_dir), jobs) for config in configs]
 
 

@@ -3,18 +3,19 @@
 A job of submitit calls `Training`, whose few plain values are all that its pickle holds; slurm/train.sh runs this module as a program.
 """
 
-import datetime
 import json
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.runs import is_run
 from mnist_dist.config import parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
+from mnist_dist.record import make_timestamp
 from mnist_dist.train import main  # here, so that nothing is left to import between submitit's signal handlers and ours
 from mnist_dist.world import find_world
 
@@ -58,11 +59,11 @@ def find_job_id() -> str:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
 
 
-def write_note(run_dir: Path, name: str, values: dict[str, str | int]) -> None:
+def write_note(run_dir: Path, name: str, values: dict[str, Any]) -> None:
     """Write RUN_DIR/slurm/NAME.json: `job` says which job has the run, `end` how it ended. Raises OSError."""
     folder = run_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = make_timestamp()
     new = folder / f".{name}.{os.getpid()}"
     new.write_text(json.dumps({"time": now, "folder": mark_folder(run_dir), **values}) + "\n")
     new.replace(folder / f"{name}.json")

@@ -5,7 +5,6 @@ with the Python stack of its main thread. Who does not answer is stopped or gone
 """
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any
 from mnist_dist.errors import RunError
 from mnist_dist.files import write_atomically
 from mnist_dist.program import make_printable
-from mnist_dist.record import STACK_NAME
+from mnist_dist.record import STACK_NAME, make_timestamp
 from mnist_dist.rendezvous import name_with_hosts
 
 _REACHING_S = 2.0  # until the store must have answered
@@ -215,7 +214,7 @@ class Board:
             return False
 
     def _describe_stacks(self) -> str:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = make_timestamp()
         lines = [f"{self.name([self._rank])}, process {os.getpid()}, {now}"]
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()

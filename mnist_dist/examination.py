@@ -40,7 +40,7 @@ from mnist_dist.witness import (
     take_step,
     testify,
 )
-from mnist_dist.world import TORCH_VARIABLES, World
+from mnist_dist.world import World, list_inherited
 
 STEPS = 5  # of a short run
 _ROWS = 16  # samples of a step that is only looked at
@@ -49,7 +49,6 @@ _CLEANUP_S = 5.0
 # A server that has imported torch, and nothing of the task: each process is forked from it in milliseconds.
 _PATH_MAX = 60  # of TMPDIR, below which a socket is made in it
 _context = multiprocessing.get_context("forkserver")
-_LAUNCHERS = ("SLURM_", "SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
 
 
 class Broken(Exception):  # noqa: N818  not an error of this program
@@ -204,7 +203,7 @@ class Ranks:
 
     def start(self) -> None:
         """Start them."""
-        environ = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES and not name.startswith(_LAUNCHERS)}
+        environ = {name: value for name, value in os.environ.items() if name not in list_inherited(os.environ)}
         port = find_free_port()
         self.end_s = time.monotonic() + self.deadline_s
         for rank, log in enumerate(self.logs):

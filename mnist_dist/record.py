@@ -1,5 +1,6 @@
 """The record of a run: the files of its folder, metrics.jsonl as a run writes it, and all of it as others read it. Imports no torch."""
 
+import datetime
 import io
 import json
 import logging
@@ -383,6 +384,11 @@ def count_memory_kills() -> int | None:
     Of a process that was killed nothing else tells an ordinary user why: two counts, of its start and of now, do.
     """
     return read_kernel_count("/proc/vmstat", "oom_kill")
+
+
+def make_timestamp() -> str:
+    """Now, as the record has it: in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read_note(path: Path) -> Row:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from mnist_dist.record import (
     check_folder,
     count_memory_kills,
     is_run,
+    make_timestamp,
     read_result,
     read_starts,
     remove_temporary_files,
@@ -146,7 +146,14 @@ class RunFolder:
         assert self._record is not None
         self._step = step
         self._memory_kills = count_memory_kills()
-        start = {"time": _now(), "step": step, "host": platform.node(), **facts, **_describe_origin(), "source": self.config.task.source}
+        start = {
+            "time": make_timestamp(),
+            "step": step,
+            "host": platform.node(),
+            **facts,
+            **_describe_origin(),
+            "source": self.config.task.source,
+        }
         start["memory_kills"] = self._memory_kills  # a start that is killed can note nothing more
         try:
             # Only now that data and checkpoint have been found to be this config's.
@@ -209,7 +216,7 @@ class RunFolder:
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()
-            end: Row = {"time": _now(), "step": self._step, "start": self._starts, "why": why, "status": status}
+            end: Row = {"time": make_timestamp(), "step": self._step, "start": self._starts, "why": why, "status": status}
             end["lasting"] = isinstance(error, NotFiniteError)
             kills = count_memory_kills()
             if kills is not None and self._memory_kills is not None and kills > self._memory_kills:
@@ -350,7 +357,3 @@ def _describe_origin() -> Row:
             answer = subprocess.run(command, env=environ, text=True, capture_output=True, check=True, timeout=5)
             origin["git_commit"] = answer.stdout.strip()
     return origin
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -225,11 +225,12 @@ def check_agreement(group: Group, hosts: Hosts) -> list[Finding]:
     for rank, (offset_s, bound_s) in clocks.items():
         # What the answer took on its way is no fault of the clock.
         if (off_s := abs(offset_s) - bound_s) > _CLOCK_WARN_S:
+            compared = "most others" if len(clocks) > 2 else f"host {hosts[min(clocks)]}'s: one of the two is wrong"
             problems.append(
                 Finding(
                     "agree",
                     "WRONG" if off_s > _CLOCK_WRONG_S else "WARN",
-                    f"the clock of host {hosts[rank]} is {abs(offset_s):.1f} s {'ahead of' if offset_s > 0 else 'behind'} most others",
+                    f"the clock of host {hosts[rank]} is {abs(offset_s):.1f} s {'ahead of' if offset_s > 0 else 'behind'} {compared}",
                     "have the clocks set by one server (chrony, ntp): times in logs and of files do not compare",
                     {"host": hosts[rank], "offset_s": offset_s, "bound_s": bound_s},
                 )
@@ -272,7 +273,10 @@ def read_clock() -> float:
 
 
 def measure_clocks(group: Group, hosts: Hosts) -> dict[int, tuple[float, float]]:
-    """How far the clock of each host is ahead of the median one, by its first rank: seconds, and their uncertainty."""
+    """How far the clock of each host is ahead of the median one, by its first rank: seconds, and their uncertainty.
+
+    Of two hosts, the other is compared with rank zero's.
+    """
     offsets = {0: (0.0, 0.0)}
     first = _list_first(hosts)
     for other in first:
@@ -295,7 +299,8 @@ def measure_clocks(group: Group, hosts: Hosts) -> dict[int, tuple[float, float]]
             half_s, offset_s = min(answers)  # the fastest answer tells the most
             offsets[other] = (offset_s, half_s)
     offsets = group.broadcast(offsets)
-    middle = statistics.median_low([offset_s for offset_s, _ in offsets.values()])
+    # Of two, none is in the middle: rank zero's is what the other is compared with.
+    middle = statistics.median_low([offset_s for offset_s, _ in offsets.values()]) if len(offsets) > 2 else 0.0
     return {rank: (offset_s - middle, bound_s) for rank, (offset_s, bound_s) in offsets.items()}
 
 

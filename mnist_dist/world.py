@@ -25,6 +25,8 @@ _MPI_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
 MPI_VARIABLES = tuple(name for names in _MPI_VARIABLES for name in names)
+_LAUNCHERS = ("SLURM_", "SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")  # and of no job
 _INTERACTIVE_STEP = "4294967290"  # the number of the step in which LaunchParameters=use_interactive_step runs salloc's shell
 _HOST_FILE_BYTES_MAX = 1 << 20
 
@@ -55,6 +57,17 @@ class World:
         """The environment variables by which torch and Accelerate find this world."""
         values = (self.rank, self.size, self.local_rank, self.local_size, self.address, self.port)
         return dict(zip(TORCH_VARIABLES, map(str, values), strict=True))
+
+
+def list_inherited(environ: Mapping[str, str]) -> list[str]:
+    """The variables that an outer job or launcher left, and that would mislead one which is started now.
+
+    Outside of a job what begins with SLURM_ is the user's own choice, such as SLURM_CPU_BIND.
+    """
+    misleading = _LAUNCHERS if environ.get("SLURM_JOB_ID") else _LAUNCHERS[1:]
+    return [
+        name for name in environ if name in TORCH_VARIABLES + MPI_VARIABLES or (name.startswith(misleading) and name not in _OF_THE_SITE)
+    ]
 
 
 def find_world(environ: Mapping[str, str]) -> World:

@@ -304,6 +304,11 @@ START |= {"memory_kills": 0}
 SAVED = "stopped by a signal to end, or Stop on W&B, saved"
 
 
+REQUEST = {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 2, "partition": "gpu", "account": "a", "sbatch": "--comment='a b'"}
+AGAIN = "python -m launch.submit --nodes=2 --tasks_per_node=2 --gpus_per_node=2 --partition=gpu --account=a "
+AGAIN += shlex.quote("--sbatch=--comment='a b'")
+
+
 def make_run(folder, why=None, status=1, log=None, starts=1, noted=True, host="n1", **end):
     """A run of job 12 on two nodes of two ranks."""
     (folder / "slurm").mkdir(parents=True)
@@ -317,7 +322,7 @@ def make_run(folder, why=None, status=1, log=None, starts=1, noted=True, host="n
         (folder / "ends.jsonl").write_text(json.dumps(row) + "\n")
     note = {"time": "2026-11-26T07:43:10+00:00", "folder": mark_folder(folder), "job": "12"}
     if noted:
-        (folder / "slurm/job.json").write_text(json.dumps(note | {"log": str(folder / "slurm/12.log")}))
+        (folder / "slurm/job.json").write_text(json.dumps(note | {"log": str(folder / "slurm/12.log"), "request": REQUEST}))
     if log is not None:
         (folder / "slurm/12.log").write_text(log)
     return folder
@@ -416,7 +421,7 @@ CASES = {
     "preempted": Case("preempted", ["to make room for another job: and saved"], SAVED, PREEMPT, account("PREEMPTED", code="0:0")),
     "not requeued": Case(
         "to be continued",
-        ["max_requeues is 20", "--nodes 2 --tasks_per_node 2"],
+        ["max_requeues is 20", "--nodes=2 --tasks_per_node=2"],
         "stopped by a signal to requeue, saved",
         ENOUGH,
         scontrol=show_job("FAILED", "NonZeroExitCode", "85:0"),
@@ -443,7 +448,7 @@ def test_an_end_that_slurm_knows_is_explained(slurm, tmp_path, name):
     assert answer.end == case.kind, text
     assert not [words for words in case.words if words not in text], text
     assert tell("12")[0].end == case.kind  # the same by the number of the job
-    assert "python -m launch.submit --nodes 2 --tasks_per_node 2" in text or case.kind == "NaN"
+    assert AGAIN in text or case.kind == "NaN"
 
 
 NEVER = {
@@ -471,6 +476,7 @@ def test_a_job_that_never_trained_is_explained(slurm, tmp_path, name, where):
     queue = f"12|12|{state}|{reason.removeprefix('Reason=')}||0|\n" if scontrol else ""
     if where == "a folder":
         note = {"time": "2026-11-26T07:43:10+00:00", "folder": mark_folder(tmp_path / "runs/x"), "job": "12", "log": str(log)}
+        note["request"] = REQUEST
         (tmp_path / "runs/x/slurm/job.json").write_text(json.dumps(note))
     slurm(sacct=sacct, scontrol=(scontrol or show_job("FAILED", code="1:0")).replace("/nowhere/12.log", str(log)), squeue=queue)
     for what in ["12", "runs/x"] if where == "a folder" else ["12"]:
@@ -506,6 +512,55 @@ def test_a_later_job_of_a_chain_leads_to_its_run_and_its_log(slurm, tmp_path):
     assert (answer.run, answer.log) == ("runs/x", str(folder / "slurm/13.log"))
     assert find_noted_log({"job": "12", "log": "/"}, "12") == "/"
     assert find_noted_log({"job": "12", "chain": "12:13", "log": "/"}, "14") == find_noted_log({"log": "/"}, "") == ""
+
+
+def test_a_chain_is_explained_by_the_job_that_did_something(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", "failed: the loss is nan at step 7")
+    note = json.loads((folder / "slurm/job.json").read_text())
+    (folder / "slurm/job.json").write_text(json.dumps(note | {"chain": "12:13:14"}))
+    (folder / "slurm/12.log").write_text(BEGUN)
+    for job in ("13", "14"):
+        (folder / f"slurm/{job}.log").write_text(f"{folder} has failed for good in job 12\n")
+    queue = "".join(f"{job}|{job}|{state}|None||0|\n" for job, state in (("12", "FAILED"), ("13", "COMPLETED"), ("14", "COMPLETED")))
+    slurm(sacct=None, scontrol=None, squeue=queue)
+    answer, text = tell(folder)
+    assert (answer.job, answer.end) == ("12", "NaN"), text
+    # A later job went on and was killed: its log counts, not that of the first, which Slurm has forgotten.
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(START | {"time": "2026-11-26T09:00:00+00:00", "job": "13", "step": 100}) + "\n")
+    (folder / "slurm/12.log").write_text(NODE)
+    (folder / "slurm/13.log").write_text(BEGUN)
+    slurm(sacct=None, scontrol=None)
+    answer, text = tell(folder)
+    assert (answer.job, answer.end) == ("13", "killed"), text
+    assert f"{AGAIN} --chain=3 " in text
+
+
+def test_the_request_of_somebody_elses_job_is_not_proposed(slurm, tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "runs/x", f"failed: {GONE}")
+    slurm(sacct=None, scontrol=None)
+    assert AGAIN in tell(folder)[1]
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    assert "then: the same command as before " in tell(folder)[1]
+    monkeypatch.undo()
+    for odd in ({"srun": "--export=x"}, {"no_option": 1}, [], {"nodes": "many"}):
+        note = json.loads((folder / "slurm/job.json").read_text()) | {"request": odd}
+        (folder / "slurm/job.json").write_text(json.dumps(note))
+        assert "then: the same command as before " in tell(folder)[1]
+
+
+def test_a_run_cancelled_while_it_waited_to_be_started_again_is_cancelled(slurm, tmp_path):
+    why = "stopped by the signal to save and be requeued, saved"
+    for lines in (["launch: requeued", REQUEUE_LINE], [REQUEUE_LINE, "launch: requeued"]):
+        path = tmp_path / f"runs/{lines[0][:6]}"
+        folder = make_run(path, why, 85, BEGUN + "\n".join(lines) + "\n")
+        slurm(sacct=account("CANCELLED by 0", code="0:0"), scontrol=None)
+        answer, text = tell(folder)
+        assert answer.end == "cancelled", text
+        assert "and saved" in text
+
+
+REQUEUE_LINE = "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-26T07:46:20 DUE TO JOB REQUEUE ***"
 
 
 def test_an_earlier_start_is_explained_by_its_job(slurm, tmp_path):

@@ -1,5 +1,6 @@
 """Jobs without a cluster: what is refused, what a script and a pickle hold, and the same job on this machine."""
 
+import importlib
 import json
 import os
 import pickletools
@@ -22,6 +23,7 @@ from launch.training import Training
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
+from mnist_dist.files import mark_folder
 from mnist_dist.world import find_world
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +97,7 @@ COMMANDS = [
 def test_the_commands_of_the_documents_are_right(no_slurm, monkeypatch, command):
     monkeypatch.chdir(ROOT)
     _, _, program, *words = shlex.split(command, comments=True)
-    assert sys.modules[program].main([*words, "--dry_run"]) == 0
+    assert importlib.import_module(program).main([*words, "--dry_run"]) == 0
 
 
 def test_the_policy_and_its_callers_are_clean_bash():
@@ -224,8 +226,52 @@ def test_a_request_that_only_has_to_wait_is_a_note():
     assert cluster.check_request(Request(nodes=4), nodes()) == ["only 3 of the nodes that this job can use are up; it waits for 4"]
     assert cluster.check_request(Request(gpus_per_node=8, nodes=4, partition="gpu"), nodes()) == []
     assert cluster.check_request(Request(time=10_000, partition="long"), nodes()) == ["partition long is not up; the job waits until it is"]
-    with pytest.raises(UserError, match="no default one; allowed: gpu, long"):
-        cluster.check_request(Request(), nodes()[2:])
+    [note] = cluster.check_request(Request(), nodes()[2:])
+    assert "no default one: its own rules must choose it; there are gpu, long" in note
+    # A quality of service may allow more.
+    assert cluster.check_request(Request(time=61, qos="long"), nodes()) == ["time is 61 min; partition main allows at most 60 min"]
+
+
+def test_a_partition_of_the_users_own_environment_is_the_one_that_is_looked_at(monkeypatch):
+    monkeypatch.setenv("SBATCH_PARTITION", "long,gpu")
+    assert cluster.check_request(Request(gpus_per_node=8, nodes=4), nodes()) == []
+    with pytest.raises(UserError, match="largest node of partition main has 2 GPUs"):
+        cluster.check_request(Request(gpus_per_node=8, partition="main"), nodes())
+
+
+def test_a_job_submitted_within_another_inherits_nothing_of_it(fake_slurm, tmp_path, monkeypatch):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, "PENDING 2030-01-02T03:04:05"))
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nenv >../seen\necho Submitted batch job 11\n")
+    outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "none", "SLURM_GPUS_PER_TASK": "1", "RANK": "3"}
+    own = {"SLURM_CONF": "/x", "SBATCH_ACCOUNT": "mine", "SBATCH_EXCLUSIVE": "user"}
+    over = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "B:TERM", "SBATCH_MEM_PER_CPU": "1"}
+    for name, value in (outer | own | over).items():
+        monkeypatch.setenv(name, value)
+
+    def see(run_dir, *options):
+        assert submit.main(["--config", "smoke", "--run_dir", run_dir, *options]) == 0
+        seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+        return {name for name in {*outer, *own, *over} if name in seen}
+
+    assert see("runs/a", "--partition", "main", "--memory_gb", "1") == {*own}
+    assert {*outer} <= {*os.environ}  # this process keeps them
+    assert see("runs/b") == {*own, "SBATCH_PARTITION", "SBATCH_MEM_PER_CPU"}  # the user's defaults, where nothing else is asked for
+    # Outside of a job they are the user's own choice.
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert "SLURM_CPU_BIND" in see("runs/c")
+
+
+def test_a_queue_that_gives_no_answer_is_not_an_empty_one(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO), squeue=(1, "slurm_load_jobs error: Socket timed out"))
+    Path("runs/a/slurm").mkdir(parents=True)
+    Path("runs/a/slurm/job.json").write_text(json.dumps({"job": "12", "folder": mark_folder(Path("runs/a"))}))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 1
+    assert "Socket timed out" in capsys.readouterr().err
+    assert jobs.main(["cancel", "runs/a"]) == 1
+    assert jobs.main([]) == 0
+    answer = capsys.readouterr()
+    assert "Socket timed out; jobs that only wait in the queue are not known" in answer.err
+    assert "runs/a" in answer.out or "a " in answer.out
 
 
 def test_slurms_times_and_counts_are_read():
@@ -537,6 +583,7 @@ def test_a_chain_is_one_run_for_those_who_look(tmp_path):
     assert read("RUNNING", "PENDING", "PENDING") == ("12", "running", ("13", "14"))
     assert read("TIMEOUT", "PENDING", "PENDING") == ("13", "pending (Dependency)", ("14",))
     assert read("FAILED", "RUNNING", "PENDING") == ("13", "running", ("14",))
+    assert read("PREEMPTED") == ("12", "preempted", ())  # and no longer active: where a site cancels, it does not come back
     assert jobs.locate_log(read_state(tmp_path, [cluster.Job("13", "13", "RUNNING", "", "", 0)])) == f"{tmp_path}/slurm/13.log"
     (tmp_path / "slurm/end.json").write_text(json.dumps({"job": "12", "status": 1}))
     assert read("FAILED", "COMPLETED", "COMPLETED") == ("14", "failed (exit status 1)", ())
@@ -564,6 +611,21 @@ def test_the_policy_says_what_srun_starts(policy):
     assert answer.stdout.endswith(" bash prog a b; none none none\n")  # what an outer job or launcher has left is gone
     assert policy("run_training prog", show="JobId=12 HetJobId=12 ").returncode == 2
     assert "--ntasks=3" in policy("run_training prog", show="", SLURM_NTASKS="3").stdout  # a controller that does not answer
+
+
+def test_the_policy_leaves_srun_only_what_the_job_has(policy):
+    names = ["MEM_PER_NODE", "MEM_PER_CPU", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND"]
+    outer = {f"SLURM_{name}": "1" for name in names}
+    shown = "JobId=12 NumTasks=2 CPUs/Task=1 NtasksPerN:B:S:C=0:0:*:* "
+
+    def see(more, **variables):
+        lines = "srun() { env | grep -E '^SLURM_(MEM|GPU|CPU_)' | cut -d= -f1; }\nrun_training prog"
+        return {line.removeprefix("SLURM_") for line in policy(lines, 0, shown + more, **outer, **variables).stdout.split()}
+
+    bound = {"CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND"}
+    assert see("MinMemoryNode=4G TresPerNode=gres:gpu:1 ") == {"MEM_PER_NODE", "GPUS_PER_NODE"} | bound
+    assert see("MinMemoryCPU=500M TresPerTask=cpu:1,gres:gpu:1 ") == {"MEM_PER_CPU", "GPUS_PER_TASK"} | bound
+    assert see("MinMemoryNode=0 ", SLURM_STEP_NODELIST="n1") == set()
 
 
 def test_the_policy_requeues_up_to_its_limit_and_one_job_of_an_array(policy):

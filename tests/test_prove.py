@@ -185,7 +185,7 @@ def test_a_job_that_leaves_nothing_could_not_test(tmp_path, monkeypatch, capsys,
     folder = tmp_path / "prove"
     cancelled = []
 
-    def submit(executor, work, what, jobs):
+    def submit(_, executor, work, what, jobs):
         (executor.folder / "7.log").write_text("error: no python here\n")
         jobs.append(prove.Watched(f"{7 + len(jobs)}", what))
         return jobs[-1]

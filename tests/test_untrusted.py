@@ -627,7 +627,7 @@ def test_a_copy_is_not_taken_for_the_original(tmp_path, capsys, monkeypatch):
     assert read_state(original, queue).job == "12"
     assert not read_state(copy, queue).is_active
     assert read_state(copy, queue).job == ""
-    monkeypatch.setattr(cluster, "read_jobs", lambda: queue)
+    monkeypatch.setattr(cluster, "read_jobs", lambda *_: queue)
     monkeypatch.setattr(cluster, "run_slurm", lambda *command: pytest.fail(f"{command} must not be called"))
     assert jobs.main(["cancel", str(copy)]) == 2
     assert "does not run" in capsys.readouterr().err
