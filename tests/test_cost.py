@@ -140,3 +140,52 @@ def test_tracking_costs_a_default_run_less_than_a_second_or_one_percent(tmp_path
     assert len(spent) > len(rows) >= default.total_steps // default.log_every
     # Most of it is the start of the mirror's process, which takes as long whether the run lasts one minute or three.
     assert sum(spent) + stolen_s < max(1.0, 0.01 * training_s)
+
+
+LARGE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from mnist_dist.task import Data
+from mnist_dist.tasks.classification import Classification
+
+
+class Large(Classification):
+    class_names = ("low", "high")
+
+    def load(self):
+        numbers = torch.linspace(-1, 1, 512)
+        data = TensorDataset(numbers[:, None].expand(-1, 64).clone(), (numbers > 0).long())
+        return Data(data, TensorDataset(*data[:64]))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(64, 7000), nn.ReLU(), nn.Linear(7000, 7000), nn.ReLU(), nn.Linear(7000, 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_fifty_million_parameters_are_saved_beside_the_training(tmp_path):
+    (tmp_path / "large.py").write_text(LARGE)
+    run = tmp_path / "run"
+    arguments = [
+        "--task",
+        str(tmp_path / "large.py"),
+        "--optimizer",
+        "adamw",
+        "--learning_rate",
+        "1e-4",
+        "--batch_size",
+        "8",
+        "--steps",
+        "24",
+    ]
+    arguments += ["--log_every", "1", "--checkpoint_every", "8", "--report", "false", "--wandb", "disabled", "--run_dir", str(run)]
+    text = run_ranks(tmp_path / "logs", Train(arguments))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    size_gb = max(path.stat().st_size for path in (run / "checkpoints").iterdir()) / 1e9
+    memory_gb = rows[-1]["health/memory_gb"]
+    print(f"a checkpoint has {size_gb:.2f} GB, the process used {memory_gb:.1f} GB")
+    assert 0.5 < size_gb < 0.7
+    assert memory_gb < 3.2
+    assert "finished" in text
