@@ -518,7 +518,7 @@ def test_mistakes_are_a_table_and_the_confusion_matrix_is_wandbs_own(plays):
     assert [name.split("-")[2] for name in tables] == ["predictionsconfusion_matrix_table", "predictionswrong"]
 
 
-@pytest.mark.parametrize("fault", ["hang", "refuse", "401"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("refuse", marks=pytest.mark.slow), "401"])
 def test_tables_of_a_run_whose_server_fails_are_in_the_run_folder(plays, fault):
     (piece,) = plays(f"{fault} in the middle").pieces
     (row,) = [row["item"] for row in piece.find("history") if "predictions/wrong.path" in row["item"]]
