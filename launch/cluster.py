@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.request import Request
@@ -170,11 +169,16 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     return notes
 
 
-def read_jobs(say: Callable[[str], None] | None = None) -> list[Job]:
-    """The user's jobs that wait, run or ended within the last minutes; none without Slurm.
+def find_jobs() -> tuple[list[Job], str]:
+    """As `read_jobs`, and an empty text; where Slurm does not answer, no jobs, and why they are not known."""
+    try:
+        return read_jobs(), ""
+    except RunError as error:
+        return [], f"{error}; jobs that only wait in the queue are not known"
 
-    Where it does not answer, this raises `RunError`; or, with `say`, that is said, and there are none.
-    """
+
+def read_jobs() -> list[Job]:
+    """The user's jobs that wait, run or ended within the last minutes; none without Slurm. Raises `RunError` where it does not answer."""
     if not is_slurm_here():
         return []
     fields = ("JobArrayID", "JobID", "State", "Reason", "NodeList", "RestartCnt")
@@ -184,10 +188,7 @@ def read_jobs(say: Callable[[str], None] | None = None) -> list[Job]:
     except RunError as error:
         if "configuration source" in str(error):  # its commands are here, and no cluster
             return []
-        if say is None:
-            raise
-        say(f"note: {error}; jobs that only wait in the queue are not known")
-        return []
+        raise
     rows = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
     return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows if len(row) > len(fields)]
 

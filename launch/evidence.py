@@ -74,7 +74,7 @@ class Facts:
     damaged: list[str]
     copy_of: str
     last_row: Row
-    unanswered: list[str]  # what Slurm did not tell
+    unanswered: str  # why jobs that wait are not known, if they are not
 
     @property
     def start(self) -> Row:
@@ -124,8 +124,8 @@ def gather_facts(path: Path, job: str) -> Facts:
     read(RESULT_FILE, lambda: read_result(path, config))
     rows = (read(METRICS_FILE, lambda: read_rows(path, config, _NOTE_BYTES_MAX)) or []) if config is not None else []
     noted, ended, holder = read_own_note(path, "job"), read_own_note(path, "end"), read_holder(path)
-    unanswered: list[str] = []
-    state = read_state(path, cluster.read_jobs(unanswered.append))
+    queue, unanswered = cluster.find_jobs()
+    state = read_state(path, queue)
     number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
     start = starts[number - 1] if number else {}
     if not state.is_active:  # of a chain, the last one that has done something; those after it had nothing to do

@@ -202,7 +202,8 @@ def _explain_run(path: Path, job: str) -> Explanation:
         )
     if facts.copy_of:
         answer.notes.append(f"this folder is a copy of {facts.copy_of}: the job and the process in its notes are that one's")
-    answer.notes += [words.removeprefix("note: ") for words in facts.unanswered]
+    if facts.unanswered:
+        answer.notes.append(facts.unanswered)
     answer.notes += [f"damaged: {message}" for message in facts.damaged]
     answer.now = _advise(facts, answer)
     return answer

@@ -22,7 +22,7 @@ from launch.runs import RunState, find_noted_log, find_runs, find_saved_step, is
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_printable, make_table, print_answer
+from mnist_dist.program import make_table, print_answer, say
 from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")
@@ -66,7 +66,9 @@ def _list(folder: Path, as_json: bool) -> int:
         return 0
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected the folder that the runs are in")
-    jobs = cluster.read_jobs(_say)
+    jobs, unanswered = cluster.find_jobs()
+    if unanswered:
+        say(f"note: {unanswered}")
     runs = [read_state(path, jobs) for path in find_runs(folder)]
     if as_json:
         print(json.dumps([{**dataclasses.asdict(run), "path": str(run.path)} for run in runs], indent=2))
@@ -105,8 +107,8 @@ def follow(path: Path) -> int:
     """Print the log of the run in `path` until the run ends. 0 if it is finished, 1 if not."""
     log, position, ended_s = "", 0, 0.0
     while True:
-        unanswered: list[str] = []
-        run = read_state(path, cluster.read_jobs(unanswered.append))
+        jobs, unanswered = cluster.find_jobs()
+        run = read_state(path, jobs)
         newest = locate_log(run)
         if newest != log:
             _copy(log, position)
@@ -131,10 +133,6 @@ def locate_log(run: RunState) -> str:
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
 
 
-def _say(text: str) -> None:
-    print(make_printable(text), file=sys.stderr)
-
-
 def _copy(log: str, position: int) -> int:
     try:
         if not os.path.isfile(log):  # not begun; or not a file, which would never end
@@ -151,10 +149,10 @@ def _copy(log: str, position: int) -> int:
 
 def cancel(path: Path) -> int:
     """Let the run in `path` save and end. Raises `UserError` where there is nothing to cancel, `RunError` where that is not known."""
-    unanswered: list[str] = []
-    run = read_state(path, cluster.read_jobs(unanswered.append))
+    jobs, unanswered = cluster.find_jobs()
+    run = read_state(path, jobs)
     if unanswered and run.pid is None:
-        raise RunError(unanswered[0].removeprefix("note: "))
+        raise RunError(unanswered)
     if not run.is_active:
         raise UserError(f"{path} does not run: it is {run.state}")
     waited = run.is_waiting
@@ -171,8 +169,8 @@ def cancel(path: Path) -> int:
         if time.monotonic() > end:
             raise RunError(f"{path} was told to stop, and is still {run.state} after {_CANCEL_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)
-        unanswered.clear()
-        run = read_state(path, cluster.read_jobs(unanswered.append))
+        jobs, unanswered = cluster.find_jobs()
+        run = read_state(path, jobs)
     saved = find_saved_step(path)
     if run.is_finished:
         print(f"{path} had just finished")

@@ -32,14 +32,14 @@ from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Dri
 from launch.request import Request, check_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
 from launch.submission import describe_refusal, list_srun_options, make_slurm_executor, queueing, write_script
-from launch.submit import add_job_options, compare_with_cluster, read_request, say
+from launch.submit import add_job_options, compare_with_cluster, read_request
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import STOP_SIGNALS, Stop
-from mnist_dist.program import print_answer
+from mnist_dist.program import print_answer, say
 from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, read_ends
 
 ORDER = ("joined", "agree", "exchange", "gradients", "curve", "speed", "files", "signal", "requeue", "kill", "W&B")
@@ -188,9 +188,8 @@ def _finish(page: Page, folder: Path, work: Path, problem: str, as_json: bool) -
     earlier = _read_earlier(folder, page.describe_request())
     changes = compare_pages(earlier, page.findings) if earlier else []
     status = _COULD_NOT_TEST if problem else page.status
-    now = make_timestamp()
     values: dict[str, Any] = {
-        "time": now,
+        "time": make_timestamp(),
         "asked": page.describe_request(),
         "status": status,
         "problem": problem,

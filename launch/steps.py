@@ -164,7 +164,8 @@ class Step:
 
 def _clean_environment() -> dict[str, str]:
     """This environment without what an outer job or launcher left in it, and with this package."""
-    kept = {name: value for name, value in os.environ.items() if name not in list_inherited(os.environ)}
+    inherited = list_inherited(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name not in inherited}
     package = str(Path(__file__).resolve().parents[1])
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))}
 

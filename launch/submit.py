@@ -22,7 +22,7 @@ from launch.submission import make_slurm_executor, run_locally, submit_to_slurm,
 from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
-from mnist_dist.program import make_printable, print_answer
+from mnist_dist.program import print_answer, say
 from mnist_dist.record import check_folder
 
 
@@ -64,7 +64,7 @@ def _submit(arguments: Sequence[str] | None) -> int:
         if wanted.chain > 1:
             say(f"note: {wanted.chain - 1} more jobs would follow, each with --dependency=afterany on those before it")
         return 0
-    run = read_state(Path(config.run_dir), cluster.read_jobs(say if request.cluster == "local" else None))
+    run = read_state(Path(config.run_dir), list_jobs(is_needed=request.cluster == "slurm"))
     if not check_free(run, config):
         print(f"{run.path} is finished, {describe_best(run)}; nothing to do")
         return 0
@@ -143,6 +143,16 @@ def compare_with_cluster(request: Request) -> None:
         say(f"note: {note}")
 
 
+def list_jobs(*, is_needed: bool) -> list[cluster.Job]:
+    """The user's jobs. Where Slurm does not answer, raises `RunError` if they are needed; else that is a note."""
+    if is_needed:
+        return cluster.read_jobs()
+    jobs, unanswered = cluster.find_jobs()
+    if unanswered:
+        say(f"note: {unanswered}")
+    return jobs
+
+
 def check_free(run: RunState, config: Config) -> bool:
     """Whether `config` may begin or go on in the folder of `run`; False where it is finished. Raises `UserError` for a folder not free."""
     check_folder(run.path, config)
@@ -150,11 +160,6 @@ def check_free(run: RunState, config: Config) -> bool:
         by = f"job {run.job}" if run.job else f"process {run.pid}" if run.pid else "another process"
         raise UserError(f"run_dir {run.path} is in use by {by} ({run.state}): wait for it, or use another run_dir")
     return not run.is_finished
-
-
-def say(text: str) -> None:
-    """A line beside the answer."""
-    print(make_printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,19 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import cluster
 from launch.request import place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
-from launch.submit import add_job_options, collect_mistakes, compare_with_cluster, read_request, say, show_start
+from launch.submit import add_job_options, collect_mistakes, compare_with_cluster, list_jobs, read_request, show_start
 from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, explain_unknown, find_by_initials, make_options, option, path_argument, read_options_file
-from mnist_dist.program import make_table, print_answer
+from mnist_dist.program import make_table, print_answer, say
 from mnist_dist.record import check_folder
 from mnist_dist.source import BUILT_IN, find_task
 from mnist_dist.task import Task, format_measure
@@ -84,7 +83,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         print(write_script(executor, len(placed)))
         return 0
     collect_mistakes(*(partial(check_folder, Path(config.run_dir), config) for config in placed))
-    runs = _read_runs(placed, say if sweep.table or request.cluster == "local" else None)
+    runs = _read_runs(placed, is_needed=not sweep.table and request.cluster == "slurm")
     left = [config for config, run in zip(placed, runs, strict=True) if not run.is_finished and not run.is_active]
     if sweep.table or not left:
         active = sum(run.is_active for run in runs)
@@ -94,7 +93,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         return 0
     if request.cluster == "local":
         statuses = run_locally(request, left, sweep.parallel or 1, folder.name)
-        print(make_results(list(axes), placed, _read_runs(placed, say)))
+        print(make_results(list(axes), placed, _read_runs(placed, is_needed=False)))
         return 0 if not any(statuses.values()) and len(statuses) == len(left) else RunError.exit_code
     submitted = submit_to_slurm(request, left, folder / "slurm", sweep.parallel, folder.name)
     job = submitted[0][0]
@@ -103,8 +102,8 @@ def _sweep(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _read_runs(configs: Sequence[Config], say: Callable[[str], None] | None) -> list[RunState]:
-    jobs = cluster.read_jobs(say)
+def _read_runs(configs: Sequence[Config], *, is_needed: bool) -> list[RunState]:
+    jobs = list_jobs(is_needed=is_needed)
     return [read_state(Path(config.run_dir), jobs) for config in configs]
 
 

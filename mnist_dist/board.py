@@ -214,8 +214,7 @@ class Board:
             return False
 
     def _describe_stacks(self) -> str:
-        now = make_timestamp()
-        lines = [f"{self.name([self._rank])}, process {os.getpid()}, {now}"]
+        lines = [f"{self.name([self._rank])}, process {os.getpid()}, {make_timestamp()}"]
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
         for ident in sorted(frames, key=lambda ident: (ident != self._thread_of_run, ident)):

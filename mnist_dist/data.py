@@ -38,6 +38,7 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
+from mnist_dist.world import World
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -404,7 +405,7 @@ class StepSampler(DistributedSampler[Any]):
         """Does nothing: Accelerate calls this with its own count of epochs, but here the epoch follows from the step."""
 
 
-def list_shares(count: int, group: Group, at_once: int | None) -> list[Share]:
+def list_shares(count: int, group: Group | World, at_once: int | None) -> list[Share]:
     """This rank's part of a split of `count` samples, in batches of at most `at_once`: over all ranks, each sample once."""
     mine = torch.arange(count)[group.rank :: group.size]
     parts = torch.split(mine, min(_EVALUATED_AT_ONCE, at_once or _EVALUATED_AT_ONCE)) if len(mine) else ()
@@ -415,8 +416,8 @@ def list_shares(count: int, group: Group, at_once: int | None) -> list[Share]:
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = keep_split(split, config, "test", device)
-    for part in torch.split(torch.arange(len(kept)), min(_EVALUATED_AT_ONCE, config.micro_batch or _EVALUATED_AT_ONCE)):
-        yield send_to_device(read_share(kept, Share(0, part, (range(int(part[0]), int(part[-1]) + 1),)), RunError), device)
+    for share in list_shares(len(kept), World(), config.micro_batch):
+        yield send_to_device(read_share(kept, share, RunError), device)
 
 
 class Reader:

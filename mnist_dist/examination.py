@@ -173,7 +173,6 @@ class Subject:
             "precision": "fp32",
             "threads": 1,
             "cuda_graph": False,
-            "world_size": None,
             **({} if self.config.holdout else {"test_size": count}),
         }
 
@@ -203,7 +202,8 @@ class Ranks:
 
     def start(self) -> None:
         """Start them."""
-        environ = {name: value for name, value in os.environ.items() if name not in list_inherited(os.environ)}
+        inherited = list_inherited(os.environ)
+        environ = {name: value for name, value in os.environ.items() if name not in inherited}
         port = find_free_port()
         self.end_s = time.monotonic() + self.deadline_s
         for rank, log in enumerate(self.logs):

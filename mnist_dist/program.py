@@ -124,6 +124,11 @@ class _Printable(io.TextIOBase):
         self._stream.flush()
 
 
+def say(text: str) -> None:
+    """A line beside the answer."""
+    print(make_printable(text), file=sys.stderr)
+
+
 def make_printable(text: str, kept: str = "") -> str:
     """`text` without what could move a terminal's cursor or colour it: such characters, but for `kept` ones, become escapes."""
     return "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)

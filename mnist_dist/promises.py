@@ -48,8 +48,9 @@ class Answer(NamedTuple):
 
 def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generator[tuple[str, Answer]]:
     """Make some checks, in this order. Raises `UserError` where there is nothing to check: the data or the model cannot be had."""
+    config = config.replace(world_size=None)  # the numbers of processes are the checks' own
     if {*names} & {"two processes", "evaluation", "resume"}:
-        config.replace(world_size=None).check_world(2)
+        config.check_world(2)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
@@ -150,7 +151,7 @@ def _check_repeat(subject: Subject) -> Found:
 
 def _check_gradients(subject: Subject) -> Found:
     config, model = subject.config, subject.model
-    config.replace(world_size=None).check_world(2)
+    config.check_world(2)
     begun_s, tried = time.monotonic(), 0
     for step in range(_TRIED_STEPS):
         for rank in range(2):
