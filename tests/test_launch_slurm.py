@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cluster import ROOT, Job
+from processes import find_free_port
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -85,7 +86,8 @@ def launch(environ, folder, program, words, timeout=120):
 def weigh(folder, world):
     """The weights of a run that nothing stops, in `world` processes on this machine."""
     command = f"{RECIPE} --run_dir {folder}/unbroken"
-    train = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-port=14999", "-m", "mnist_dist.train"]
+    train = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={find_free_port()}"]
+    train += ["-m", "mnist_dist.train"]
     subprocess.run([*train, *command.split()], cwd=ROOT, check=True, capture_output=True, timeout=120)
     return load_file(folder / "unbroken/model.safetensors")
 
