@@ -41,21 +41,25 @@ class Lock:
     goes when the file server gives up on it.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        """Take the lock. Raises `UserError` if the folder is in use, OSError if it is not writable."""
+    def __init__(self, run_dir: Path, patience_s: float = 0.0) -> None:
+        """Take the lock. Raises `UserError` if the folder is in use, OSError if it is not writable.
+
+        With `patience_s`, a Slurm job waits so many seconds for a holder on another host, which may be the lost node of the start before
+        this one. Raises `RunError` if the folder is still in use then: the next job of a chain may find it free.
+        """
         self.run_dir = run_dir
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
-            _lock_soon(self._descriptors[0], run_dir)
-            self._take_file()
+            _lock_soon(self._descriptors[0], run_dir, patience_s)
+            self._take_file(patience_s)
         except BaseException:
             self.release()
             raise
 
-    def _take_file(self) -> None:
+    def _take_file(self, patience_s: float = 0.0) -> None:
         path = self.run_dir / LOCK_FILE
         self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
-        if not _lock_soon(self._descriptors[-1], self.run_dir):
+        if not _lock_soon(self._descriptors[-1], self.run_dir, patience_s):
             _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
         holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
         with contextlib.suppress(OSError):  # the text only serves the message of another job, and who lists runs
@@ -87,12 +91,12 @@ class Lock:
             os.close(descriptor)
 
 
-def _lock_soon(descriptor: int, run_dir: Path) -> bool:
-    """Lock a file or folder; False where the file system cannot. Raises `UserError` if it is locked already.
+def _lock_soon(descriptor: int, run_dir: Path, patience_s: float) -> bool:
+    """Lock a file or folder; False where the file system cannot. Raises `UserError` or `RunError` if it stays locked.
 
     A program that lists runs may hold it for a moment, to see whether it is locked.
     """
-    end = time.monotonic() + _LOCK_WAIT_S
+    start, is_waiting = time.monotonic(), False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,10 +104,19 @@ def _lock_soon(descriptor: int, run_dir: Path) -> bool:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return False
-            if time.monotonic() > end:
-                holder = read_holder(run_dir) or "another process"
-                raise UserError(f"run_dir {run_dir} is in use by {holder}: wait for it, or use another run_dir") from None
-            time.sleep(0.05)
+        waited = time.monotonic() - start
+        if waited > _LOCK_WAIT_S:
+            holder = read_holder(run_dir)
+            words = f"run_dir {run_dir} is in use by {holder or 'another process'}"
+            may_be_lost = holder is not None and holder.host != platform.node() and "SLURM_JOB_ID" in os.environ
+            if not (patience_s and may_be_lost):
+                raise UserError(f"{words}: wait for it, or use another run_dir")
+            if waited > patience_s:
+                raise RunError(f"{words}, still after {patience_s:g} s")
+            if not is_waiting:
+                _log.warning("%s, which may be a lost node's: waiting for %g s at most", words, patience_s)
+                is_waiting = True
+        time.sleep(0.05)
 
 
 def read_holder(run_dir: Path) -> Holder | None:
