@@ -38,6 +38,7 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
+from mnist_dist.tier import read_generators
 from mnist_dist.world import World
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
@@ -59,11 +60,11 @@ class Share(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A share with its samples: the tensors of a data set in memory, or what the task's `collate` made; on the device."""
+    """A share with the samples of each of its parts: rows of a data set in memory, or what the task's `collate` made; on the device."""
 
     step: int
     indices: Tensor
-    samples: Any
+    samples: list[Any]
     parts: tuple[range, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,7 +121,9 @@ class InMemory:
         """A DataLoader calls this once for each batch."""
         where = send(share.indices, self.tensors[0].device)
         # Whole samples are copied; by tensor[where] it would be a number at a time, which on a CPU takes six times as long.
-        return Batch(share.step, share.indices, tuple(tensor.index_select(0, where) for tensor in self.tensors), share.parts)
+        sizes = [len(part) for part in share.parts]
+        chosen = [torch.split(tensor.index_select(0, where), sizes) for tensor in self.tensors]
+        return Batch(share.step, share.indices, list(zip(*chosen, strict=True)), share.parts)
 
 
 class Seeded:
@@ -154,11 +157,16 @@ class Seeded:
             if isinstance(samples, str):
                 return self._fail(samples)
             try:
-                return Batch(share.step, share.indices, self.task.collate(samples), share.parts)
-            except Exception as error:
+                # Each part by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
+                rest, parts = iter(samples), []
+                for part in share.parts:
+                    seed_generators(derive_seed(self.seed, f"{self.what} from place {part.start}", share.step))
+                    parts.append(self.task.collate(list(itertools.islice(rest, len(part)))))
+            except (Exception, SystemExit) as error:
                 return self._fail(
-                    f"the samples of step {share.step} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
+                    f"the samples of step {share.step + 1} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
                 )
+            return Batch(share.step, share.indices, parts, share.parts)
         finally:
             at[1] = -1
             if worker is None and threads > 1:
@@ -176,7 +184,7 @@ class Seeded:
                 at[1] = index
                 seed(its_seed)
                 read.append(split[index])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
         if places not in (None, _read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
             self.draws_elsewhere = True
@@ -198,11 +206,12 @@ def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.dev
 
 
 def read_share(kept: InMemory | Seeded, share: Share, kind: type[UserError] | type[RunError] = UserError) -> Any:
-    """The samples of a share, read by this process. Raises `kind` where one cannot be read."""
+    """The samples of a share of one part, read by this process. Raises `kind` where one cannot be read."""
     batch = kept.__getitems__(share)
     if isinstance(batch, _Failure):
         raise kind(batch.reason)
-    return batch.samples
+    (samples,) = batch.samples
+    return samples
 
 
 def seed_generators(seed: int) -> None:
@@ -332,12 +341,26 @@ def fingerprint(data: Data, task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-def probe(split: Dataset[Any], config: Config) -> tuple[Any, Any]:
-    """A few samples, and what is drawn for them, by which a model is tried. On the CPU."""
+class Probe(NamedTuple):
+    """A few samples on the CPU, what is drawn for them, and whether `collate` draws random numbers, too."""
+
+    samples: Any
+    drawn: Any
+    collate_draws: bool = False
+
+
+def probe(split: Dataset[Any], config: Config) -> Probe:
+    """What a model is tried on."""
     places = [place % len(split) for place in range(_PROBED)]  # type: ignore[arg-type]
     share = Share(0, torch.tensor(places), (range(_PROBED),))
     samples = read_share(keep_split(split, config, "training", torch.device("cpu")), share)
-    return samples, draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
+    drawn = draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
+    if is_in_memory(split):
+        return Probe(samples, drawn)
+    read = [split[place] for place in places]
+    before = read_generators()
+    config.task.collate(read)
+    return Probe(samples, drawn, read_generators() != before)
 
 
 def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: type[UserError] | type[RunError] = RunError) -> Any:

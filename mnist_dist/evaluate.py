@@ -106,7 +106,7 @@ def _to_text(options: argparse.Namespace, evaluation: Evaluation, config: Config
     lines = [
         f"{options.run}: {evaluation.samples:,} {options.split} {task.samples} of {facts.get('dataset', task.short_name)}, "
         f"{facts['precision']} on {facts['world_size']} x {facts['device']}",
-        f"{task.describe(evaluation.measures)}, loss {evaluation.measures['loss']:.4f}",
+        task.describe(evaluation.measures) + (f", loss {evaluation.measures['loss']:.4f}" if task.best != "loss" else ""),
     ]
     table = task.tabulate(evaluation.measures)
     return "\n".join([*lines, "", make_table(*table)] if table is not None else lines)

@@ -27,12 +27,14 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
     training = model.training
     model.eval()
     total: Tensor | None = None
+    read = 0
     indices, scores, outputs = [], [], []
     for batch in reader:
         with explaining(task.name, "in tally", RunError):
-            tally = task.tally(model, batch.samples)
+            tally = task.tally(model, *batch.samples)
         _check_tally(task, tally, len(batch.indices))
         total = tally.sums if total is None else total + tally.sums
+        read += len(batch.indices)
         if tally.scores is not None and tally.outputs is not None:
             best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
             indices.append(batch.indices.to(best.device)[best])
@@ -46,7 +48,12 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
             f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
         )
     if round(float(sums[0])) != count:
-        raise RunError(f"the evaluation counted {sums[0]:.0f} {task.samples}, but the split has {count}: its ranks do not share it rightly")
+        if (read := sum(group.gather(read))) != count:
+            raise RunError(f"the evaluation read {read} {task.samples}, but the split has {count}: its ranks do not share it rightly")
+        raise RunError(
+            f"task {task.name}: the first of tally's sums counted {sums[0]:.6g} {task.samples} in all, and {count} were evaluated; "
+            "expected the number of samples in each batch"
+        )
     with explaining(task.name, "in measure"):
         measures = task.measure(sums)
     _check_measures(task, measures)
@@ -99,7 +106,7 @@ def _check_measures(task: Task, measures: Any) -> None:
         what = f"it lacks {missing[0]}" if missing else f"{wrong[0]} is {names[wrong[0]]!r:.80}"
         raise UserError(
             f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
-            f"with the numbers loss and {task.best} among them; {what}"
+            f"with {' and '.join(dict.fromkeys(('loss', task.best)))} among them; {what}"
         )
 
 

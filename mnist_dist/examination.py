@@ -76,7 +76,8 @@ class Subject:
         self.config, self.data = load_data(config)
         self.task = self.config.task
         self.model = build_model(self.task, config.seed)
-        self.samples, self.drawn = probe(self.data.train, self.config)
+        self._put_back = stack.enter_context(keeping(self.model))
+        self.samples, self.drawn, self.collate_draws = probe(self.data.train, self.config)
         # For steps that are only looked at.
         few = {"batch_size": min(config.batch_size, _ROWS)}
         self.small = self.config.model_copy(update=few)
@@ -107,7 +108,7 @@ class Subject:
     @cached_property
     def tier(self) -> Tier:
         """On how many processes a step is the same. Raises `UserError` where every run would refuse the task."""
-        return find_tier(self.task, self.model, self.samples, self.drawn)
+        return find_tier(self.task, self.model, self.samples, self.drawn, self.collate_draws)
 
     @cached_property
     def found(self) -> Row:
@@ -117,7 +118,8 @@ class Subject:
         return json.loads((witness.folder / FOUND_FILE).read_text())
 
     def trace(self, samples: Any, drawn: Any) -> Trace:
-        """One pass of the losses under a fixed seed."""
+        """One pass of the losses under a fixed seed, from the initial parameters and buffers."""
+        self._put_back()
         seed_generators(0)
         return trace(self.task, self.model, samples, drawn)
 
@@ -136,7 +138,7 @@ class Subject:
 
     def train_on_one(self) -> "Ranks":
         """The run of one process. Where nobody compares its steps with those of two, it makes none."""
-        steps = STEPS if self.tier.is_any_world else 0
+        steps = STEPS if self.tier.is_any_world or self.config.shards else 0
         return self.train("one", 1, steps, steps)
 
     def train_on_two(self) -> "Ranks":

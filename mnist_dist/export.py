@@ -76,7 +76,10 @@ def _export(options: argparse.Namespace) -> int:
         exported = task.export(trained.model, data)
     _check_example(task.name, exported)
     exported.module.eval().to(memory_format=torch.contiguous_format)  # the layout in which everybody else has weights
-    content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
+    with explaining(task.name, "as the model was called with the example of export"), torch.no_grad():
+        exported.module(exported.example[:2])
+    with explaining(task.name, f"as {file.name} was made of its model"):
+        content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
     difference = check_export(exported.module, runner, exported.example)
     write_atomically(file, content)
     kind = f"{str(exported.example.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, exported.example.shape[1:])])}] for any n"
@@ -95,7 +98,11 @@ def _check_example(name: str, exported: object) -> None:
     if not isinstance(exported, Export) or not isinstance(exported.module, nn.Module):
         raise UserError(f"task {name}: export returned {type(exported).__name__}; expected mnist_dist.task.Export(module, example)")
     if not isinstance(exported.example, Tensor) or exported.example.ndim < 1 or len(exported.example) < 2:
-        raise UserError(f"task {name}: the example of export must be a tensor of at least 2 samples")
+        shown = f"a tensor {list(exported.example.shape)}" if isinstance(exported.example, Tensor) else type(exported.example).__name__
+        raise UserError(
+            f"task {name}: the example of export is {shown}; expected a tensor of at least 2 samples: where a batch is something else, the "
+            "task needs a method export (mnist_dist/task.py)"
+        )
 
 
 def to_pt2(exported: Export) -> tuple[bytes, Runner]:

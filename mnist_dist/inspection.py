@@ -442,17 +442,12 @@ def _compare_alike(ranks: Sequence[Rank]) -> tuple[dict[int, float], dict[int, f
 @contextlib.contextmanager
 def _perturbing(model: nn.Module) -> Iterator[None]:
     """Move each weight by some units in its last place, as rounding moves what comes of it; and back."""
-    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    try:
+    with keeping(model):
         with torch.no_grad():
-            for number, (parameter, _) in enumerate(before):
+            for number, parameter in enumerate(model.parameters()):
                 noise = torch.randn(parameter.shape, generator=make_generator(number, "perturbation"))
                 parameter.mul_(1 + _PERTURBATION * noise.to(parameter.device))
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
 
 
 def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[Tensor]:
@@ -468,7 +463,7 @@ def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[T
         total: list[Tensor] = []
         for piece, numbers in state.cut(samples, drawn):
             loss = task.losses(state.bare_model, piece, numbers).sum() / config.batch_size
-            found = torch.autograd.grad(loss, trained)
+            found = torch.autograd.grad(loss, trained, materialize_grads=True)
             total = [one + other for one, other in zip(total, found, strict=True)] if total else list(found)
         return total
 

@@ -220,6 +220,9 @@ def _check_state(subject: Subject) -> Found:
 
 def _check_two(subject: Subject) -> Found:
     two = subject.train_on_two()
+    if subject.config.shards:
+        _compare_states(subject.train_on_one(), two, "between one process and two with shards")
+        return f"the same bits as one: {STEPS} steps with {subject.config.shards} shards", {}
     if not subject.tier.is_any_world:
         _compare_states(two, subject.train("again", 2), "between two runs of two processes")
         return f"this world: {STEPS} steps of two processes are the same bits in two runs; one process would train otherwise", {}

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 from mnist_dist.errors import RunError, UserError, is_loss, is_lost_worker
 from mnist_dist.files import append_line, expand_path, read_file
 from mnist_dist.options import Options, describe_kind
@@ -199,6 +201,13 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
 def describe_exception(error: BaseException) -> str:
     """Where in the user's code an exception came from, its kind and its first line."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, ValidationError):  # the first line of a few
+        lines = ["; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())]
+        if any(one["type"] == "frozen_instance" for one in error.errors()):
+            lines[0] += " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
+    hint = ""
+    if any("DistributedDataParallel" in line for line in lines):
+        hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     here = Path(__file__).parent
@@ -208,7 +217,7 @@ def describe_exception(error: BaseException) -> str:
         if not Path(frame.filename).is_relative_to(here) and "site-packages" not in frame.filename and "<frozen" not in frame.filename
     ]
     place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: " if frames else ""
-    return f"{place}{type(error).__name__}{': ' + lines[0][:500] if lines else ''}"
+    return f"{place}{type(error).__name__}{': ' + lines[0][:500] if lines else ''}{hint}"
 
 
 def _named_file() -> Path:

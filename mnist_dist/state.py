@@ -25,10 +25,9 @@ from mnist_dist.randomness import derive_seed
 from mnist_dist.record import check_same, find_step
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_count, find_tier, keeping, take
+from mnist_dist.tier import check_count, check_shape, find_tier, keeping, list_state, take
 
 _log = logging.getLogger(__name__)
-_SETTLING = "in a first pass of several processes, where losses may call the model itself alone, and no method of it"
 
 
 class TrainingState:
@@ -42,6 +41,7 @@ class TrainingState:
         self.bare_model = build_model(config.task, config.seed)
         self.probe = probe(data.train, config)
         self.tier = find_tier(config.task, self.bare_model, *self.probe)
+        self._check_moved()
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
         if config.shards:
@@ -50,7 +50,7 @@ class TrainingState:
             self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
             self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
-            averaged = {name: buffer for name, buffer in self.bare_model.named_buffers() if buffer.is_floating_point()}
+            averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
@@ -75,20 +75,22 @@ class TrainingState:
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
         if self.model is not self.bare_model:
-            samples, drawn = send_to_device(self.probe, self.group.device)
+            samples, drawn, _ = send_to_device(self.probe, self.group.device)
             name = self.config.task.name
-            with keeping(self.bare_model), explaining(name, _SETTLING, RunError):
-                self.config.task.losses(self.model, samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            with keeping(self.bare_model), explaining(name, "in a first pass of several processes", RunError):
+                self._compute_losses(samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
-    def train_on(self, samples: Any, drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
-        """All that the device does in a step, on some parts of the global batch; a loss whose mean over the ranks is that of the batch.
+    def train_on(self, samples: Sequence[Any], drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
+        """All that the device does in a step, on the samples of some parts of the global batch, and what is drawn for all of them.
+
+        Gives a loss whose mean over the ranks is that of the batch.
 
         The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
         many of them it computes at once.
         """
         loss = (
-            self._add_gradients(samples, drawn, note_forward)
+            self._add_gradients(samples[0], drawn, note_forward)
             if self.tree is None
             else self._add_up(self.tree, samples, drawn, parts, note_forward)
         )
@@ -101,41 +103,49 @@ class TrainingState:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
+        self._hand_out(map(self.bare_model.get_parameter, self.tier.moved), 0)  # as DDP does with buffers
         self._seed(f"model on rank {self.group.rank}")
         pieces = self.cut(samples, drawn)
         for number, (piece, numbers) in enumerate(pieces, start=1):
             # Gradients are exchanged with the last piece, once.
             with contextlib.nullcontext() if number == len(pieces) else accelerator.no_sync(self.model):
-                loss = self.config.task.losses(self.model, piece, numbers).sum() * (self.group.size / self.config.batch_size)
+                loss = self._compute_losses(piece, numbers).sum() * (self.group.size / self.config.batch_size)
                 if number == len(pieces):
                     note_forward()
                 accelerator.backward(loss)
             losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _add_up(self, tree: TreeSum, samples: Any, drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
+    def _compute_losses(self, samples: Any, drawn: Any) -> Tensor:
+        losses = self.config.task.losses(self.model, samples, drawn)
+        check_shape(self.config.task, losses, check_count(samples))
+        return losses
+
+    def _add_up(
+        self, tree: TreeSum, samples: Sequence[Any], drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]
+    ) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
         ends = list(itertools.accumulate(map(len, parts)))
-        starts = {name: buffer.clone() for name, buffer in self.bare_model.named_buffers()}
+        starts = {name: value.clone() for name, value in self._list_moving().items()}
 
         def compute(shard: int) -> Tensor:
             number = shard - tree.mine[0]
             rows = slice(ends[number] - len(parts[number]), ends[number])
             with torch.no_grad():  # each shard begins with the same statistics
-                for name, buffer in self.bare_model.named_buffers():
-                    buffer.copy_(starts[name])
+                for name, value in self._list_moving().items():
+                    value.copy_(starts[name])
             self._seed(f"model on shard {shard}")
             gradients: list[Tensor] = []
             losses = []
-            for piece, numbers in self.cut(take(samples, rows), take(drawn, rows)):
-                loss = self.config.task.losses(self.model, piece, numbers).sum() / self.config.batch_size
-                found = torch.autograd.grad(loss, self.trained)
+            for piece, numbers in self.cut(samples[number], take(drawn, rows)):
+                loss = self._compute_losses(piece, numbers).sum() / self.config.batch_size
+                found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
                 # Not in place: the gradients of two parameters that are added up are one tensor.
                 gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
                 losses.append(loss.detach())
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
-            now = dict(self.bare_model.named_buffers())
+            now = self._list_moving()
             # What has not moved has no difference: an infinite number, as in a mask, would have none.
             changes = [torch.where(now[name] == starts[name], 0, now[name] - starts[name]) for name in self.averaged]
             return self.flat.pack([*gradients, *changes], [torch.stack(losses).sum()])
@@ -145,12 +155,27 @@ class TrainingState:
         for parameter, gradient in zip(self.trained, views, strict=False):
             parameter.grad = gradient
         with torch.no_grad():
-            now = dict(self.bare_model.named_buffers())
+            now = self._list_moving()
             for name, change in zip(self.averaged, views[len(self.trained) :], strict=True):
                 now[name].copy_(starts[name] + change / tree.shards)
         # What counts is not averaged: the last shard's counts are everybody's.
-        self._hand_out([buffer for name, buffer in now.items() if name not in self.averaged], self.group.size - 1)
+        self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
+
+    def _list_moving(self) -> dict[str, Tensor]:
+        """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
+        state = list_state(self.bare_model)
+        buffers = {name for name, _ in self.bare_model.named_buffers()}
+        return {name: value for name, value in state.items() if name in buffers or name in self.tier.moved}
+
+    def _check_moved(self) -> None:
+        """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
+        trained = [name for name in self.tier.moved if self.bare_model.get_parameter(name).requires_grad]
+        if trained and (self.group.size > 1 or self.config.shards):
+            raise UserError(
+                f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
+                "would change its own by its own samples; train on one process, without shards"
+            )
 
     def cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
         """The pieces of some samples that are computed at once, and what is drawn for each."""
@@ -183,12 +208,12 @@ class TrainingState:
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""
         if self.tree is None:
-            self._hand_out(self.bare_model.buffers(), 0)
+            self._hand_out(self._list_moving().values(), 0)
 
-    def _hand_out(self, buffers: Iterable[Tensor], rank: int) -> None:
-        """Give every rank the buffers of one."""
-        for buffer in buffers if self.group.size > 1 else ():
-            torch.distributed.broadcast(buffer, src=rank)
+    def _hand_out(self, tensors: Iterable[Tensor], rank: int) -> None:
+        """Give every rank the tensors of one."""
+        for tensor in tensors if self.group.size > 1 else ():
+            torch.distributed.broadcast(tensor, src=rank)
 
     @property
     def elapsed_s(self) -> float:

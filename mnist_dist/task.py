@@ -205,7 +205,7 @@ class Task(Options):
         """Raise ValueError where the facts in somebody's file of weights cannot be right."""
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch of the samples of a `Dataset` that is no `TensorDataset`; as torch does by default."""
+        """A batch of the samples of a `Dataset` that is no `TensorDataset`; as torch does by default. With shards, of each by itself."""
         from torch.utils.data import default_collate
 
         return default_collate(samples)

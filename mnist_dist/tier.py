@@ -1,11 +1,12 @@
 """What a model's step depends on beside its samples: a probe on a few of them, in float32 on the CPU, before anything is prepared.
 
-*Any world*: no sample sees another one, and nothing random happens but what the task draws for the whole batch. Then a step is the same on
-any number of processes. *This world*: there is BatchNorm, dropout or the like. Then it is the same only on as many processes as before.
+*Any world*: no sample sees another one, nothing random happens but what the task draws for the whole batch, and only the optimizer changes
+the model. Then a step is the same on any number of processes. *This world*: there is BatchNorm, dropout, a moving average or the like. Then
+it is the same only on as many processes as before.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,13 +20,15 @@ from mnist_dist.task import Task
 
 ANY_WORLD, THIS_WORLD = "any world", "this world"
 _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
+_NUDGE = 2**-10
 
 
 class Tier(NamedTuple):
-    """The number of processes on which a run keeps its promises, and what makes it so."""
+    """The number of processes on which a run keeps its promises, what makes it so, and the parameters that a forward pass changes."""
 
     name: str
     reason: str
+    moved: tuple[str, ...] = ()
 
     @property
     def is_any_world(self) -> bool:
@@ -46,22 +49,34 @@ class Trace(NamedTuple):
     drew: str | None
 
 
-def find_tier(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Tier:
+def find_tier(task: Task, model: nn.Module, samples: Any, drawn: Any, collate_draws: bool = False) -> Tier:
     """Compute the losses of a few samples (at least 4, on the CPU) and of half of them, in training mode; the model stays as it was.
 
     Raises `UserError` where the losses are not one finite number for each sample, or a parameter gets no gradient.
     """
     count = check_count(samples)
-    with keeping(model):
+    with keeping(model) as put_back:
         whole = trace(task, model, samples, drawn)
         check_losses(task, whole.losses, count)
         check_gradients(task, model, whole.losses)
-        if whole.drew is not None:
-            return Tier(THIS_WORLD, f"{whole.drew} draws random numbers")
+        changed = put_back()
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if frozen:
+            # An average that the pass moves may equal at first what it follows.
+            with torch.no_grad():
+                nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
+            trace(task, model, samples, drawn)
+            changed = [*(name for name in frozen if not frozen[name].equal(nudged[name])), *changed]
+            put_back()
+        moved = tuple(name for name, _ in model.named_parameters() if name in changed)
+        if whole.drew is not None or collate_draws:
+            return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
         half = count // 2
         part = trace(task, model, take(samples, slice(half)), take(drawn, slice(half)))
         mixing = find_first_difference(whole, part, half)
-    return Tier(ANY_WORLD, "") if mixing is None else Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other")
+    if mixing is not None:
+        return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
+    return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
 
 
 def check_count(samples: Any) -> int:
@@ -89,13 +104,18 @@ def take(samples: Any, rows: Any) -> Any:
     return samples
 
 
-def check_losses(task: Task, losses: Any, count: int) -> None:
-    """Raise `UserError` unless `losses` are one finite number for each of `count` samples."""
+def check_shape(task: Task, losses: Any, count: int) -> None:
+    """Raise `UserError` unless `losses` is a tensor with one for each of `count` samples. Waits for no device."""
     if not isinstance(losses, Tensor):
         raise UserError(f"task {task.name}: losses returned {type(losses).__name__}; expected a tensor with one loss for each sample")
     if losses.shape != (count,):
         hint = ": their mean or sum? reduction='none' keeps one for each" if losses.numel() == 1 else ""
         raise UserError(f"task {task.name}: losses has shape {list(losses.shape)} for {count} samples; expected [{count}]{hint}")
+
+
+def check_losses(task: Task, losses: Any, count: int) -> None:
+    """Raise `UserError` unless `losses` are one finite number for each of `count` samples."""
+    check_shape(task, losses, count)
     if not losses.is_floating_point() or not losses.isfinite().all():
         raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
@@ -121,10 +141,10 @@ def trace(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Trace:
     """The losses of some samples, and what each layer did on the way."""
     outputs: list[tuple[str, Tensor]] = []
     drew: list[str] = []
-    before = [_read_generators()]
+    before = [read_generators()]
 
     def note(name: str, module: nn.Module, output: Any) -> None:
-        now = _read_generators()
+        now = read_generators()
         if now != before[0]:
             drew.append(f"{name} ({type(module).__name__})")
             before[0] = now
@@ -142,7 +162,7 @@ def trace(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-    if not drew and _read_generators() != before[0]:
+    if not drew and read_generators() != before[0]:
         drew.append("the forward pass, outside of its layers,")
     return Trace(losses, outputs, drew[0] if drew else None)
 
@@ -167,25 +187,45 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= _TOLERANCE * one.abs().max().clamp(min=1e-6)) if one.numel() else True
 
 
+def list_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by their names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 @contextmanager
-def keeping(model: nn.Module) -> Iterator[None]:
-    """Leave the buffers and the mode of a model, and all generators of this process, as they were."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+def keeping(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Leave a model's parameters, buffers and mode, and all generators of this process, as they were.
+
+    Gives what puts the parameters and buffers back at once, and names those that had changed; after a backward pass, if there is one.
+    """
+    kept = {name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items()}
     training = model.training
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    @torch.no_grad()
+    def put_back() -> list[str]:
+        now, changed = list_state(model), []
+        for name, (tensor, value) in kept.items():
+            if now.get(name) is not tensor or not tensor.isclose(value, rtol=0, atol=0, equal_nan=True).all():
+                changed.append(name)
+                tensor.copy_(value)
+                owner, _, own_name = name.rpartition(".")
+                if own_name in (buffers := model.get_submodule(owner)._buffers):
+                    buffers[own_name] = tensor  # the pass may have put another in its place
+        return changed
+
     model.train()
     try:
-        yield
+        yield put_back
     finally:
         model.train(training)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        put_back()
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
 
 
-def _read_generators() -> tuple[bytes, bytes, int]:
+def read_generators() -> tuple[bytes, bytes, int]:
+    """The state of torch's, numpy's and Python's generators, or a hash of it: another one when something was drawn."""
     _kind, keys, place, *_ = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())

@@ -100,8 +100,8 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
 
 
 def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> tuple[Any, Any]:
-    """What one rank of `size` trains on in a step, on the CPU: its samples, and what is drawn for them."""
-    share = next(iter(StepSampler(data.train, config, rank, size, step)))
+    """What one rank of `size` trains on in a step without shards, on the CPU: its samples, and what is drawn for them."""
+    share = next(iter(StepSampler(data.train, config.model_copy(update={"shards": None}), rank, size, step)))
     return read_share(keep_split(data.train, config, "training", torch.device("cpu")), share), draw(
         config, step, config.batch_size, share.parts
     )
@@ -127,8 +127,8 @@ def build(config: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def _look(config: Config, folder: Path, job: Row) -> None:
     """Build the model, read the data, continue from a saved state; and leave the digests of what comes of it."""
-    found: dict[str, Any] = {"model": digest_each(build_model(config.task, config.seed).state_dict())}
     config, data = load_data(config)
+    found: dict[str, Any] = {"model": digest_each(build_model(config.task, config.seed).state_dict())}
     found["data"] = digest_data(config, data)
     if (folder / STATE_FILE).exists():
         try:

@@ -31,6 +31,8 @@ class Noisy(Dataset):
                 time.sleep(1)
         if index == self.task.fault_at and self.task.fault == "raises":
             raise ValueError("this picture is torn")
+        if index == self.task.fault_at and self.task.fault == "exits":
+            raise SystemExit(3)
         time.sleep(self.task.slow_s)
         # A draw from each of the three generators, and a sum that several threads would round in another way.
         noise = torch.rand(1, 8, 8) + random.random() + float(np.random.rand()) + torch.rand(200_000).sum() * 1e-5
@@ -40,7 +42,7 @@ class Noisy(Dataset):
 class NoisyTask(Classification):
     class_names = ("low", "middle", "high")
 
-    fault: Literal["none", "dies", "hangs", "raises"] = option("none", recipe=False)
+    fault: Literal["none", "dies", "hangs", "raises", "exits"] = option("none", recipe=False)
     fault_at: int = option(-1, recipe=False)
     slow_s: float = option(0.0, recipe=False)
     dropout: float = 0.0

@@ -376,7 +376,7 @@ class Averaging(nn.Module):
     ),
     "a tally that leaves samples out": (
         "evaluation",
-        ["in one process: the evaluation counted 10 samples, but the split has 32"],
+        ["the first of tally's sums counted 10 samples in all, and 32 were evaluated"],
         """
     def tally(self, model, batch):
         return super().tally(model, [part[:10] for part in batch])
@@ -422,13 +422,27 @@ def test_a_fault_is_named(check, name):
 WORLDS = {
     "dropout": ("1 (Dropout) draws random numbers", "nn.Dropout(0.5)"),
     "batch normalization": ("in 1 (BatchNorm1d) the samples of a batch see each other", "nn.BatchNorm1d(8)"),
+    "a moving average": ("each forward pass changes 1.average", "Average()"),
 }
+AVERAGE = """
+
+class Average(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, inputs):
+        centred = inputs - self.average
+        if self.training:
+            self.average.lerp_(inputs.detach().mean(0), 0.5)
+        return centred
+"""
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_what_is_legitimate_makes_the_tier(check, name):
     reason, layer = WORLDS[name]
-    body = f"    def build_model(self):\n        return nn.Sequential(nn.Linear(6, 8), {layer}, nn.Linear(8, 1))\n"
+    body = f"    def build_model(self):\n        return nn.Sequential(nn.Linear(6, 8), {layer}, nn.Linear(8, 1))\n{AVERAGE}"
     # One of them also makes its runs.
     runs = ",two processes,resume,evaluation" if name == "batch normalization" else ""
     status, answers, err = check(f"losses,rows,tier,repeat,gradients,state{runs}", body)
@@ -446,17 +460,30 @@ def test_samples_that_are_read_one_by_one_under_their_seeds_and_tied_weights_pas
     def load(self):
         return Data(Lazy(), Lazy())
 
+    def find_facts(self, train):
+        return {"width": 6}
+
     def build_model(self):
-        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1))
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(self.facts["width"], 1))
         model[1].weight = model[0].weight
         return model
 """
     status, answers, err = check("model,data,state,cost", body)
     assert status == 0, (answers, err)
-    assert "16 digests" in answers["data"]["text"]
+    assert "17 digests" in answers["data"]["text"]
     assert answers["cost"]["parameters"] == 6 * 6 + 6 + 6 + 7
     assert answers["cost"]["signal_delay_s"] >= 30
     assert answers["cost"]["checkpoint_bytes"] > 4 * 3 * 55
+
+
+def test_with_shards_two_processes_must_have_the_bits_of_one(check):
+    status, answers, err = check("two processes", "    pass\n", "--shards", "4")
+    assert status == 0, (answers, err)
+    assert answers["two processes"]["text"] == "the same bits as one: 5 steps with 4 shards"
+    scaled = "super().losses(model, batch, drawn) * (1 + 1e-6 * int(os.environ.get('RANK', '0')))"
+    status, answers, err = check("two processes", f"    def losses(self, model, batch, drawn):\n        return {scaled}\n", "--shards", "4")
+    assert status == 1
+    assert "differs between one process and two with shards" in answers["two processes"]["text"]
 
 
 def test_the_built_in_task_passes(capsys):

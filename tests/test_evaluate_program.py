@@ -10,9 +10,11 @@ import pytest
 import torch
 from processes import TINY, Train, run_ranks
 from safetensors.torch import save_file
+from torch import nn
 
 from mnist_dist import evaluate, export
 from mnist_dist.errors import RunError
+from mnist_dist.task import Export
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.augment import make_inputs
 from mnist_dist.tasks.mnist.model import CNN, Classifier
@@ -159,6 +161,29 @@ def test_an_export_that_differs_from_the_model_is_not_written(tmp_path, monkeypa
     assert export.main([str(run), str(tmp_path / "model.pt2")]) == 1
     assert "differs from the model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+class Branching(nn.Module):
+    def forward(self, inputs):
+        return inputs if inputs.sum() > 0 else -inputs
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "words"),
+    [
+        (nn.Bilinear(2, 2, 2), torch.zeros(3, 2), "as the model was called with the example of export: TypeError: "),
+        (Branching(), torch.zeros(3, 2), "as model.pt2 was made of its model: "),
+        (nn.Identity(), {"words": torch.zeros(3, 2)}, "the example of export is dict; expected a tensor"),
+    ],
+    ids=["another number of inputs", "a branch that depends on the data", "no tensor"],
+)
+def test_a_model_that_cannot_be_exported_is_one_message(tmp_path, monkeypatch, capsys, run, module, example, words):
+    monkeypatch.setattr(Mnist, "export", lambda self, model, data: Export(module, example))
+    assert export.main([str(run), str(tmp_path / "model.pt2")]) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # torch may say more before
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_an_export_of_wrong_shape_or_without_a_number_is_found():

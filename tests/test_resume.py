@@ -309,6 +309,20 @@ def test_a_second_live_job_in_the_folder_is_refused_and_a_dead_one_does_not_hold
     assert again.wait() == 143
 
 
+def test_a_moving_average_in_a_frozen_parameter_is_resumed_on_as_many_processes(tmp_path):
+    task = str(Path(__file__).with_name("ragged_task.py"))
+    arguments = ["--task", task, *CALM, "--steps", "8", "--batch_size", "6", "--precision", "fp32", "--test_size", "10"]
+    for size in (1, 2):
+        run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / f"whole{size}")]), size)
+        broken = [*arguments, "--run_dir", str(tmp_path / f"broken{size}")]
+        assert "because each forward pass changes average.weight" in run_ranks(tmp_path, TrainOnce(broken, 3), size, expect=85)
+        assert "start as many" in run_ranks(tmp_path, Train(broken), 3 - size, expect=2)
+        run_ranks(tmp_path, Train(broken), size)
+        whole, resumed = (load_file(tmp_path / f"{name}{size}/model.safetensors") for name in ("whole", "broken"))
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+        assert not torch.equal(whole["average.weight"], whole["embedding.weight"])
+
+
 def test_rows_after_the_checkpoint_and_a_torn_row_are_cut_off(tmp_path, unbroken):
     folder = tmp_path / "run"
     arguments = [*TINY, *CALM, "--run_dir", str(folder)]

@@ -9,7 +9,7 @@ import pytest
 from processes import TINY, Train, run_ranks, start_ranks
 from safetensors.torch import load_file
 
-NOISY = str(Path(__file__).with_name("noisy_task.py"))
+NOISY, RAGGED = (str(Path(__file__).with_name(f"{name}_task.py")) for name in ("noisy", "ragged"))
 COMMON = [
     "--batch_size",
     "24",
@@ -39,6 +39,18 @@ RECIPES = {
     ],
     "muon in bfloat16": ["--dataset", "synthetic", "--optimizer", "muon", "--precision", "bf16"],
     "batch norm, dropout and workers": ["--task", NOISY, "--workers", "1", "--norm", "--dropout", "0.3", "--precision", "fp32"],
+    "sentences, dropout and a moving average": [
+        "--task",
+        RAGGED,
+        "--masked",
+        "0.2",
+        "--dropout",
+        "0.3",
+        "--optimizer",
+        "adamw",
+        "--precision",
+        "fp32",
+    ],
 }
 
 

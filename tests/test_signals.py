@@ -535,6 +535,6 @@ def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path):
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=20)
-        if process.returncode != -signal.SIGINT or text:  # on a slow machine Python itself may not be there yet
+        if process.returncode != -signal.SIGINT or "mnist_dist" in text:  # on a slow machine Python itself may not be there yet
             assert (process.returncode, text) == (130, "stopped by a signal before the training began\n"), delay_s
     assert not (tmp_path / "run").exists()

@@ -82,7 +82,7 @@ def test_a_checkpoint_holds_up_the_loop_for_a_copy_alone(tmp_path):
     config = make_config({"batch_size": 8, "optimizer": "adamw", "device": "cpu", "precision": "fp32", "holdout": 0}, task=Large)
     with join_group(World(), config) as group:
         state, data = make_state(group, config)
-        state.train_on(data.train.tensors, None, (range(8),), lambda: None)
+        state.train_on([data.train.tensors], None, (range(8),), lambda: None)
         state.step = 1
         copies, held_up = [], []
         writer = Writer(tmp_path / "checkpoints", 3, lambda: None)
@@ -119,7 +119,7 @@ class NormRank:
             assert state.tier.name == "this world"
             assert "2 (BatchNorm1d)" in state.tier.reason
             samples = torch.full((6, 64), float(group.rank)) + torch.arange(6)[:, None] * (1 + group.rank)
-            state.train_on((samples, torch.arange(6) % 3), None, (range(6),), lambda: None)
+            state.train_on([(samples, torch.arange(6) % 3)], None, (range(6),), lambda: None)
             mean = state.bare_model[2].running_mean.clone()
             assert len({tuple(values.tolist()) for values in group.gather(mean)}) == 2
             state.share_buffers()

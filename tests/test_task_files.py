@@ -104,6 +104,13 @@ WRONG = [
     ("no samples", [("torch.arange(60.0)", "torch.arange(0.0)")], ["hold no samples"], 2),
     ("build_model fails", [(SEQUENTIAL, "nn.Linear(3, 'x')")], ["in build_model", "broken.py:", "TypeError"], 2),
     ("build_model returns no module", [(SEQUENTIAL, "lambda inputs: inputs")], ["build_model returned function", "torch.nn.Module"], 2),
+    ("load sets an attribute", [(DATA, f"self.count = 60\n        {DATA}")], ["in load", "count: ", "a task holds its options alone"], 2),
+    (
+        "too few losses of a whole batch",
+        [(BUILD, LOSSES.format("super().losses(model, batch, drawn)[len(batch[0]) // 10 :]"))],
+        ["has shape [9] for 10 samples"],
+        2,
+    ),
     (
         "a mask in a checkpoint",
         [
@@ -186,7 +193,7 @@ WRONG = [
     (
         "tally that counts twice",
         [(BUILD, TALLY.format("tally = super().tally(model, batch); return Tally(tally.sums * 2)"))],
-        ["counted 40 samples", "has 20"],
+        ["counted 40 samples", "and 20 were evaluated"],
         1,
     ),
     (
@@ -239,7 +246,7 @@ def test_a_method_of_the_model_is_named_where_several_processes_cannot_call_it(t
     name = write(tmp_path / "encodes.py", SANE, (f"return {SEQUENTIAL}", model), (BUILD, encode))
     arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
     text = run_ranks(tmp_path / "logs", Train(arguments), 2, expect=1)
-    assert "losses may call the model itself alone, and no method of it: " in text
+    assert "losses may call the model itself alone, and no method or attribute of it" in text
     assert "has no attribute 'encode'" in text
     assert "Traceback" not in text
 
@@ -304,6 +311,26 @@ def test_a_frozen_parameter_is_resumed(tmp_path):
         run_ranks(tmp_path / "logs", Train(arguments))
         (tmp_path / optimizer / "result.json").unlink()
         run_ranks(tmp_path / "logs", Train(arguments))
+
+
+def test_a_forward_pass_that_changes_what_is_trained_is_for_one_process(tmp_path):
+    clamped = f"model = {SEQUENTIAL}\n        model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(0.9), None)[1])\n"
+    name = write(tmp_path / "clamped.py", SANE, (f"return {SEQUENTIAL}", f"{clamped}        return model"))
+    arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]
+    for size, more in ((2, []), (1, ["--shards", "2"])):
+        text = run_ranks(tmp_path / "logs", Train([*arguments, *more]), size, expect=2)
+        assert "a forward pass changes 0.weight itself, which is trained, too" in text
+    run_ranks(tmp_path / "logs", Train(arguments))
+
+
+def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tmp_path):
+    chosen = "model = {}\n        model.forward = lambda inputs: model[2](model[0](inputs) if inputs[:, 1].max() < 0.7 "
+    chosen += "else inputs @ torch.ones(3, 8))"
+    name = write(tmp_path / "chosen.py", SANE, (f"return {SEQUENTIAL}", f"{chosen.format(SEQUENTIAL)}\n        return model"))
+    for size in (1, 2):
+        arguments = ["--task", name, *SHORT, "--shards", "5", "--run_dir", str(tmp_path / str(size))]
+        run_ranks(tmp_path / "logs", Train(arguments), size)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
 
 
 def test_tied_weights_are_trained_saved_and_read(tmp_path):

@@ -169,7 +169,7 @@ def test_an_evaluation_that_counts_another_number_is_an_error():
         # The planted fault: half of the images belong to a rank that is not there.
         shares = list_shares(40, SimpleNamespace(rank=0, size=2), None)
         reader = Reader(loaded.test, config, group, "test", shares)
-        with reader, pytest.raises(RunError, match="counted 20 images, but the split has 40"):
+        with reader, pytest.raises(RunError, match="read 20 images, but the split has 40: its ranks do not share it rightly"):
             evaluate(config.task, build_model(config.task, 0), reader, group)
 
 

@@ -19,9 +19,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import data
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import Batch, Reader, Share, keep_split, list_tensors, read_share, take_samples
+from mnist_dist.data import Batch, Reader, Share, keep_split, list_tensors, load_data, probe, read_share, take_samples
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
+from mnist_dist.model import build_model
+from mnist_dist.tier import find_tier
 from mnist_dist.world import World
 
 TASK = str(Path(__file__).with_name("noisy_task.py"))
@@ -85,13 +87,16 @@ def test_samples_are_the_same_on_any_number_of_ranks(tmp_path):
         assert all(float((value - weights[world][name]).abs().max()) < 1e-5 for name, value in weights[1].items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_in_a_sample_names_its_index_and_the_line(tmp_path, workers):
-    arguments = [*NOISY, "--workers", str(workers), "--fault", "raises", "--fault_at", "71", "--run_dir", str(tmp_path / "run")]
+@pytest.mark.parametrize(
+    ("fault", "words", "workers"),
+    [("raises", "ValueError: this picture is torn", 0), ("raises", "ValueError: this picture is torn", 2), ("exits", "SystemExit: 3", 2)],
+)
+def test_an_error_in_a_sample_names_its_index_and_the_line(tmp_path, fault, words, workers):
+    arguments = [*NOISY, "--workers", str(workers), "--fault", fault, "--fault_at", "71", "--run_dir", str(tmp_path / "run")]
     text = run_ranks(tmp_path, Train(arguments), expect=1)
     assert "sample 71 of the training data cannot be read" in text
     assert "noisy_task.py:" in text
-    assert "ValueError: this picture is torn" in text
+    assert words in text
     assert "Traceback" not in text
 
 
@@ -199,6 +204,16 @@ class Halved(TensorDataset):
 
     def __getitem__(self, index):
         return super().__getitem__(index)[0] / 2, 1
+
+
+def test_a_mask_that_collate_draws_depends_on_the_world():
+    task = str(Path(__file__).with_name("ragged_task.py"))
+    for masked, is_drawn in ((0.0, False), (0.2, True)):
+        config, data = load_data(make_config({"task": task, "masked": masked}))
+        found = probe(data.train, config)
+        assert found.collate_draws is is_drawn
+        tier = find_tier(config.task, build_model(config.task, 0), *found)
+        assert ("collate draws random numbers" in tier.reason) is is_drawn
 
 
 def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
