@@ -27,6 +27,7 @@ from mnist_dist.machine import (
     count_open_files,
     keep_memory,
     raise_file_limit,
+    repeating_bits,
 )
 from mnist_dist.rendezvous import Place, describe_run, find_interface, meet
 from mnist_dist.world import World
@@ -248,7 +249,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     group: Group | None = None
     board: Board | None = None
     store: Any = None
-    with patch_environment(**_choose_variables(world, device, threads, place)):
+    with patch_environment(**_choose_variables(world, device, threads, place)), repeating_bits():
         try:
             with _watchdog(world, config.timeout_s):
                 if place is not None:

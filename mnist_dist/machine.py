@@ -2,13 +2,18 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
+import re
 import resource
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
@@ -20,6 +25,8 @@ _M_MMAP_MAX = -4
 
 _FILES_ENOUGH = 65_536
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own variable: it refuses a GPU that two ranks share unless this is 1
+
+_log = logging.getLogger(__name__)
 
 
 def count_usable_cores() -> int:
@@ -126,6 +133,36 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def repeating_bits() -> Iterator[None]:
+    """Let torch add numbers up in the same order each time. By itself it does not: two threads hurry to the gradient of `x[rows]`.
+
+    Where torch knows of an operation that cannot, a warning names that once.
+    """
+    settings: Any = torch.utils.deterministic
+    mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    show, told = warnings.showwarning, set[str]()
+
+    def tell(message: Warning | str, *more: Any, **others: Any) -> None:
+        match = re.match(r"(\S+) does not have a deterministic implementation", str(message))
+        if match is None:
+            show(message, *more, **others)
+        elif match[1] not in told:
+            told.add(match[1])
+            _log.warning("torch has no %s that gives the same bits each time: two equal runs may differ", match[1])
+
+    # As `torch.use_deterministic_algorithms(True, warn_only=True)` does, which would make torch import its compiler.
+    torch.set_deterministic_debug_mode(max(mode, 1))
+    settings.fill_uninitialized_memory = False  # nothing of ours reads it
+    warnings.showwarning = tell
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        settings.fill_uninitialized_memory = fills
+        torch.set_deterministic_debug_mode(mode)
 
 
 def find_processor() -> str:

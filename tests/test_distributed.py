@@ -119,6 +119,26 @@ def test_what_accelerate_was_told_and_we_cannot_do_is_refused(monkeypatch, varia
         pass
 
 
+def test_a_sum_that_threads_hurry_to_has_the_same_bits_each_time(caplog):
+    weights, rows, factors = torch.randn(50, 64, requires_grad=True), torch.randint(0, 50, (20_000,)), torch.randn(20_000, 64)
+
+    def count_results():
+        return len({torch.autograd.grad((weights[rows] * factors).sum(), weights)[0].numpy().tobytes() for _ in range(20)})
+
+    threads = torch.get_num_threads()
+    try:
+        with join_group(World(), configure(threads=4)):
+            assert count_results() == 1
+            for _ in range(2):
+                torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "torch has no put_ that gives the same bits each time: two equal runs may differ"
+        ]
+        assert count_results() > 1  # else this would show nothing
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_gpu_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
