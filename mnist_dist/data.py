@@ -357,9 +357,10 @@ def probe(split: Dataset[Any], config: Config) -> Probe:
     drawn = draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
     if is_in_memory(split):
         return Probe(samples, drawn)
-    read = [split[place] for place in places]
-    before = read_generators()
-    config.task.collate(read)
+    with explaining(config.task.name, "as its first samples were made a batch"):
+        read = [split[place] for place in places]
+        before = read_generators()
+        config.task.collate(read)
     return Probe(samples, drawn, read_generators() != before)
 
 
