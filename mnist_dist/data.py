@@ -38,7 +38,7 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
-from mnist_dist.tier import read_generators
+from mnist_dist.tier import Probe, read_generators
 from mnist_dist.world import World
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
@@ -122,8 +122,9 @@ class InMemory:
         where = send(share.indices, self.tensors[0].device)
         # Whole samples are copied; by tensor[where] it would be a number at a time, which on a CPU takes six times as long.
         sizes = [len(part) for part in share.parts]
-        chosen = [torch.split(tensor.index_select(0, where), sizes) for tensor in self.tensors]
-        return Batch(share.step, share.indices, list(zip(*chosen, strict=True)), share.parts)
+        # Each part has memory of its own: where a tensor begins in it may decide how its sums are rounded.
+        parts = [tuple(tensor.index_select(0, part) for tensor in self.tensors) for part in torch.split(where, sizes)]
+        return Batch(share.step, share.indices, parts, share.parts)
 
 
 class Seeded:
@@ -163,8 +164,9 @@ class Seeded:
                     seed_generators(derive_seed(self.seed, f"{self.what} from place {part.start}", share.step))
                     parts.append(self.task.collate(list(itertools.islice(rest, len(part)))))
             except (Exception, SystemExit) as error:
+                first = int(share.indices[0])
                 return self._fail(
-                    f"the samples of step {share.step + 1} cannot be made a batch of the {self.what} data: {describe_exception(error)}"
+                    f"samples of the {self.what} data, from number {first} on, cannot be made a batch: {describe_exception(error)}"
                 )
             return Batch(share.step, share.indices, parts, share.parts)
         finally:
@@ -341,27 +343,25 @@ def fingerprint(data: Data, task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-class Probe(NamedTuple):
-    """A few samples on the CPU, what is drawn for them, and whether `collate` draws random numbers, too."""
-
-    samples: Any
-    drawn: Any
-    collate_draws: bool = False
-
-
 def probe(split: Dataset[Any], config: Config) -> Probe:
-    """What a model is tried on."""
-    places = [place % len(split) for place in range(_PROBED)]  # type: ignore[arg-type]
-    share = Share(0, torch.tensor(places), (range(_PROBED),))
-    samples = read_share(keep_split(split, config, "training", torch.device("cpu")), share)
-    drawn = draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError)
+    """What a model is tried on. Raises `UserError` where a sample cannot be read, or `draw` fails."""
+    places = torch.tensor([place % len(split) for place in range(_PROBED)])  # type: ignore[arg-type]
+    kept, half = keep_split(split, config, "training", torch.device("cpu")), _PROBED // 2
+    samples = read_share(kept, Share(0, places, (range(_PROBED),)))
+    part = read_share(kept, Share(0, places[:half], (range(half),)))
+    several = []
+    for seed in range(2):
+        seed_generators(seed)
+        several.append(draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError))
+    drawn, again = several
+    repeats = drawn is None or bool(drawn.isclose(again, rtol=0, atol=0, equal_nan=True).all())
     if is_in_memory(split):
-        return Probe(samples, drawn)
+        return Probe(samples, part, drawn, repeats)
     with explaining(config.task.name, "as its first samples were made a batch"):
-        read = [split[place] for place in places]
+        read = [split[place] for place in places.tolist()]
         before = read_generators()
         config.task.collate(read)
-    return Probe(samples, drawn, read_generators() != before)
+    return Probe(samples, part, drawn, repeats, read_generators() != before)
 
 
 def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: type[UserError] | type[RunError] = RunError) -> Any:

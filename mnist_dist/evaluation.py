@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Reader, list_shares
+from mnist_dist.data import Reader, list_shares, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.record import is_measure, is_number
@@ -30,8 +30,10 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
     read = 0
     indices, scores, outputs = [], [], []
     for batch in reader:
+        seed_generators(int(batch.indices[0]))
+        (samples,) = batch.samples
         with explaining(task.name, "in tally", RunError):
-            tally = task.tally(model, *batch.samples)
+            tally = task.tally(model, samples)
         _check_tally(task, tally, len(batch.indices))
         total = tally.sums if total is None else total + tally.sums
         read += len(batch.indices)
@@ -48,8 +50,8 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
             f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
         )
     if round(float(sums[0])) != count:
-        if (read := sum(group.gather(read))) != count:
-            raise RunError(f"the evaluation read {read} {task.samples}, but the split has {count}: its ranks do not share it rightly")
+        if (in_all := sum(group.gather(read))) != count:
+            raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it rightly")
         raise RunError(
             f"task {task.name}: the first of tally's sums counted {sums[0]:.6g} {task.samples} in all, and {count} were evaluated; "
             "expected the number of samples in each batch"

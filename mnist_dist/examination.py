@@ -77,7 +77,8 @@ class Subject:
         self.task = self.config.task
         self.model = build_model(self.task, config.seed)
         self._put_back = stack.enter_context(keeping(self.model))
-        self.samples, self.drawn, self.collate_draws = probe(self.data.train, self.config)
+        self.probe = probe(self.data.train, self.config)
+        self.samples, self.drawn = self.probe.samples, self.probe.drawn
         # For steps that are only looked at.
         few = {"batch_size": min(config.batch_size, _ROWS)}
         self.small = self.config.model_copy(update=few)
@@ -108,7 +109,7 @@ class Subject:
     @cached_property
     def tier(self) -> Tier:
         """On how many processes a step is the same. Raises `UserError` where every run would refuse the task."""
-        return find_tier(self.task, self.model, self.samples, self.drawn, self.collate_draws)
+        return find_tier(self.task, self.model, self.probe)
 
     @cached_property
     def found(self) -> Row:

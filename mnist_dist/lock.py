@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,30 +42,59 @@ class Lock:
     goes when the file server gives up on it.
     """
 
-    def __init__(self, run_dir: Path, patience_s: float = 0.0) -> None:
+    def __init__(self, run_dir: Path, patience_s: float = 0.0, is_asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         """Take the lock. Raises `UserError` if the folder is in use, OSError if it is not writable.
 
         With `patience_s`, a Slurm job waits so many seconds for a holder on another host, which may be the lost node of the start before
-        this one. Raises `RunError` if the folder is still in use then: the next job of a chain may find it free.
+        this one. Raises `RunError` if the folder is still in use then, or the job is asked to stop: the next of a chain may find it free.
         """
         self.run_dir = run_dir
+        self._end_s = time.monotonic() + patience_s
+        self._patience_s, self._is_asked_to_stop = patience_s, is_asked_to_stop
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
-            _lock_soon(self._descriptors[0], run_dir, patience_s)
-            self._take_file(patience_s)
+            self._lock_soon(self._descriptors[0])
+            self._take_file()
         except BaseException:
             self.release()
             raise
 
-    def _take_file(self, patience_s: float = 0.0) -> None:
+    def _take_file(self) -> None:
         path = self.run_dir / LOCK_FILE
         self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
-        if not _lock_soon(self._descriptors[-1], self.run_dir, patience_s):
+        if not self._lock_soon(self._descriptors[-1]):
             _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
         holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
         with contextlib.suppress(OSError):  # the text only serves the message of another job, and who lists runs
             os.ftruncate(self._descriptors[-1], 0)
             os.pwrite(self._descriptors[-1], f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
+
+    def _lock_soon(self, descriptor: int) -> bool:
+        """Lock a file or folder; False where the file system cannot. Raises `UserError` or `RunError` if it stays locked.
+
+        A program that lists runs may hold it for a moment, to see whether it is locked.
+        """
+        start_s, is_waiting = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    return False
+            now_s = time.monotonic()
+            if now_s - start_s > _LOCK_WAIT_S:
+                holder = read_holder(self.run_dir)
+                words = f"run_dir {self.run_dir} is in use by {holder or 'another process'}"
+                may_be_lost = holder is not None and holder.host != platform.node() and "SLURM_JOB_ID" in os.environ
+                if not (self._patience_s and may_be_lost):
+                    raise UserError(f"{words}: wait for it, or use another run_dir")
+                if now_s > self._end_s or self._is_asked_to_stop():
+                    raise RunError(f"{words}, {'still' if now_s > self._end_s else 'and a signal came'} after {now_s - start_s:.0f} s")
+                if not is_waiting:
+                    _log.warning("%s, which may be a lost node's: waiting for %g s at most", words, self._patience_s)
+                    is_waiting = True
+            time.sleep(0.05)
 
     def check(self) -> None:
         """Notice that somebody removed the file of the lock, and take it again.
@@ -78,6 +108,7 @@ class Lock:
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return
         try:
+            self._patience_s = 0.0
             self._take_file()
             _log.warning("somebody has removed the lock of %s: it is taken again", self.run_dir)
         except UserError as error:
@@ -89,34 +120,6 @@ class Lock:
         """Give the folder back."""
         for descriptor in self._descriptors:
             os.close(descriptor)
-
-
-def _lock_soon(descriptor: int, run_dir: Path, patience_s: float) -> bool:
-    """Lock a file or folder; False where the file system cannot. Raises `UserError` or `RunError` if it stays locked.
-
-    A program that lists runs may hold it for a moment, to see whether it is locked.
-    """
-    start, is_waiting = time.monotonic(), False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return False
-        waited = time.monotonic() - start
-        if waited > _LOCK_WAIT_S:
-            holder = read_holder(run_dir)
-            words = f"run_dir {run_dir} is in use by {holder or 'another process'}"
-            may_be_lost = holder is not None and holder.host != platform.node() and "SLURM_JOB_ID" in os.environ
-            if not (patience_s and may_be_lost):
-                raise UserError(f"{words}: wait for it, or use another run_dir")
-            if waited > patience_s:
-                raise RunError(f"{words}, still after {patience_s:g} s")
-            if not is_waiting:
-                _log.warning("%s, which may be a lost node's: waiting for %g s at most", words, patience_s)
-                is_waiting = True
-        time.sleep(0.05)
 
 
 def read_holder(run_dir: Path) -> Holder | None:

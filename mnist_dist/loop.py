@@ -84,7 +84,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         if turns is _take_no_turns:  # verify compares the data itself, and names a rank by its host
             _check_data(state, group)
 
-        saved = run.open(state.count_bytes())
+        saved = run.open(state.count_bytes(), lambda: bool(signals.received))
         recorded = state.restore(saved) if saved is not None else []
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
         facts |= {"precision": group.precision, "threads": torch.get_num_threads()}
@@ -123,7 +123,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
             def evaluate_model() -> Evaluation:
                 state.share_buffers()
-                return evaluate(task, state.model, evaluated, group)
+                with state.keeping_moving():
+                    return evaluate(task, state.model, evaluated, group)
 
             for batch in turns(batches, state):
                 if batch.step != state.step:

@@ -146,7 +146,7 @@ def repeating_bits() -> Iterator[None]:
     show, told = warnings.showwarning, set[str]()
 
     def tell(message: Warning | str, *more: Any, **others: Any) -> None:
-        match = re.match(r"(\S+) does not have a deterministic implementation", str(message))
+        match = re.match(r"(.+?) (?:does not have a deterministic implementation|defaults to a non-deterministic algorithm)", str(message))
         if match is None:
             show(message, *more, **others)
         elif match[1] not in told:

@@ -111,18 +111,19 @@ class RunFolder:
 
         return self.group.on_main(check)
 
-    def open(self, model_bytes: int) -> checkpoint.Saved | None:
+    def open(self, model_bytes: int, is_asked_to_stop: Callable[[], bool] = lambda: False) -> checkpoint.Saved | None:
         """Make or take over the folder; the newest checkpoint in it, of a model of so many bytes.
 
         Raises `UserError` if it is in use or not writable, `RunError` if it has checkpoints of which none can be used, or if another host
         keeps it from a job.
         """
-        return self.group.on_main(lambda: self._open(model_bytes))
+        return self.group.on_main(lambda: self._open(model_bytes, is_asked_to_stop))
 
-    def _open(self, model_bytes: int) -> checkpoint.Saved | None:
+    def _open(self, model_bytes: int, is_asked_to_stop: Callable[[], bool]) -> checkpoint.Saved | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path, self.config.timeout_s / 2)  # the other ranks wait for this one, timeout_s at most
+            # The other ranks wait for this one, for timeout_s at most.
+            self._lock = Lock(self.path, self.config.timeout_s / 2, is_asked_to_stop)
             check_folder(self.path, self.config)  # again: another run may have come first
             if read_result(self.path, self.config) is not None:
                 raise UserError(f"run_dir {self.path} has been finished by another process meanwhile; nothing is left to do")

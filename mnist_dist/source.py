@@ -206,8 +206,10 @@ def describe_exception(error: BaseException) -> str:
         if any(one["type"] == "frozen_instance" for one in error.errors()):
             lines[0] += " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
     hint = ""
-    if any("DistributedDataParallel" in line for line in lines):
+    if lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
+    elif lines and lines[0].startswith("Expected to have finished reduction"):
+        hint = " (several processes need a gradient of each parameter in each step; with --shards a missing one counts as zero)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     here = Path(__file__).parent

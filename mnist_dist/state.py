@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
@@ -25,7 +26,7 @@ from mnist_dist.randomness import derive_seed
 from mnist_dist.record import check_same, find_step
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_count, check_shape, find_tier, keeping, list_state, take
+from mnist_dist.tier import check_count, check_shape, find_tier, keeping, take
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class TrainingState:
         self.fingerprint = fingerprint(data, config.task)
         self.bare_model = build_model(config.task, config.seed)
         self.probe = probe(data.train, config)
-        self.tier = find_tier(config.task, self.bare_model, *self.probe)
+        self.tier = find_tier(config.task, self.bare_model, self.probe)
         self._check_moved()
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
@@ -75,9 +76,9 @@ class TrainingState:
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
         if self.model is not self.bare_model:
-            samples, drawn, _ = send_to_device(self.probe, self.group.device)
+            samples, drawn = send_to_device((self.probe.samples, self.probe.drawn), self.group.device)
             name = self.config.task.name
-            with keeping(self.bare_model), explaining(name, "in a first pass of several processes", RunError):
+            with self.keeping_moving(), explaining(name, "in a first pass of several processes", RunError):
                 self._compute_losses(samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
@@ -103,7 +104,7 @@ class TrainingState:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
-        self._hand_out(map(self.bare_model.get_parameter, self.tier.moved), 0)  # as DDP does with buffers
+        self._hand_out([value for value in self._list_moving().values() if isinstance(value, Parameter)], 0)  # as DDP does with buffers
         self._seed(f"model on rank {self.group.rank}")
         pieces = self.cut(samples, drawn)
         for number, (piece, numbers) in enumerate(pieces, start=1):
@@ -137,7 +138,8 @@ class TrainingState:
             self._seed(f"model on shard {shard}")
             gradients: list[Tensor] = []
             losses = []
-            for piece, numbers in self.cut(samples[number], take(drawn, rows)):
+            numbers_drawn = None if drawn is None else drawn[rows].clone()  # in memory of its own, as the samples are
+            for piece, numbers in self.cut(samples[number], numbers_drawn):
                 loss = self._compute_losses(piece, numbers).sum() / self.config.batch_size
                 found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
                 # Not in place: the gradients of two parameters that are added up are one tensor.
@@ -164,13 +166,24 @@ class TrainingState:
 
     def _list_moving(self) -> dict[str, Tensor]:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
-        state = list_state(self.bare_model)
-        buffers = {name for name, _ in self.bare_model.named_buffers()}
-        return {name: value for name, value in state.items() if name in buffers or name in self.tier.moved}
+        return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
+
+    def keeping_moving(self) -> contextlib.AbstractContextManager[Any]:
+        """Leave what a forward pass may change, the model's mode, and the generators as they were."""
+        return keeping(self.bare_model, self._list_moving())
 
     def _check_moved(self) -> None:
         """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
-        trained = [name for name in self.tier.moved if self.bare_model.get_parameter(name).requires_grad]
+        parameters = dict(self.bare_model.named_parameters())
+        self._moved = [name for name in self.tier.moved if name in parameters]
+        if lost := [name for name in self.tier.moved if name not in self.bare_model.state_dict()]:
+            _log.warning("each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh", lost[0])
+        trained = [name for name in self._moved if parameters[name].requires_grad]
+        trained += [  # which change only once they are long enough
+            f"{name}.weight (max_norm)"
+            for name, module in self.bare_model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and module.weight.requires_grad
+        ]
         if trained and (self.group.size > 1 or self.config.shards):
             raise UserError(
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
@@ -187,7 +200,7 @@ class TrainingState:
 
     def _seed(self, purpose: str) -> None:
         """Seed what the model draws in the pass that comes: a function of (seed, step) and the rank or the shard."""
-        if not self.tier.is_any_world:  # else it draws nothing
+        if not self.config.cuda_graph:  # which is for models that draw nothing
             seed = derive_seed(self.config.seed, purpose, self.step)
             seed_generators(seed)
             if self.group.device.type == "cuda":

@@ -6,7 +6,7 @@ it is the same only on as many processes as before.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ from mnist_dist.task import Task
 ANY_WORLD, THIS_WORLD = "any world", "this world"
 _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
 _NUDGE = 2**-10
+_SEED_BOTH = "make them by a generator that is seeded with both"
 
 
 class Tier(NamedTuple):
-    """The number of processes on which a run keeps its promises, what makes it so, and the parameters that a forward pass changes."""
+    """The number of processes on which a run keeps its promises, what makes it so, and the state that a forward pass changes."""
 
     name: str
     reason: str
@@ -41,6 +42,16 @@ class Tier(NamedTuple):
         return f"this world: a step is the same only on as many processes, because {self.reason}"
 
 
+class Probe(NamedTuple):
+    """A few samples on the CPU (at least 4), half of them, what is drawn for all, if `draw` repeats it, and if `collate` draws."""
+
+    samples: Any
+    half: Any
+    drawn: Any
+    draw_repeats: bool = True
+    collate_draws: bool = False
+
+
 class Trace(NamedTuple):
     """One pass of the losses: the losses themselves, each layer's output in order of their calls, and who drew random numbers."""
 
@@ -49,12 +60,15 @@ class Trace(NamedTuple):
     drew: str | None
 
 
-def find_tier(task: Task, model: nn.Module, samples: Any, drawn: Any, collate_draws: bool = False) -> Tier:
-    """Compute the losses of a few samples (at least 4, on the CPU) and of half of them, in training mode; the model stays as it was.
+def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
+    """Compute the losses of a few samples and of half of them, in training mode; the model stays as it was.
 
-    Raises `UserError` where the losses are not one finite number for each sample, or a parameter gets no gradient.
+    Raises `UserError` where the losses are not one finite number for each sample, a parameter gets no gradient, or `draw` does not repeat.
     """
-    count = check_count(samples)
+    samples, half, drawn, draw_repeats, collate_draws = probe
+    if not draw_repeats:
+        raise UserError(f"task {task.name}: draw gives other numbers for the same seed and step: {_SEED_BOTH}")
+    count, half_count = check_count(samples), check_count(half)
     with keeping(model) as put_back:
         whole = trace(task, model, samples, drawn)
         check_losses(task, whole.losses, count)
@@ -68,12 +82,11 @@ def find_tier(task: Task, model: nn.Module, samples: Any, drawn: Any, collate_dr
             trace(task, model, samples, drawn)
             changed = [*(name for name in frozen if not frozen[name].equal(nudged[name])), *changed]
             put_back()
-        moved = tuple(name for name, _ in model.named_parameters() if name in changed)
+        moved = tuple(changed)
         if whole.drew is not None or collate_draws:
             return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
-        half = count // 2
-        part = trace(task, model, take(samples, slice(half)), take(drawn, slice(half)))
-        mixing = find_first_difference(whole, part, half)
+        # Of a batch of their own: it may be padded less.
+        mixing = find_first_difference(whole, trace(task, model, half, take(drawn, slice(half_count))), half_count)
     if mixing is not None:
         return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
     return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
@@ -193,12 +206,12 @@ def list_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def keeping(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Leave a model's parameters, buffers and mode, and all generators of this process, as they were.
+def keeping(model: nn.Module, names: Collection[str] | None = None) -> Iterator[Callable[[], list[str]]]:
+    """Leave a model's parameters and buffers (or those of these names), its mode, and this process's generators on the CPU as they were.
 
     Gives what puts the parameters and buffers back at once, and names those that had changed; after a backward pass, if there is one.
     """
-    kept = {name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items()}
+    kept = {name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items() if names is None or name in names}
     training = model.training
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
 

@@ -104,6 +104,12 @@ WRONG = [
     ("no samples", [("torch.arange(60.0)", "torch.arange(0.0)")], ["hold no samples"], 2),
     ("build_model fails", [(SEQUENTIAL, "nn.Linear(3, 'x')")], ["in build_model", "broken.py:", "TypeError"], 2),
     ("build_model returns no module", [(SEQUENTIAL, "lambda inputs: inputs")], ["build_model returned function", "torch.nn.Module"], 2),
+    (
+        "draw without its seed",
+        [(BUILD, "    def draw(self, seed, step, size):\n        return torch.rand(size)\n\n    def build_model(self):")],
+        ["draw gives other numbers for the same seed and step"],
+        2,
+    ),
     ("load sets an attribute", [(DATA, f"self.count = 60\n        {DATA}")], ["in load", "count: ", "a task holds its options alone"], 2),
     (
         "too few losses of a whole batch",
@@ -313,14 +319,31 @@ def test_a_frozen_parameter_is_resumed(tmp_path):
         run_ranks(tmp_path / "logs", Train(arguments))
 
 
+TABLE = """class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(2, 3, max_norm=9.0), nn.Linear(3, 2)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, inputs):
+        self.seen += 1
+        return self.out(self.table((inputs[:, 2] > 0.5).long()) + inputs)
+
+
+class Mine"""
+
+
 def test_a_forward_pass_that_changes_what_is_trained_is_for_one_process(tmp_path):
     clamped = f"model = {SEQUENTIAL}\n        model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(0.9), None)[1])\n"
-    name = write(tmp_path / "clamped.py", SANE, (f"return {SEQUENTIAL}", f"{clamped}        return model"))
-    arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]
-    for size, more in ((2, []), (1, ["--shards", "2"])):
-        text = run_ranks(tmp_path / "logs", Train([*arguments, *more]), size, expect=2)
-        assert "a forward pass changes 0.weight itself, which is trained, too" in text
-    run_ranks(tmp_path / "logs", Train(arguments))
+    names = [write(tmp_path / "clamped.py", SANE, (f"return {SEQUENTIAL}", f"{clamped}        return model"))]
+    names += [write(tmp_path / "table.py", SANE, (SEQUENTIAL, "Table()"), ("class Mine", TABLE))]
+    for name, what in zip(names, ("0.weight", "table.weight (max_norm)"), strict=True):
+        arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / what[0])]
+        for size, more in ((2, []), (1, ["--shards", "2"])):
+            text = run_ranks(tmp_path, Train([*arguments, *more]), size, expect=2)
+            assert f"a forward pass changes {what} itself, which is trained, too" in text
+        text = run_ranks(tmp_path, Train(arguments))
+        assert ("each forward pass changes seen, which is in no checkpoint" in text) is (what[0] == "t")
 
 
 def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tmp_path):

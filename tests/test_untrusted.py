@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -526,10 +527,10 @@ def test_where_folders_have_no_lock_a_run_that_lost_its_file_to_another_stops(tm
     second.release()
 
 
-@pytest.mark.parametrize("goes", [True, False])
-def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, goes):
+@pytest.mark.parametrize("end", ["goes", "stays", "a signal"])
+def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, end):
     folder = tmp_path / "run"
-    arguments = [*TINY, "--steps", "2", "--timeout_s", "20" if goes else "4", "--run_dir", str(folder)]
+    arguments = [*TINY, "--steps", "2", "--timeout_s", "4" if end == "stays" else "20", "--run_dir", str(folder)]
     run_ranks(tmp_path, Train(arguments))
     (folder / "result.json").unlink()
     held = Lock(folder)
@@ -539,11 +540,14 @@ def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, goes):
     assert time.monotonic() - start < 5  # without Slurm somebody waits at a prompt
     ranks = start_ranks(tmp_path, Train(arguments), 2, {"SLURM_JOB_ID": "6"})
     ranks[0].wait_for(lambda: "is in use by process 77 on absent (Slurm job 5), which may be a lost node's" in ranks[0].text)
-    if goes:
+    if end == "goes":
         held.release()
-    assert [rank.wait() for rank in ranks] == [int(not goes)] * 2, ranks[0].text
-    assert ("still after 2 s" in ranks[0].text) is not goes
-    if not goes:
+    if end == "a signal":
+        ranks[0].kill(signal.SIGUSR1)
+    assert [rank.wait() for rank in ranks] == [int(end != "goes")] * 2, ranks[0].text
+    assert ("still after 2 s" in ranks[0].text) is (end == "stays")
+    assert ("and a signal came after" in ranks[0].text) is (end == "a signal")
+    if end != "goes":
         held.release()
 
 

@@ -206,14 +206,17 @@ class Halved(TensorDataset):
         return super().__getitem__(index)[0] / 2, 1
 
 
-def test_a_mask_that_collate_draws_depends_on_the_world():
-    task = str(Path(__file__).with_name("ragged_task.py"))
-    for masked, is_drawn in ((0.0, False), (0.2, True)):
-        config, data = load_data(make_config({"task": task, "masked": masked}))
-        found = probe(data.train, config)
-        assert found.collate_draws is is_drawn
-        tier = find_tier(config.task, build_model(config.task, 0), *found)
-        assert ("collate draws random numbers" in tier.reason) is is_drawn
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({}, "each forward pass changes average.weight"),
+        ({"masked": 0.2}, "collate draws random numbers"),
+        ({"blind": True}, "in the losses the samples of a batch see each other"),
+    ],
+)
+def test_what_collate_does_may_make_a_step_depend_on_the_world(option, reason):
+    config, data = load_data(make_config({"task": str(Path(__file__).with_name("ragged_task.py")), **option}))
+    assert find_tier(config.task, build_model(config.task, 0), probe(data.train, config)).reason == reason
 
 
 def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
