@@ -55,6 +55,7 @@ class Lock:
         try:
             self._lock_soon(self._descriptors[0])
             self._take_file()
+            self._patience_s = 0.0  # whoever takes it from now on is no lost node
         except BaseException:
             self.release()
             raise
@@ -108,7 +109,6 @@ class Lock:
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return
         try:
-            self._patience_s = 0.0
             self._take_file()
             _log.warning("somebody has removed the lock of %s: it is taken again", self.run_dir)
         except UserError as error:

@@ -208,8 +208,6 @@ def describe_exception(error: BaseException) -> str:
     hint = ""
     if lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
-    elif lines and lines[0].startswith("Expected to have finished reduction"):
-        hint = " (several processes need a gradient of each parameter in each step; with --shards a missing one counts as zero)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     here = Path(__file__).parent

@@ -115,7 +115,19 @@ class TrainingState:
                     note_forward()
                 accelerator.backward(loss)
             losses.append(loss.detach())
+        if self.group.size > 1:
+            self._check_gradients()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _check_gradients(self) -> None:
+        """Raise `UserError` where a parameter got no gradient: DDP on the other ranks waits for it."""
+        for name, parameter in self.bare_model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise UserError(
+                    f"task {self.config.task.name}: {name} gets no gradient from the samples of rank {self.group.rank} in step "
+                    f"{self.step + 1}, and the other processes wait for it: use it in each step, or train with --shards, where a missing "
+                    "gradient is zero"
+                )
 
     def _compute_losses(self, samples: Any, drawn: Any) -> Tensor:
         losses = self.config.task.losses(self.model, samples, drawn)
@@ -138,8 +150,8 @@ class TrainingState:
             self._seed(f"model on shard {shard}")
             gradients: list[Tensor] = []
             losses = []
-            numbers_drawn = None if drawn is None else drawn[rows].clone()  # in memory of its own, as the samples are
-            for piece, numbers in self.cut(samples[number], numbers_drawn):
+            its_own = None if drawn is None else drawn[rows].clone()  # in memory of its own, as the samples are
+            for piece, numbers in self.cut(samples[number], its_own):
                 loss = self._compute_losses(piece, numbers).sum() / self.config.batch_size
                 found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
                 # Not in place: the gradients of two parameters that are added up are one tensor.

@@ -21,7 +21,6 @@ from mnist_dist.task import Task
 ANY_WORLD, THIS_WORLD = "any world", "this world"
 _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
 _NUDGE = 2**-10
-_SEED_BOTH = "make them by a generator that is seeded with both"
 
 
 class Tier(NamedTuple):
@@ -67,7 +66,9 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     """
     samples, half, drawn, draw_repeats, collate_draws = probe
     if not draw_repeats:
-        raise UserError(f"task {task.name}: draw gives other numbers for the same seed and step: {_SEED_BOTH}")
+        raise UserError(
+            f"task {task.name}: draw gives other numbers for the same seed and step: make them by a generator that is seeded with both"
+        )
     count, half_count = check_count(samples), check_count(half)
     with keeping(model) as put_back:
         whole = trace(task, model, samples, drawn)
