@@ -38,7 +38,7 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
-from mnist_dist.tier import Probe, read_generators
+from mnist_dist.tier import Probe, is_same, list_tensors, read_generators
 from mnist_dist.world import World
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
@@ -119,12 +119,11 @@ class InMemory:
 
     def __getitems__(self, share: Share) -> Batch:
         """A DataLoader calls this once for each batch."""
-        where = send(share.indices, self.tensors[0].device)
-        # Whole samples are copied; by tensor[where] it would be a number at a time, which on a CPU takes six times as long.
-        sizes = [len(part) for part in share.parts]
-        # Each part has memory of its own: where a tensor begins in it may decide how its sums are rounded.
-        parts = [tuple(tensor.index_select(0, part) for tensor in self.tensors) for part in torch.split(where, sizes)]
-        return Batch(share.step, share.indices, parts, share.parts)
+        where = torch.split(send(share.indices, self.tensors[0].device), [len(part) for part in share.parts])
+        # Whole samples are copied; by tensor[part] it would be a number at a time, which on a CPU takes six times as long. Each part has
+        # memory of its own: where a tensor begins in it may decide how its sums are rounded.
+        samples: list[Any] = [tuple(tensor.index_select(0, part) for tensor in self.tensors) for part in where]
+        return Batch(share.step, share.indices, samples, share.parts)
 
 
 class Seeded:
@@ -161,7 +160,7 @@ class Seeded:
                 # Each part by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
                 rest, parts = iter(samples), []
                 for part in share.parts:
-                    seed_generators(derive_seed(self.seed, f"{self.what} from place {part.start}", share.step))
+                    self.seed_collate(share.step, part)
                     parts.append(self.task.collate(list(itertools.islice(rest, len(part)))))
             except (Exception, SystemExit) as error:
                 first = int(share.indices[0])
@@ -192,6 +191,10 @@ class Seeded:
             self.draws_elsewhere = True
             return self._read(indices, seeds, at)
         return samples
+
+    def seed_collate(self, step: int, part: range) -> None:
+        """Seed what `collate` may draw for a part of a batch."""
+        seed_generators(derive_seed(self.seed, f"{self.what} from place {part.start}", step))
 
     def _fail(self, reason: str) -> _Failure:
         return _Failure(f"task {self.task.name}: {reason}")
@@ -346,22 +349,20 @@ def fingerprint(data: Data, task: Task) -> str:
 def probe(split: Dataset[Any], config: Config) -> Probe:
     """What a model is tried on. Raises `UserError` where a sample cannot be read, or `draw` fails."""
     places = torch.tensor([place % len(split) for place in range(_PROBED)])  # type: ignore[arg-type]
-    kept, half = keep_split(split, config, "training", torch.device("cpu")), _PROBED // 2
-    samples = read_share(kept, Share(0, places, (range(_PROBED),)))
-    part = read_share(kept, Share(0, places[:half], (range(half),)))
+    kept, whole, half = keep_split(split, config, "training", torch.device("cpu")), range(_PROBED), range(_PROBED // 2)
+    part = read_share(kept, Share(0, places[: len(half)], (half,)))
+    samples = read_share(kept, Share(0, places, (whole,)))
+    collate_draws = False
+    if isinstance(kept, Seeded):  # collate came last, and left the generators as they were seeded for it, or not
+        after = read_generators()
+        kept.seed_collate(0, whole)
+        collate_draws = read_generators() != after
     several = []
     for seed in range(2):
         seed_generators(seed)
-        several.append(draw(config, 0, max(_PROBED, config.batch_size), (range(_PROBED),), UserError))
+        several.append(draw(config, 0, max(_PROBED, config.batch_size), (whole,), UserError))
     drawn, again = several
-    repeats = drawn is None or bool(drawn.isclose(again, rtol=0, atol=0, equal_nan=True).all())
-    if is_in_memory(split):
-        return Probe(samples, part, drawn, repeats)
-    with explaining(config.task.name, "as its first samples were made a batch"):
-        read = [split[place] for place in places.tolist()]
-        before = read_generators()
-        config.task.collate(read)
-    return Probe(samples, part, drawn, repeats, read_generators() != before)
+    return Probe(samples, part, drawn, drawn is None or is_same(drawn, again), collate_draws)
 
 
 def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: type[UserError] | type[RunError] = RunError) -> Any:
@@ -375,14 +376,6 @@ def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: typ
         raise UserError(f"task {config.task.name}: draw returned {shown}; expected a tensor of {size} rows, one for each sample, or None")
     rows = [drawn[part.start : part.stop : part.step] for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def list_tensors(samples: Any) -> list[Tensor]:
-    """The tensors in a batch, in their order."""
-    if isinstance(samples, Tensor):
-        return [samples]
-    parts = samples.values() if isinstance(samples, dict) else samples if isinstance(samples, list | tuple) else ()
-    return [tensor for part in parts for tensor in list_tensors(part)]
 
 
 class StepSampler(DistributedSampler[Any]):

@@ -201,12 +201,12 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
 def describe_exception(error: BaseException) -> str:
     """Where in the user's code an exception came from, its kind and its first line."""
     lines = str(error).strip().splitlines()
-    if isinstance(error, ValidationError):  # the first line of a few
+    hint = ""
+    if isinstance(error, ValidationError):  # its first line names nothing
         lines = ["; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())]
         if any(one["type"] == "frozen_instance" for one in error.errors()):
-            lines[0] += " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
-    hint = ""
-    if lines and lines[0].startswith("'DistributedDataParallel' object"):
+            hint = " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
+    elif lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
@@ -42,6 +41,8 @@ class TrainingState:
         self.bare_model = build_model(config.task, config.seed)
         self.probe = probe(data.train, config)
         self.tier = find_tier(config.task, self.bare_model, self.probe)
+        parameters = dict(self.bare_model.named_parameters())
+        self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
@@ -104,7 +105,7 @@ class TrainingState:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
-        self._hand_out([value for value in self._list_moving().values() if isinstance(value, Parameter)], 0)  # as DDP does with buffers
+        self._hand_out(map(self.bare_model.get_parameter, self._moved), 0)  # as DDP does with buffers
         self._seed(f"model on rank {self.group.rank}")
         pieces = self.cut(samples, drawn)
         for number, (piece, numbers) in enumerate(pieces, start=1):
@@ -186,11 +187,9 @@ class TrainingState:
 
     def _check_moved(self) -> None:
         """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
-        parameters = dict(self.bare_model.named_parameters())
-        self._moved = [name for name in self.tier.moved if name in parameters]
         if lost := [name for name in self.tier.moved if name not in self.bare_model.state_dict()]:
             _log.warning("each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh", lost[0])
-        trained = [name for name in self._moved if parameters[name].requires_grad]
+        trained = [name for name in self._moved if self.bare_model.get_parameter(name).requires_grad]
         trained += [  # which change only once they are long enough
             f"{name}.weight (max_norm)"
             for name, module in self.bare_model.named_modules()

@@ -81,7 +81,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             with torch.no_grad():
                 nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
             trace(task, model, samples, drawn)
-            changed = [*(name for name in frozen if not frozen[name].equal(nudged[name])), *changed]
+            changed = [*(name for name in frozen if not is_same(frozen[name], nudged[name])), *changed]
             put_back()
         moved = tuple(changed)
         if whole.drew is not None or collate_draws:
@@ -95,12 +95,18 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
 
 def check_count(samples: Any) -> int:
     """How many samples there are in a batch. Raises `UserError` where its tensors do not agree."""
-    from mnist_dist.data import list_tensors
-
     counts = {len(tensor) if tensor.ndim else 0 for tensor in list_tensors(samples)}
     if len(counts) != 1 or not min(counts):
         raise UserError("the tensors of a batch must have one row for each sample, and all as many: collate makes something else")
     return counts.pop()
+
+
+def list_tensors(samples: Any) -> list[Tensor]:
+    """The tensors in a batch, in their order."""
+    if isinstance(samples, Tensor):
+        return [samples]
+    parts = samples.values() if isinstance(samples, dict) else samples if isinstance(samples, list | tuple) else ()
+    return [tensor for part in parts for tensor in list_tensors(part)]
 
 
 def take(samples: Any, rows: Any) -> Any:
@@ -201,6 +207,11 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= _TOLERANCE * one.abs().max().clamp(min=1e-6)) if one.numel() else True
 
 
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is the same as NaN."""
+    return bool(one.isclose(other, rtol=0, atol=0, equal_nan=True).all())
+
+
 def list_state(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -220,7 +231,7 @@ def keeping(model: nn.Module, names: Collection[str] | None = None) -> Iterator[
     def put_back() -> list[str]:
         now, changed = list_state(model), []
         for name, (tensor, value) in kept.items():
-            if now.get(name) is not tensor or not tensor.isclose(value, rtol=0, atol=0, equal_nan=True).all():
+            if now.get(name) is not tensor or not is_same(tensor, value):
                 changed.append(name)
                 tensor.copy_(value)
                 owner, _, own_name = name.rpartition(".")

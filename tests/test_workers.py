@@ -19,11 +19,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import data
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import Batch, Reader, Share, keep_split, list_tensors, load_data, probe, read_share, take_samples
+from mnist_dist.data import Batch, Reader, Share, keep_split, load_data, probe, read_share, take_samples
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.model import build_model
-from mnist_dist.tier import find_tier
+from mnist_dist.tier import find_tier, list_tensors
 from mnist_dist.world import World
 
 TASK = str(Path(__file__).with_name("noisy_task.py"))
