@@ -527,11 +527,11 @@ def test_an_estimate_of_the_start_never_delays(fake_slurm, tmp_path):
         (tmp_path / "bin/squeue").write_text(f"#!/bin/sh\necho '{text}'\n")
         start = time.monotonic()
         assert cluster.estimate_start("12") == ""
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 15
     (tmp_path / "bin/squeue").write_text("#!/bin/sh\nexec sleep 30\n")
     start = time.monotonic()
     assert cluster.estimate_start("12") == ""
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize(

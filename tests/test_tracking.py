@@ -325,7 +325,7 @@ def test_a_server_that_fails_at_the_start_leaves_an_offline_run(plays, fault):
     assert (piece.steps, piece.ended) == ([*range(1, 41)], True)
     assert [image.stat().st_size > 50 for image in piece.images] == [True]
     assert play.warnings == 1, play.logs
-    assert play.seconds["open"] < 1
+    assert play.seconds["open"] < 3
     assert play.seconds["finish"] < 5
 
 
@@ -336,7 +336,7 @@ def test_a_server_that_fails_in_the_middle_costs_nothing_but_its_own_copy(plays,
     assert piece.name.startswith("run-")
     assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
     assert play.warnings == 1, play.logs
-    assert play.seconds["finish"] < 10
+    assert play.seconds["finish"] < 30
     assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 21)]
 
 
@@ -349,7 +349,7 @@ def immediate_end_while_the_server_hangs(play):
 
 def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(plays):
     play = plays("immediate_end_while_the_server_hangs")
-    assert play.seconds["finish"] < 11.5
+    assert play.seconds["finish"] < 31.5
     assert play.warnings == 1, play.logs
 
 
@@ -377,7 +377,7 @@ def test_wherever_the_server_hangs_the_run_ends_in_time_and_is_there(plays, stag
     play = plays(f"hang at {stage}")
     (piece,) = play.pieces
     assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
-    assert play.seconds["finish"] < 10
+    assert play.seconds["finish"] < 30
     assert play.warnings == 1, play.logs
 
 
@@ -688,7 +688,7 @@ def test_a_dead_mirror_is_given_up(plays):
     play = plays("mirror_killed")
     assert [piece.steps for piece in play.pieces] == [[*range(1, 21)]]
     assert play.warnings == 1, play.logs
-    assert play.seconds["finish"] < 1
+    assert play.seconds["finish"] < 3
 
 
 @pytest.mark.slow

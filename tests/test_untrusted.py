@@ -267,10 +267,10 @@ def test_a_checkpoint_that_would_unpack_to_more_is_refused():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(200_000_000))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(Exception, match="unpack to more than its size"):
         checkpoint.decode(buffer.getvalue())
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_options_that_came_later_do_not_part_a_run_from_its_older_checkpoints(run_dir):
@@ -307,7 +307,7 @@ def test_what_is_no_regular_file_of_a_sensible_size_is_named_and_never_waited_fo
         os.truncate(path, 1 << 40)
     start = time.monotonic()
     state = read_state(run_dir, [])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # a fifo and a device never end
     if name not in ("lock", "checkpoints/step_00000011-0123456789abcdef.pt", "starts.jsonl") or kind != "huge":
         assert name.startswith(("lock", "checkpoints")) or f"damaged {name}" in state.state or kind == "huge"
     if name == "lock":
@@ -535,9 +535,9 @@ def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, end):
     (folder / "result.json").unlink()
     held = Lock(folder)
     (folder / "lock").write_text(f"process 77 on absent (Slurm job 5)\n{mark_folder(folder)}\n")
-    start = time.monotonic()
-    assert "wait for it, or use another run_dir" in run_ranks(tmp_path, Train(arguments), expect=2)
-    assert time.monotonic() - start < 5  # without Slurm somebody waits at a prompt
+    text = run_ranks(tmp_path, Train(arguments), expect=2)
+    assert "wait for it, or use another run_dir" in text
+    assert "which may be a lost node's" not in text  # without Slurm somebody waits at a prompt
     ranks = start_ranks(tmp_path, Train(arguments), 2, {"SLURM_JOB_ID": "6"})
     ranks[0].wait_for(lambda: "is in use by process 77 on absent (Slurm job 5), which may be a lost node's" in ranks[0].text)
     if end == "goes":
