@@ -17,15 +17,15 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -38,8 +38,6 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import derive_seed
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
-from mnist_dist.tier import Probe, is_same, list_tensors, read_generators
-from mnist_dist.world import World
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -48,52 +46,80 @@ _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 
 
-class Share(NamedTuple):
-    """What one rank takes of one step: int64 `indices` into a split, and of each of its parts the samples' places in the global batch."""
+class Piece(NamedTuple):
+    """Samples that are computed at once: their places in the global batch, themselves once they are read, and what is drawn for them.
 
-    step: int
-    indices: Tensor
-    parts: tuple[range, ...]
+    The samples are rows of a data set in memory, or whatever the task's `collate` gave.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _send_plainly(self)
+    places: Sequence[int]
+    samples: Any = None
+    drawn: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return len(self.places)
 
 
 class Batch(NamedTuple):
-    """A share with the samples of each of its parts: rows of a data set in memory, or what the task's `collate` made; on the device."""
+    """What one rank takes of one step: int64 `indices` into a split, in parts (one for each of its shards, or one), and these in pieces."""
 
     step: int
     indices: Tensor
-    samples: list[Any]
-    parts: tuple[range, ...] = ()
+    parts: tuple[tuple[Piece, ...], ...]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _send_plainly(self)
+    @classmethod
+    def of(cls, indices: Sequence[int] | Tensor, places: Sequence[int]) -> "Batch":
+        """Samples of step 0 in one piece."""
+        return cls(0, torch.as_tensor(indices), ((Piece(places),),))
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of all parts."""
+        return list(itertools.chain(*self.parts))
+
+    @property
+    def places(self) -> list[int]:
+        """The samples' places in the global batch, in the order of `indices`."""
+        return list(itertools.chain(*(piece.places for piece in self.pieces)))
+
+    def fill(self, samples: Iterable[Any]) -> "Batch":
+        """The same, with the samples of each piece."""
+        return self._map(lambda piece, its_own: piece._replace(samples=its_own), samples)
+
+    def fill_drawn(self, drawn: Iterable[Tensor]) -> "Batch":
+        """The same, with what is drawn for each piece."""
+        return self._map(lambda piece, its_own: piece._replace(drawn=its_own), drawn)
+
+    def _map(self, change: Callable[[Piece, Any], Piece], values: Iterable[Any]) -> "Batch":
+        rest = iter(values)
+        return self._replace(parts=tuple(tuple(change(piece, next(rest)) for piece in part) for part in self.parts))
 
     def pin_memory(self) -> "Batch":
-        """The same, ready to be sent to a GPU. torch asks for it, and would else make lists of the ranges."""
-        return self._replace(samples=pin_memory(self.samples))  # type: ignore[no-untyped-call]
+        """The same, ready to be sent to a GPU. torch asks for it, and would else make lists of the places."""
+        return self.fill(pin_memory(piece.samples) for piece in self.pieces)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To a worker, and back.
+        return _receive, (bytes(_Pickler.dumps(tuple(self))),)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """A small tensor between two processes: on torch's own way it takes a file of shared memory, and a connection to fetch that."""
+class _Pickler(ForkingPickler):
+    """Sends small tensors as they are: on torch's own way each takes a file of shared memory, and a connection to fetch that."""
 
-    values: Any
-
-
-def _send_plainly(sent: Share | Batch) -> tuple[Any, ...]:
-    """How one goes to a worker or comes back."""
-    return _receive, (type(sent), recursively_apply(lambda tensor: _Plain(tensor.numpy()), tuple(sent), test_type=_is_small))
+    def reducer_override(self, value: Any) -> Any:
+        """How a value is sent."""
+        return (torch.from_numpy, (value.numpy(),)) if _is_small(value) else NotImplemented
 
 
-def _receive(kind: type[Share] | type[Batch], fields: tuple[Any, ...]) -> Share | Batch:
-    return kind(*recursively_apply(lambda sent: torch.from_numpy(sent.values), fields, test_type=lambda sent: isinstance(sent, _Plain)))
+def _receive(fields: bytes) -> Batch:
+    return Batch(*_Pickler.loads(fields))
 
 
 def _is_small(value: Any) -> bool:
     """Whether a value is a tensor that is sent plainly."""
-    is_plain = isinstance(value, Tensor) and value.dtype in _PLAIN_TYPES and value.layout == torch.strided and not value.requires_grad
+    is_plain = type(value) is Tensor and value.dtype in _PLAIN_TYPES and value.layout == torch.strided and not value.requires_grad
     return is_plain and value.nbytes <= _PLAIN_BYTES
 
 
@@ -117,13 +143,12 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    def __getitems__(self, share: Share) -> Batch:
+    def __getitems__(self, batch: Batch) -> Batch:
         """A DataLoader calls this once for each batch."""
-        where = torch.split(send(share.indices, self.tensors[0].device), [len(part) for part in share.parts])
-        # Whole samples are copied; by tensor[part] it would be a number at a time, which on a CPU takes six times as long. Each part has
+        where = torch.split(send(batch.indices, self.tensors[0].device), [piece.size for piece in batch.pieces])
+        # Whole samples are copied; by tensor[piece] it would be a number at a time, which on a CPU takes six times as long. Each piece has
         # memory of its own: where a tensor begins in it may decide how its sums are rounded.
-        samples: list[Any] = [tuple(tensor.index_select(0, part) for tensor in self.tensors) for part in where]
-        return Batch(share.step, share.indices, samples, share.parts)
+        return batch.fill(tuple(tensor.index_select(0, piece) for tensor in self.tensors) for piece in where)
 
 
 class Seeded:
@@ -142,7 +167,7 @@ class Seeded:
     def __len__(self) -> int:
         return len(self.split)  # type: ignore[arg-type]
 
-    def __getitems__(self, share: Share) -> Batch | _Failure:
+    def __getitems__(self, batch: Batch) -> Batch | _Failure:
         """A DataLoader calls this once for each batch."""
         worker = torch.utils.data.get_worker_info()
         at = np.zeros(2, np.int64) if worker is None or self.at is None else self.at.numpy()[worker.id]
@@ -151,23 +176,24 @@ class Seeded:
             torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
         try:
             # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
-            first = derive_seed(self.seed, self.what, share.step)
-            seeds = [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in itertools.chain(*share.parts)]
-            samples = self._read(share.indices.tolist(), seeds, at.data)
+            first = derive_seed(self.seed, self.what, batch.step)
+            seeds = [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in batch.places]
+            samples = self._read(batch.indices.tolist(), seeds, at.data)
             if isinstance(samples, str):
                 return self._fail(samples)
+            made, done = [], 0
             try:
-                # Each part by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
-                rest, parts = iter(samples), []
-                for part in share.parts:
-                    self.seed_collate(share.step, part)
-                    parts.append(self.task.collate(list(itertools.islice(rest, len(part)))))
+                # Each piece by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
+                for piece in batch.pieces:
+                    self.seed_collate(batch.step, piece)
+                    made.append(self.task.collate(samples[done : done + piece.size]))
+                    done += piece.size
             except (Exception, SystemExit) as error:
-                first = int(share.indices[0])
                 return self._fail(
-                    f"samples of the {self.what} data, from number {first} on, cannot be made a batch: {describe_exception(error)}"
+                    f"samples of the {self.what} data, from number {int(batch.indices[done])} on, cannot be made a batch: "
+                    f"{describe_exception(error)}"
                 )
-            return Batch(share.step, share.indices, parts, share.parts)
+            return batch.fill(made)
         finally:
             at[1] = -1
             if worker is None and threads > 1:
@@ -192,9 +218,9 @@ class Seeded:
             return self._read(indices, seeds, at)
         return samples
 
-    def seed_collate(self, step: int, part: range) -> None:
-        """Seed what `collate` may draw for a part of a batch."""
-        seed_generators(derive_seed(self.seed, f"{self.what} from place {part.start}", step))
+    def seed_collate(self, step: int, piece: Piece) -> None:
+        """Seed what `collate` may draw for a piece."""
+        seed_generators(derive_seed(self.seed, f"{self.what} from place {piece.places[0]}", step))
 
     def _fail(self, reason: str) -> _Failure:
         return _Failure(f"task {self.task.name}: {reason}")
@@ -210,13 +236,24 @@ def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.dev
     return InMemory(split, device) if is_in_memory(split) else Seeded(split, config.task, config.seed, what)
 
 
-def read_share(kept: InMemory | Seeded, share: Share, kind: type[UserError] | type[RunError] = UserError) -> Any:
-    """The samples of a share of one part, read by this process. Raises `kind` where one cannot be read."""
-    batch = kept.__getitems__(share)
-    if isinstance(batch, _Failure):
-        raise kind(batch.reason)
-    (samples,) = batch.samples
-    return samples
+def read(kept: InMemory | Seeded, batch: Batch, kind: type[UserError] | type[RunError] = UserError) -> list[Piece]:
+    """The pieces of a batch with their samples, read by this process. Raises `kind` where one cannot be read."""
+    filled = kept.__getitems__(batch)
+    if isinstance(filled, _Failure):
+        raise kind(filled.reason)
+    return filled.pieces
+
+
+def list_tensors(value: Any, _within: tuple[int, ...] = ()) -> list[Tensor]:
+    """The tensors in samples, or in anything that holds some, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if id(value) in _within:
+        return []
+    _within = (*_within, id(value))
+    if not isinstance(value, dict | list | tuple):  # an object of some class
+        value = getattr(value, "__dict__", ())
+    return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in list_tensors(part, _within)]
 
 
 def seed_generators(seed: int) -> None:
@@ -225,6 +262,12 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
+
+
+def read_generators() -> tuple[bytes, bytes, int]:
+    """The state of torch's, numpy's and Python's generators, or a hash of it: another one when something was drawn."""
+    _kind, keys, place, *_ = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())
 
 
 # Where the generators of random and numpy, both Mersenne twisters, keep their place in a block of 624 numbers, and its first number.
@@ -338,35 +381,41 @@ def fingerprint(data: Data, task: Task) -> str:
         return digest.hexdigest()[:16]
     count = len(data.train)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
-    samples = read_share(Seeded(data.train, task, 0, "training"), Share(0, torch.tensor(places), (range(len(places)),)))
+    [piece] = read(Seeded(data.train, task, 0, "training"), Batch.of(places, range(len(places))))
     buffer = io.BytesIO()
-    for tensor in list_tensors(samples):
+    for tensor in list_tensors(piece.samples):
         buffer.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digest.update(f"{count} {places}".encode() + buffer.getvalue())
     return digest.hexdigest()[:16]
 
 
-def probe(split: Dataset[Any], config: Config) -> Probe:
-    """What a model is tried on. Raises `UserError` where a sample cannot be read, or `draw` fails."""
-    places = torch.tensor([place % len(split) for place in range(_PROBED)])  # type: ignore[arg-type]
-    kept, whole, half = keep_split(split, config, "training", torch.device("cpu")), range(_PROBED), range(_PROBED // 2)
-    part = read_share(kept, Share(0, places[: len(half)], (half,)))
-    samples = read_share(kept, Share(0, places, (whole,)))
-    collate_draws = False
-    if isinstance(kept, Seeded):  # collate came last, and left the generators as they were seeded for it, or not
-        after = read_generators()
-        kept.seed_collate(0, whole)
-        collate_draws = read_generators() != after
-    several = []
-    for seed in range(2):
-        seed_generators(seed)
-        several.append(draw(config, 0, max(_PROBED, config.batch_size), (whole,), UserError))
-    drawn, again = several
-    return Probe(samples, part, drawn, drawn is None or is_same(drawn, again), collate_draws)
+class Probe:
+    """A few samples, on which a model is tried: read on the CPU whenever they are asked for, with what is drawn for them.
+
+    Raises `UserError` where a sample cannot be read, or `draw` fails.
+    """
+
+    def __init__(self, split: Dataset[Any], config: Config) -> None:
+        self._kept = keep_split(split, config, "training", torch.device("cpu"))
+        self.draws = []  # in step 0, of generators that are seeded differently
+        for seed in range(2):
+            seed_generators(seed)
+            self.draws.append(draw(config, 0, max(_PROBED, config.batch_size), UserError))
+        self.whole = self.take(range(_PROBED))
+        self.collate_draws = False
+        if isinstance(self._kept, Seeded):  # collate came last, and left the generators as they were seeded for it, or not
+            after = read_generators()
+            self._kept.seed_collate(0, self.whole)
+            self.collate_draws = read_generators() != after
+
+    def take(self, places: Sequence[int]) -> Piece:
+        """A batch of the samples at some places of the whole."""
+        [piece] = read(self._kept, Batch.of([place % len(self._kept) for place in places], places))
+        return piece._replace(drawn=None if self.draws[0] is None else self.draws[0][list(places)])
 
 
-def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: type[UserError] | type[RunError] = RunError) -> Any:
-    """What the task draws for some places of a batch of `size` samples; None where it draws nothing. Raises `kind` where its code fails."""
+def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:
+    """What the task draws for a batch of `size` samples, a row for each; None: nothing. Raises `kind` where its code fails."""
     with explaining(config.task.name, f"in draw for step {step + 1}", kind):
         drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
@@ -374,30 +423,46 @@ def draw(config: Config, step: int, size: int, parts: Sequence[range], kind: typ
     if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:
         shown = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
         raise UserError(f"task {config.task.name}: draw returned {shown}; expected a tensor of {size} rows, one for each sample, or None")
-    rows = [drawn[part.start : part.stop : part.step] for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return drawn
+
+
+def add_drawn(batch: Batch, config: Config, device: torch.device) -> Batch:
+    """The same, with what the task draws for each piece, on `device`. Raises `RunError` where its code fails."""
+    drawn = draw(config, batch.step, config.batch_size)
+    if drawn is None:
+        return batch
+    pieces = batch.pieces
+    rows = [drawn[_slice(piece.places)] for piece in pieces]
+    if len(rows) == 1:
+        return batch.fill_drawn([send(rows[0], device)])
+    # Sent at once; and each has memory of its own, as the samples have.
+    sent = send(torch.cat(rows), device)
+    return batch.fill_drawn(own.clone() for own in torch.split(sent, [piece.size for piece in pieces]))
+
+
+def _slice(places: Sequence[int]) -> slice | list[int]:
+    return slice(places.start, places.stop, places.step) if isinstance(places, range) else list(places)
 
 
 class StepSampler(DistributedSampler[Any]):
-    """Yields this rank's `Share` of each step, from any start step.
+    """Yields this rank's `Batch` of each step, without its samples, from any start step.
 
     Over all ranks, step k of an epoch trains on `permutation[k*B : (k+1)*B]`, where B is the global batch size and the permutation is a
     function of (seed, epoch): the batch does not depend on the number of ranks. What is left of an epoch after its last whole batch is
     left out, the same in every world. The batch is dealt out to the ranks, or to the shards of which each rank has some: two parts differ
-    by at most one sample, where their number does not divide B.
+    by at most one sample, where their number does not divide B. `micro_batch` cuts each into pieces.
     """
 
     def __init__(self, split: Any, config: Config, rank: int, world_size: int, start_step: int) -> None:
-        self.dealt_to = config.shards or world_size
+        self.dealt_to, self.mine = deal(config, rank, world_size)
         super().__init__(split, num_replicas=self.dealt_to, rank=rank, shuffle=True, drop_last=False)
         self.config = config
         self.start_step = start_step
-        self.mine = range(*split_shards(config.shards, rank, world_size)) if config.shards else range(rank, rank + 1)
 
     def __len__(self) -> int:
         return self.config.total_steps - self.start_step
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[Batch]:
         orders, shuffled_epoch = [torch.empty(0)], -1
         size, steps_per_epoch = self.config.batch_size, self.config.steps_per_epoch
         for step in range(self.start_step, self.config.total_steps):
@@ -407,12 +472,14 @@ class StepSampler(DistributedSampler[Any]):
                 self.seed, self.epoch = derive_seed(self.config.seed, "order", epoch) >> 1, 0
                 orders, shuffled_epoch = [self._order(part) for part in self.mine], epoch
             # Of the whole permutation a part has the places part, part + dealt_to ...; of those, the ones within this batch.
-            indices, places = [], []
+            indices, parts = [], []
             for part, order in zip(self.mine, orders, strict=True):
                 first, end = (-(-(limit - part) // self.dealt_to) for limit in (batch * size, (batch + 1) * size))
                 indices.append(order[first:end])
-                places.append(range(part + first * self.dealt_to - batch * size, size, self.dealt_to))
-            yield Share(step, indices[0] if len(indices) == 1 else torch.cat(indices), tuple(places))
+                places = range(part + first * self.dealt_to - batch * size, size, self.dealt_to)
+                at_once = self.config.micro_batch or len(places)
+                parts.append(tuple(Piece(places[start : start + at_once]) for start in range(0, len(places), at_once)))
+            yield Batch(step, indices[0] if len(indices) == 1 else torch.cat(indices), tuple(parts))
 
     def _order(self, part: int) -> Tensor:
         self.rank = part
@@ -422,25 +489,31 @@ class StepSampler(DistributedSampler[Any]):
         """Does nothing: Accelerate calls this with its own count of epochs, but here the epoch follows from the step."""
 
 
-def list_shares(count: int, group: Group | World, at_once: int | None) -> list[Share]:
-    """This rank's part of a split of `count` samples, in batches of at most `at_once`: over all ranks, each sample once."""
-    mine = torch.arange(count)[group.rank :: group.size]
-    parts = torch.split(mine, min(_EVALUATED_AT_ONCE, at_once or _EVALUATED_AT_ONCE)) if len(mine) else ()
+def deal(config: Config, rank: int, world_size: int) -> tuple[int, range]:
+    """To how many parts samples are dealt out, and which of them are a rank's: its shards, or one for each rank."""
+    return (config.shards, range(*split_shards(config.shards, rank, world_size))) if config.shards else (world_size, range(rank, rank + 1))
+
+
+def list_batches(count: int, dealt_to: int, mine: range, at_once: int | None) -> list[Batch]:
+    """Some parts of a split of `count` samples, in batches of one piece of at most `at_once`: over all parts, each sample once."""
+    size = min(_EVALUATED_AT_ONCE, at_once or _EVALUATED_AT_ONCE)
+    pieces = [piece for part in mine for piece in torch.split(torch.arange(count)[part::dealt_to], size) if len(piece)]
     # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
-    return [Share(0, part, (range(int(part[0]), int(part[-1]) + 1, group.size),)) for part in parts]
+    return [Batch.of(piece, range(int(piece[0]), int(piece[-1]) + 1, dealt_to)) for piece in pieces]
 
 
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = keep_split(split, config, "test", device)
-    for share in list_shares(len(kept), World(), config.micro_batch):
-        yield send_to_device(read_share(kept, share, RunError), device)
+    for batch in list_batches(len(kept), 1, range(1), config.micro_batch):
+        [piece] = read(kept, batch, RunError)
+        yield send_to_device(piece.samples, device)
 
 
 class Reader:
-    """Reads shares of a split, in their order, onto the device; again and again, by the same workers. Used in a `with` statement."""
+    """Reads batches of a split, in their order, onto the device; again and again, by the same workers. Used in a `with` statement."""
 
-    def __init__(self, split: Dataset[Any], config: Config, group: Group, what: str, shares: Any) -> None:
+    def __init__(self, split: Dataset[Any], config: Config, group: Group, what: str, batches: Iterable[Batch]) -> None:
         self.device = group.device
         self.task, self.what = config.task, what
         self.timeout_s = config.timeout_s
@@ -457,7 +530,7 @@ class Reader:
         with warnings.catch_warnings(action="ignore"):  # of more workers than cores, on every rank
             loader: DataLoader[Any] = DataLoader(
                 kept,  # type: ignore[arg-type]
-                batch_sampler=shares,
+                batch_sampler=batches,  # type: ignore[arg-type]
                 collate_fn=_keep,
                 num_workers=len(self.workers),
                 pin_memory=pinned,
@@ -465,7 +538,7 @@ class Reader:
             )
         self._kept = kept
         self._is_waiting = False
-        # Accelerate wraps it as for one process, because the shares are this rank's already: `accelerator.prepare` would shard it a second
+        # Accelerate wraps it as for one process, because the batches are this rank's already: `accelerator.prepare` would shard it a second
         # time, and half of the samples would never be seen.
         self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
@@ -476,7 +549,7 @@ class Reader:
             if isinstance(batch, _Failure):
                 raise RunError(batch.reason)
             if isinstance(self._kept, Seeded) and self.device.type != "cpu":
-                batch = batch._replace(samples=send_to_device(batch.samples, self.device, non_blocking=True))
+                batch = batch._replace(parts=send_to_device(batch.parts, self.device, non_blocking=True))
             yield batch
             self._is_waiting = True
         self._is_waiting = False

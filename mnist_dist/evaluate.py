@@ -74,8 +74,10 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
         split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]
         if split is None:
             raise UserError(f"split is holdout, but {options.run} has set no {config.task.samples} apart; allowed: test, train")
+        if (trained.config.shards or 0) >= group.size:  # dealt out to them as in the run, it gives the same bits
+            config = config.model_copy(update={"shards": trained.config.shards})
         with open_evaluation(split, config, group) as reader:
-            evaluation = evaluate(config.task, model, reader, group)
+            evaluation = evaluate(config, model, reader, group)
         facts = {"task": config.task.name, "precision": group.precision, "device": group.device.type, "world_size": group.size}
         if "dataset" in config.task.facts:
             facts = {"dataset": config.task.facts["dataset"]} | facts

@@ -1,49 +1,57 @@
 """Exact evaluation over any number of processes."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Reader, list_shares, seed_generators
+from mnist_dist.config import Config
+from mnist_dist.data import Reader, deal, list_batches, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
+from mnist_dist.exchange import TreeSum
 from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
+from mnist_dist.tier import keeping
 
 _EXAMPLES = 100
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Evaluation:
-    """What `model` makes of the split whose shares `reader` reads, and at most 100 examples, those with the highest scores.
+def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, moved: Collection[str] = ()) -> Evaluation:
+    """What `model` makes of the split that `reader` was opened on, and at most 100 examples, those with the highest scores.
 
-    Each rank takes a disjoint part; sums are reduced once, and the task divides them once. Raises `RunError` unless exactly the split was
-    counted, `UserError` where the task's code does not keep to the contract.
+    Each batch finds the model as it was, and so does the caller: its buffers, and the parameters `moved`, which a forward pass may change.
+    Each rank takes some parts of it; sums are reduced once, with shards along their tree, and the task divides them once. Raises `RunError`
+    unless exactly the split was counted, `UserError` where the task's code does not keep to the contract.
     """
+    task = config.task
+    dealt_to, mine = deal(config, group.rank, group.size)
     model = group.accelerator.unwrap_model(model)  # DDP's own forward would expect all ranks to have as many batches
-    training = model.training
-    model.eval()
-    total: Tensor | None = None
+    sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
     read = 0
     indices, scores, outputs = [], [], []
-    for batch in reader:
-        seed_generators(int(batch.indices[0]))
-        (samples,) = batch.samples
-        with explaining(task.name, "in tally", RunError):
-            tally = task.tally(model, samples)
-        _check_tally(task, tally, len(batch.indices))
-        total = tally.sums if total is None else total + tally.sums
-        read += len(batch.indices)
-        if tally.scores is not None and tally.outputs is not None:
-            best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
-            indices.append(batch.indices.to(best.device)[best])
-            scores.append(tally.scores[best])
-            outputs.append(tally.outputs[best])
-    model.train(training)
-    sums = _add_up(task, total, group)
+    with keeping(model, {*moved, *(name for name, _ in model.named_buffers())}) as kept:
+        model.eval()
+        for batch in reader:
+            kept.put_back()
+            seed_generators(int(batch.indices[0]))
+            [piece] = batch.pieces
+            with explaining(task.name, "in tally", RunError):
+                tally = task.tally(model, piece.samples)
+            _check_tally(task, tally, piece.size)
+            part = piece.places[0] % dealt_to
+            sums_of[part] = sums_of.get(part, 0) + tally.sums
+            read += piece.size
+            if tally.scores is not None and tally.outputs is not None:
+                best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
+                indices.append(batch.indices.to(best.device)[best])
+                scores.append(tally.scores[best])
+                outputs.append(tally.outputs[best])
+    sums = _add_up(config, sums_of, mine, group)
     count = len(reader)
     if not sums.isfinite().all():
         raise NotFiniteError(
@@ -60,26 +68,29 @@ def evaluate(task: Task, model: nn.Module, reader: Reader, group: Group) -> Eval
         measures = task.measure(sums)
     _check_measures(task, measures)
     # Only now, so that no batch waits for the device.
-    mine: list[tuple[float, Example]] = []
+    examples: list[tuple[float, Example]] = []
     if indices:
         rows = zip(torch.cat(scores).tolist(), torch.cat(indices).tolist(), torch.cat(outputs).tolist(), strict=True)
-        mine = _choose([(score, Example(place, output)) for score, place, output in rows if score >= 0])
-    found = _choose([example for part in group.gather(mine) for example in part])
-    return Evaluation(count, measures, [example for _, example in found])
+        examples = _choose([(score, Example(place, output)) for score, place, output in rows if score >= 0])
+    found = _choose([example for part in group.gather(examples) for example in part])
+    return Evaluation(count, measures, [example for _, example in found], sums.tolist())
 
 
 def _choose(examples: Sequence[tuple[float, Example]]) -> list[tuple[float, Example]]:
     return sorted(examples, key=lambda example: (-example[0], example[1].place))[:_EXAMPLES]
 
 
-def _add_up(task: Task, total: Tensor | None, group: Group) -> Tensor:
-    """The sums over all ranks, on the CPU; of a rank that had no sample there are none."""
-    sizes = group.gather(0 if total is None else len(total))
-    size = max(sizes)
-    if {*sizes} - {0, size}:
-        raise RunError(f"task {task.name}: tally has {sorted({*sizes} - {0})} sums on different ranks; expected as many for each batch")
-    mine = torch.zeros(size, dtype=torch.float64, device=group.device) if total is None else total
-    return group.sum(mine).cpu()
+def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Group) -> Tensor:
+    """The sums over all parts, on the CPU; of a part that had no sample there are none."""
+    sizes = {*itertools.chain(*group.gather([len(sums) for sums in sums_of.values()]))}
+    if len(sizes) > 1:
+        raise RunError(f"task {config.task.name}: tally has {sorted(sizes)} sums on different ranks; expected as many for each batch")
+    nothing = torch.zeros(max(sizes), dtype=torch.float64, device=group.device)
+
+    def find(part: int) -> Tensor:
+        return sums_of.get(part, nothing).clone()
+
+    return (TreeSum(config.shards, group)(find) if config.shards else group.sum(find(mine[0]))).cpu()
 
 
 def _check_tally(task: Task, tally: Any, count: int) -> None:
@@ -112,6 +123,6 @@ def _check_measures(task: Task, measures: Any) -> None:
         )
 
 
-def open_evaluation(split: Any, config: Any, group: Group, what: str = "test") -> Reader:
-    """A reader of this rank's part of a split, for `evaluate`. To be closed, as in a `with` statement."""
-    return Reader(split, config, group, what, list_shares(len(split), group, config.micro_batch))
+def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:
+    """A reader of this rank's parts of a split, for `evaluate`. To be closed, as in a `with` statement."""
+    return Reader(split, config, group, what, list_batches(len(split), *deal(config, group.rank, group.size), config.micro_batch))

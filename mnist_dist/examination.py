@@ -20,7 +20,7 @@ from torch import nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import load_data, probe, seed_generators
+from mnist_dist.data import Piece, Probe, load_data, seed_generators
 from mnist_dist.model import build_model
 from mnist_dist.record import CHECKPOINTS, METRICS_FILE
 from mnist_dist.source import describe_exception
@@ -76,11 +76,10 @@ class Subject:
         self.config, self.data = load_data(config)
         self.task = self.config.task
         self.model = build_model(self.task, config.seed)
-        self._put_back = stack.enter_context(keeping(self.model))
-        self.probe = probe(self.data.train, self.config)
-        self.samples, self.drawn = self.probe.samples, self.probe.drawn
+        self._kept = stack.enter_context(keeping(self.model))
+        self.probe = Probe(self.data.train, self.config)
         # For steps that are only looked at.
-        few = {"batch_size": min(config.batch_size, _ROWS)}
+        few = {"batch_size": min(config.batch_size, _ROWS), "micro_batch": None}
         self.small = self.config.model_copy(update=few)
         self.state: dict[str, str] | str = {}  # after some steps, in digests; or why there is none
         self.changed: list[str] = []
@@ -118,11 +117,11 @@ class Subject:
         witness.wait()
         return json.loads((witness.folder / FOUND_FILE).read_text())
 
-    def trace(self, samples: Any, drawn: Any) -> Trace:
+    def trace(self, piece: Piece) -> Trace:
         """One pass of the losses under a fixed seed, from the initial parameters and buffers."""
-        self._put_back()
+        self._kept.put_back()
         seed_generators(0)
-        return trace(self.task, self.model, samples, drawn)
+        return trace(self.task, self.model, piece)
 
     def run(self, name: str, size: int, config: Config, **job: Any) -> "Ranks":
         """The processes `name`, started at the first call; they end with this examination."""
@@ -150,9 +149,9 @@ class Subject:
     @cached_property
     def recipe(self) -> Row:
         """The options of a short run: plain SGD, whose steps move the weights by a few thousandths of their length in all."""
-        samples, drawn = read_batch(self.small, self.data, 0)
+        [piece] = read_batch(self.small, self.data, 0)
         with keeping(self.model):
-            loss = self.trace(samples, drawn).losses.mean()
+            loss = self.trace(piece).losses.mean()
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             gradients = [one for one in torch.autograd.grad(loss, parameters, allow_unused=True) if one is not None]
         length, slope = (float(torch.nn.utils.get_total_norm([one.detach() for one in many])) for many in (parameters, gradients))

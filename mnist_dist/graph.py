@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from mnist_dist.data import list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.tier import list_tensors
 
 # Libraries choose their kernels, and optimizers make their state, in the first steps: these are done one kernel at a time.
 _EAGER_STEPS = 3

@@ -7,7 +7,6 @@ and sketches of 61 numbers, whose differences are as long as those of the vector
 
 import contextlib
 import hashlib
-import itertools
 import math
 import statistics
 from collections import Counter
@@ -138,7 +137,7 @@ class Inspection:
                 raise RunError(
                     f"{self._name([group.rank])} got the samples of step {batch.step + 1} in step {step}: is its loader sharded twice?"
                 )
-            own = list(itertools.chain(*batch.parts))
+            own = batch.places
             strange = strange or _find_strange(batch, own, next(expected).indices)
             self.noted.clear()
             yield batch
@@ -453,19 +452,13 @@ def _perturbing(model: nn.Module) -> Iterator[None]:
 def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[Tensor]:
     """The gradient of a whole batch, computed by this process alone, with the weights as they are; they stay so."""
     task, device = config.task, state.group.device
-    samples, drawn = send_to_device(read_batch(config, state.data, step), device)
-    trained = [parameter for parameter in state.bare_model.parameters() if parameter.requires_grad]
+    pieces = send_to_device(read_batch(config, state.data, step), device)
     with keeping(state.bare_model), explaining(task.name, "in the gradients of a batch", RunError):
         seed = derive_seed(config.seed, "gradients", step)
         seed_generators(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        total: list[Tensor] = []
-        for piece, numbers in state.cut(samples, drawn):
-            loss = task.losses(state.bare_model, piece, numbers).sum() / config.batch_size
-            found = torch.autograd.grad(loss, trained, materialize_grads=True)
-            total = [one + other for one, other in zip(total, found, strict=True)] if total else list(found)
-        return total
+        return state.compute_gradients(pieces, config.batch_size)[0]
 
 
 def _check_start(reference: Reference, state: TrainingState) -> None:

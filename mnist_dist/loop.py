@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Batch, Reader, StepSampler, draw, load_data, send
+from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, draw, load_data
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -100,13 +100,11 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.describe_tier())
-        run.show_samples(
-            state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size, (range(config.batch_size),))
-        )
+        run.show_samples(state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size))
 
-        def compute(samples: Any, drawn: Any, parts: Sequence[range]) -> Tensor:
+        def compute(parts: Sequence[Sequence[Piece]]) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
-                return state.train_on(samples, drawn, parts, meter.note_forward)
+                return state.train_on(parts, meter.note_forward)
 
         state.settle()
         train_step = GraphedStep(compute) if config.cuda_graph else compute
@@ -123,18 +121,16 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
             def evaluate_model() -> Evaluation:
                 state.share_buffers()
-                with state.keeping_moving():
-                    return evaluate(task, state.model, evaluated, group)
+                return evaluate(config, state.model, evaluated, group, state.tier.moved)
 
             for batch in turns(batches, state):
                 if batch.step != state.step:
                     raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                 learning_rate = learning_rate_at(config, state.step)
                 set_learning_rate(state.optimizer, learning_rate)
-                drawn = draw(config, state.step, config.batch_size, batch.parts)
-                drawn = None if drawn is None else send(drawn, group.device)
+                batch = add_drawn(batch, config, group.device)
                 meter.begin_step()
-                loss = train_step(batch.samples, drawn, batch.parts)
+                loss = train_step(batch.parts)
                 state.step += 1
                 meter.add(loss)
                 progress.advance()

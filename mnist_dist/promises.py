@@ -23,7 +23,7 @@ from mnist_dist.machine import choose_threads
 from mnist_dist.model import build_model
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
-from mnist_dist.tier import check_count, check_gradients, check_losses, find_first_difference, is_close, keeping, take
+from mnist_dist.tier import Trace, check_gradients, check_losses, find_first_difference, is_close, keeping
 from mnist_dist.weights import encode_weights
 from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
 from mnist_dist.world import World
@@ -83,35 +83,38 @@ Found = tuple[str, Row]
 
 
 def _check_losses(subject: Subject) -> Found:
-    samples, drawn, task = subject.samples, subject.drawn, subject.task
-    count = check_count(samples)
+    task, probe = subject.task, subject.probe
     with _calming(subject.model):
-        whole = subject.trace(samples, drawn)
-        check_losses(task, whole.losses, count)
-        one = slice(1)  # such is the share of a rank where the batch has one sample for each
-        check_losses(task, subject.trace(take(samples, one), take(drawn, one)).losses, 1)
-        if whole.drew is not None:
-            return f"one for each sample, finite; their order is not compared: {whole.drew} draws random numbers", {}
-        order = torch.arange(count).roll(1)
-        other = subject.trace(take(samples, order), take(drawn, order))
+        whole = subject.trace(probe.whole)
+        check_losses(task, whole.losses, probe.whole.size)
+        # Such is the share of a rank where the batch has one sample for each.
+        check_losses(task, subject.trace(probe.take([0])).losses, 1)
+        if drew := (probe.collate_draws and "collate") or whole.drew:
+            return f"one for each sample, finite; their order is not compared: {drew} draws random numbers", {}
+        order = [*probe.whole.places[-1:], *probe.whole.places[:-1]]
+        other = subject.trace(probe.take(order))
         if not is_close(whole.losses[order], other.losses):
             raise Broken("the losses do not move with the samples: loss i must be that of sample i and of row i of what is drawn")
     return "one for each sample, finite, in the order of the samples", {}
 
 
 def _check_rows(subject: Subject) -> Found:
-    samples, drawn = subject.samples, subject.drawn
-    count = check_count(samples)
-    half = count // 2
+    probe = subject.probe
+    half = probe.whole.places[: probe.whole.size // 2]
+    if probe.collate_draws:
+        return "not compared: collate draws other random numbers for other samples", {}
     with _calming(subject.model):
-        whole = subject.trace(samples, drawn)
-        check_losses(subject.task, whole.losses, count)
+        whole = subject.trace(probe.whole)
+        check_losses(subject.task, whole.losses, probe.whole.size)
         if whole.drew is None:
-            where = find_first_difference(whole, subject.trace(take(samples, slice(half)), take(drawn, slice(half))), half)
-        else:  # the same numbers are drawn only for as many samples
-            rows = torch.tensor([*range(half), *range(half)])
-            other = subject.trace(take(samples, rows), take(drawn, rows))
-            where = None if is_close(whole.losses[:half], other.losses[:half]) else "the losses"
+            where = find_first_difference(whole, subject.trace(probe.take(half)))
+        else:
+            # The same numbers are drawn only for tensors of the same shapes; samples that are padded to the longest need it among them.
+            others = [subject.trace(probe.take([*half, *[place] * len(half)])) for place in probe.whole.places[len(half) :]]
+            others = [other for other in others if _list_shapes(other) == _list_shapes(whole)]
+            if not others:
+                return f"not compared: {whole.drew} draws other random numbers for other samples", {}
+            where = None if any(is_close(whole.losses[: len(half)], other.losses[: len(half)]) for other in others) else "the losses"
     modules = dict(subject.model.named_modules())
     known = [f"{name} ({type(module).__name__})" for name, module in modules.items() if isinstance(module, _BatchNorm)]
     if where is not None and where not in known:
@@ -120,6 +123,10 @@ def _check_rows(subject: Subject) -> Found:
             "mean over the batch, or a shape that mixes its rows? Where it is meant, as in a contrastive loss: --skip rows"
         )
     return (f"this world: {known[0]} sees the whole batch, nothing else does" if known else "no sample sees another one"), {}
+
+
+def _list_shapes(trace: Trace) -> list[torch.Size]:
+    return [output.shape for _, output in trace.outputs]
 
 
 def _check_tier(subject: Subject) -> Found:
@@ -137,9 +144,9 @@ def _check_repeat(subject: Subject) -> Found:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     passes = []
     for _ in range(2):
-        samples, drawn = read_batch(config, subject.data, 0)
+        [piece] = read_batch(config, subject.data, 0)
         with keeping(model):
-            seen = subject.trace(samples, drawn)
+            seen = subject.trace(piece)
             gradients = torch.autograd.grad(seen.losses.sum(), list(trained.values()), allow_unused=True)
         named = [(f"the gradient of {name}", gradient) for name, gradient in zip(trained, gradients, strict=True)]
         passes.append([*seen.outputs, ("the losses", seen.losses), *named])
@@ -150,15 +157,15 @@ def _check_repeat(subject: Subject) -> Found:
 
 
 def _check_gradients(subject: Subject) -> Found:
-    config, model = subject.config, subject.model
+    config, model = subject.config.model_copy(update={"micro_batch": None}), subject.model
     config.check_world(2)
     begun_s, tried = time.monotonic(), 0
     for step in range(_TRIED_STEPS):
         for rank in range(2):
-            samples, drawn = read_batch(config, subject.data, step, rank, 2)
+            [piece] = read_batch(config, subject.data, step, rank, 2)
             with keeping(model):
-                losses = subject.trace(samples, drawn).losses
-                check_losses(subject.task, losses, check_count(samples))
+                losses = subject.trace(piece).losses
+                check_losses(subject.task, losses, piece.size)
                 try:
                     check_gradients(subject.task, model, losses)
                 except UserError as error:
@@ -271,14 +278,19 @@ def _check_evaluation(subject: Subject) -> Found:
     for answer, who in ((here, "one process"), (there, "two processes")):
         if "error" in answer:
             raise Broken(f"in {who}: {answer['error']}")
+    shards = subject.config.shards
+    if subject.probe.collate_draws and not shards:
+        return "not compared: collate draws other random numbers for the batches of two processes; with --shards they are the same", {}
+    tolerance = 0 if shards else _TOLERANCE
     for index, (a, b) in enumerate(zip(here["sums"], there["sums"], strict=True)):
-        if not abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)):
+        if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
             raise Broken(f"sum {index} of tally is {a:.6g} in one process and {b:.6g} in two: {rule}")
     for name, value in here["measures"].items():
         pairs = zip(_list_numbers(value), _list_numbers(there["measures"].get(name)), strict=False)
-        if any(abs(a - b) > 10 * _TOLERANCE * max(abs(a), abs(b)) for a, b in pairs):
+        if any(abs(a - b) > 10 * tolerance * max(abs(a), abs(b)) for a, b in pairs):
             raise Broken(f"the measure {name} differs between one process and two, and their sums do not: compute it from the sums alone")
-    return f"{here['samples']} samples, {len(here['sums'])} sums and the measures are the same on one process and on two", {}
+    same = "the same bits" if shards else "the same"
+    return f"{here['samples']} samples, {len(here['sums'])} sums and the measures are {same} on one process and on two", {}
 
 
 def _list_numbers(value: Any) -> list[float]:

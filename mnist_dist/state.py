@@ -1,7 +1,6 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
 import contextlib
-import itertools
 import logging
 import math
 import time
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import fingerprint, probe, seed_generators
+from mnist_dist.data import Piece, Probe, fingerprint, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
@@ -25,7 +24,7 @@ from mnist_dist.randomness import derive_seed
 from mnist_dist.record import check_same, find_step
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_count, check_shape, find_tier, keeping, take
+from mnist_dist.tier import check_shape, find_tier, keeping
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +38,12 @@ class TrainingState:
         self.group = group
         self.fingerprint = fingerprint(data, config.task)
         self.bare_model = build_model(config.task, config.seed)
-        self.probe = probe(data.train, config)
+        self.probe = Probe(data.train, config)
         self.tier = find_tier(config.task, self.bare_model, self.probe)
         parameters = dict(self.bare_model.named_parameters())
         self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
+        self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
         if config.shards:
@@ -51,13 +51,19 @@ class TrainingState:
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
             averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
             # The optimizer has no state yet that could be moved. To find that out, Accelerate would make torch import its compiler.
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
+            self._reached: set[str] = set()  # by a backward pass
+            if group.size > 1:
+                for name, parameter in self.bare_model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                            lambda _, name=name: self._reached.add(name)
+                        )
         if config.cuda_graph:
             if not self.tier.is_any_world:
                 raise UserError(
@@ -77,43 +83,37 @@ class TrainingState:
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
         if self.model is not self.bare_model:
-            samples, drawn = send_to_device((self.probe.samples, self.probe.drawn), self.group.device)
+            piece = send_to_device(self.probe.whole, self.group.device)
             name = self.config.task.name
-            with self.keeping_moving(), explaining(name, "in a first pass of several processes", RunError):
-                self._compute_losses(samples, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            with keeping(self.bare_model, self._list_moving()), explaining(name, "in a first pass of several processes", RunError):
+                self._compute_losses(self.model, piece).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
-    def train_on(self, samples: Sequence[Any], drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]) -> Tensor:
-        """All that the device does in a step, on the samples of some parts of the global batch, and what is drawn for all of them.
-
-        Gives a loss whose mean over the ranks is that of the batch.
+    def train_on(self, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
+        """All that the device does in a step, on this rank's parts of the global batch; a loss whose mean over the ranks is the batch's.
 
         The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
         many of them it computes at once.
         """
-        loss = (
-            self._add_gradients(samples[0], drawn, note_forward)
-            if self.tree is None
-            else self._add_up(self.tree, samples, drawn, parts, note_forward)
-        )
+        loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         return loss
 
-    def _add_gradients(self, samples: Any, drawn: Any, note_forward: Callable[[], None]) -> Tensor:
+    def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
         self._hand_out(map(self.bare_model.get_parameter, self._moved), 0)  # as DDP does with buffers
         self._seed(f"model on rank {self.group.rank}")
-        pieces = self.cut(samples, drawn)
-        for number, (piece, numbers) in enumerate(pieces, start=1):
+        for number, piece in enumerate(pieces, start=1):
             # Gradients are exchanged with the last piece, once.
             with contextlib.nullcontext() if number == len(pieces) else accelerator.no_sync(self.model):
-                loss = self._compute_losses(piece, numbers).sum() * (self.group.size / self.config.batch_size)
+                loss = self._compute_losses(self.model, piece).sum() * (self.group.size / self.config.batch_size)
                 if number == len(pieces):
                     note_forward()
+                self._reached.clear()
                 accelerator.backward(loss)
             losses.append(loss.detach())
         if self.group.size > 1:
@@ -121,49 +121,48 @@ class TrainingState:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _check_gradients(self) -> None:
-        """Raise `UserError` where a parameter got no gradient: DDP on the other ranks waits for it."""
+        """Raise `UserError` where a parameter got no gradient from the last piece: DDP on the other ranks waits for it."""
         for name, parameter in self.bare_model.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
+            if parameter.requires_grad and name not in self._reached:
+                samples = f"the {'last ' if self.config.micro_batch else ''}samples of rank {self.group.rank}"
                 raise UserError(
-                    f"task {self.config.task.name}: {name} gets no gradient from the samples of rank {self.group.rank} in step "
-                    f"{self.step + 1}, and the other processes wait for it: use it in each step, or train with --shards, where a missing "
-                    "gradient is zero"
+                    f"task {self.config.task.name}: {name} gets no gradient from {samples} in step {self.step + 1}, and the other "
+                    "processes wait for it: use it in each step, or train with --shards, where a missing gradient is zero"
                 )
 
-    def _compute_losses(self, samples: Any, drawn: Any) -> Tensor:
-        losses = self.config.task.losses(self.model, samples, drawn)
-        check_shape(self.config.task, losses, check_count(samples))
+    def _compute_losses(self, model: nn.Module, piece: Piece) -> Tensor:
+        losses = self.config.task.losses(model, piece.samples, piece.drawn)
+        check_shape(self.config.task, losses, piece.size)
         return losses
 
-    def _add_up(
-        self, tree: TreeSum, samples: Sequence[Any], drawn: Any, parts: Sequence[range], note_forward: Callable[[], None]
-    ) -> Tensor:
+    def compute_gradients(self, pieces: Iterable[Piece], size: int) -> tuple[list[Tensor], Tensor]:
+        """The gradients of the pieces' losses, added up and divided by `size`, for all that is trained; and that loss. No rank waits."""
+        gradients: list[Tensor] = []
+        losses = []
+        for piece in pieces:
+            loss = self._compute_losses(self.bare_model, piece).sum() / size
+            found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+            # Not in place: the gradients of two parameters that are added up are one tensor.
+            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
+            losses.append(loss.detach())
+        return gradients, torch.stack(losses).sum()
+
+    def _add_up(self, tree: TreeSum, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
-        ends = list(itertools.accumulate(map(len, parts)))
         starts = {name: value.clone() for name, value in self._list_moving().items()}
 
         def compute(shard: int) -> Tensor:
-            number = shard - tree.mine[0]
-            rows = slice(ends[number] - len(parts[number]), ends[number])
             with torch.no_grad():  # each shard begins with the same statistics
                 for name, value in self._list_moving().items():
                     value.copy_(starts[name])
             self._seed(f"model on shard {shard}")
-            gradients: list[Tensor] = []
-            losses = []
-            its_own = None if drawn is None else drawn[rows].clone()  # in memory of its own, as the samples are
-            for piece, numbers in self.cut(samples[number], its_own):
-                loss = self._compute_losses(piece, numbers).sum() / self.config.batch_size
-                found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
-                # Not in place: the gradients of two parameters that are added up are one tensor.
-                gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
-                losses.append(loss.detach())
+            gradients, loss = self.compute_gradients(parts[shard - tree.mine[0]], self.config.batch_size)
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
             # What has not moved has no difference: an infinite number, as in a mask, would have none.
             changes = [torch.where(now[name] == starts[name], 0, now[name] - starts[name]) for name in self.averaged]
-            return self.flat.pack([*gradients, *changes], [torch.stack(losses).sum()])
+            return self.flat.pack([*gradients, *changes], [loss])
 
         total = tree(compute)
         views = self.flat.views(total)
@@ -181,10 +180,6 @@ class TrainingState:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
         return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
 
-    def keeping_moving(self) -> contextlib.AbstractContextManager[Any]:
-        """Leave what a forward pass may change, the model's mode, and the generators as they were."""
-        return keeping(self.bare_model, self._list_moving())
-
     def _check_moved(self) -> None:
         """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
         if lost := [name for name in self.tier.moved if name not in self.bare_model.state_dict()]:
@@ -200,14 +195,6 @@ class TrainingState:
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
                 "would change its own by its own samples; train on one process, without shards"
             )
-
-    def cut(self, samples: Any, drawn: Any) -> list[tuple[Any, Any]]:
-        """The pieces of some samples that are computed at once, and what is drawn for each."""
-        size = self.config.micro_batch
-        if size is None:
-            return [(samples, drawn)]
-        rows = [slice(start, start + size) for start in range(0, check_count(samples), size)]
-        return [(take(samples, piece), take(drawn, piece)) for piece in rows]
 
     def _seed(self, purpose: str) -> None:
         """Seed what the model draws in the pass that comes: a function of (seed, step) and the rank or the shard."""

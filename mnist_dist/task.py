@@ -75,11 +75,12 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a split: the measures of the task, and the examples with the highest scores."""
+    """What a model makes of a split: the measures, the examples with the highest scores, and the `sums` that the measures were made of."""
 
     samples: int
     measures: Row
     examples: Sequence[Example] = ()
+    sums: Sequence[float] = ()
 
     def name_values(self, split: str, *names: str) -> Row:
         """The measures (or those called `names`) under the names that files give them: `test/loss` where `split` is `test`."""

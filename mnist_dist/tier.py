@@ -6,7 +6,7 @@ it is the same only on as many processes as before.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mnist_dist.data import Piece, Probe, read_generators
 from mnist_dist.errors import UserError
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -41,16 +42,6 @@ class Tier(NamedTuple):
         return f"this world: a step is the same only on as many processes, because {self.reason}"
 
 
-class Probe(NamedTuple):
-    """A few samples on the CPU (at least 4), half of them, what is drawn for all, if `draw` repeats it, and if `collate` draws."""
-
-    samples: Any
-    half: Any
-    drawn: Any
-    draw_repeats: bool = True
-    collate_draws: bool = False
-
-
 class Trace(NamedTuple):
     """One pass of the losses: the losses themselves, each layer's output in order of their calls, and who drew random numbers."""
 
@@ -64,64 +55,33 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
 
     Raises `UserError` where the losses are not one finite number for each sample, a parameter gets no gradient, or `draw` does not repeat.
     """
-    samples, half, drawn, draw_repeats, collate_draws = probe
-    if not draw_repeats:
+    drawn, again = probe.draws
+    if drawn is not None and (again is None or not is_same(drawn, again)):
         raise UserError(
             f"task {task.name}: draw gives other numbers for the same seed and step: make them by a generator that is seeded with both"
         )
-    count, half_count = check_count(samples), check_count(half)
-    with keeping(model) as put_back:
-        whole = trace(task, model, samples, drawn)
-        check_losses(task, whole.losses, count)
+    with keeping(model) as kept:
+        whole = trace(task, model, probe.whole)
+        check_losses(task, whole.losses, probe.whole.size)
         check_gradients(task, model, whole.losses)
-        changed = put_back()
+        changed = kept.list_changed()
+        kept.put_back()
         frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
         if frozen:
             # An average that the pass moves may equal at first what it follows.
             with torch.no_grad():
                 nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
-            trace(task, model, samples, drawn)
+            trace(task, model, probe.whole)
             changed = [*(name for name in frozen if not is_same(frozen[name], nudged[name])), *changed]
-            put_back()
+            kept.put_back()
         moved = tuple(changed)
-        if whole.drew is not None or collate_draws:
+        if whole.drew is not None or probe.collate_draws:
             return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
-        # Of a batch of their own: it may be padded less.
-        mixing = find_first_difference(whole, trace(task, model, half, take(drawn, slice(half_count))), half_count)
+        half = probe.take(probe.whole.places[: probe.whole.size // 2])  # a batch of their own: it may be padded less
+        mixing = find_first_difference(whole, trace(task, model, half))
     if mixing is not None:
         return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
     return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
-
-
-def check_count(samples: Any) -> int:
-    """How many samples there are in a batch. Raises `UserError` where its tensors do not agree."""
-    counts = {len(tensor) if tensor.ndim else 0 for tensor in list_tensors(samples)}
-    if len(counts) != 1 or not min(counts):
-        raise UserError("the tensors of a batch must have one row for each sample, and all as many: collate makes something else")
-    return counts.pop()
-
-
-def list_tensors(samples: Any) -> list[Tensor]:
-    """The tensors in a batch, in their order."""
-    if isinstance(samples, Tensor):
-        return [samples]
-    parts = samples.values() if isinstance(samples, dict) else samples if isinstance(samples, list | tuple) else ()
-    return [tensor for part in parts for tensor in list_tensors(part)]
-
-
-def take(samples: Any, rows: Any) -> Any:
-    """The same rows of each tensor in a batch."""
-    if isinstance(samples, Tensor):
-        return samples[rows]
-    if isinstance(samples, dict):
-        return {name: take(part, rows) for name, part in samples.items()}
-    if isinstance(samples, tuple) and hasattr(samples, "_fields"):
-        return type(samples)(*(take(part, rows) for part in samples))
-    if isinstance(samples, list | tuple):
-        if samples and not isinstance(samples[0], Tensor | dict | list | tuple):  # words, one for each sample
-            return samples[rows] if isinstance(rows, slice) else type(samples)(samples[row] for row in rows.tolist())
-        return type(samples)(take(part, rows) for part in samples)
-    return samples
 
 
 def check_shape(task: Task, losses: Any, count: int) -> None:
@@ -157,44 +117,50 @@ def check_gradients(task: Task, model: nn.Module, losses: Tensor) -> None:
         )
 
 
-def trace(task: Task, model: nn.Module, samples: Any, drawn: Any) -> Trace:
+def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
     """The losses of some samples, and what each layer did on the way."""
     outputs: list[tuple[str, Tensor]] = []
     drew: list[str] = []
     before = [read_generators()]
 
-    def note(name: str, module: nn.Module, output: Any) -> None:
+    def note_draw(what: str) -> None:
         now = read_generators()
         if now != before[0]:
-            drew.append(f"{name} ({type(module).__name__})")
+            drew.append(what)
             before[0] = now
-        if isinstance(output, Tensor):
-            outputs.append((f"{name} ({type(module).__name__})", output.detach().clone()))
 
-    hooks = [
-        module.register_forward_hook(lambda module, _, output, name=name: note(name or "the model", module, output))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
+    def note(what: str, output: Any) -> None:
+        note_draw(what)
+        if isinstance(output, Tensor):
+            outputs.append((what, output.detach().clone()))
+
+    outside = "the forward pass, outside of its layers,"
+    hooks = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            what = f"{name or 'the model'} ({type(module).__name__})"
+            hooks.append(module.register_forward_pre_hook(lambda *_: note_draw(outside)))
+            hooks.append(module.register_forward_hook(lambda _module, _inputs, output, what=what: note(what, output)))
     try:
         with explaining(task.name, "in losses"):
-            losses = task.losses(model, samples, drawn)
+            losses = task.losses(model, piece.samples, piece.drawn)
     finally:
         for hook in hooks:
             hook.remove()
-    if not drew and read_generators() != before[0]:
-        drew.append("the forward pass, outside of its layers,")
+    note_draw(outside)
     return Trace(losses, outputs, drew[0] if drew else None)
 
 
-def find_first_difference(whole: Trace, part: Trace, count: int) -> str | None:
-    """The first layer whose output for the first `count` samples differs between a batch and its part; None where the losses agree."""
+def find_first_difference(whole: Trace, part: Trace) -> str | None:
+    """The first layer whose output for the samples of a part differs between a batch and this part, its first samples; None: nowhere."""
+    all_of_it, count = len(whole.losses), len(part.losses)
     for (name, one), (other_name, other) in zip(whole.outputs, part.outputs, strict=False):
         if name != other_name:
             break
-        if one.ndim and other.ndim and len(other) and len(one) % len(whole.losses) == 0:
-            times = len(one) // len(whole.losses)  # a sample may be several rows
-            if one[: count * times].shape == other.shape and not is_close(one[: count * times], other):
+        if one.ndim and other.ndim and len(other) and len(one) % all_of_it == 0:
+            times = len(one) // all_of_it  # a sample may be several rows, one after the other or, as in time, side by side
+            rows = one[: count * times], one.reshape(times, all_of_it, *one.shape[1:])[:, :count].flatten(0, 1)
+            if rows[0].shape == other.shape and not any(is_close(own, other) for own in rows):
                 return name
     return None if is_close(whole.losses[:count], part.losses) else "the losses"
 
@@ -217,40 +183,46 @@ def list_state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-@contextmanager
-def keeping(model: nn.Module, names: Collection[str] | None = None) -> Iterator[Callable[[], list[str]]]:
-    """Leave a model's parameters and buffers (or those of these names), its mode, and this process's generators on the CPU as they were.
+class Kept:
+    """The values that parameters and buffers of a model had; of all, or those of some names."""
 
-    Gives what puts the parameters and buffers back at once, and names those that had changed; after a backward pass, if there is one.
-    """
-    kept = {name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items() if names is None or name in names}
-    training = model.training
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        self._model = model
+        self._kept = {
+            name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items() if names is None or name in names
+        }
+
+    def list_changed(self) -> list[str]:
+        """The names of those that have other values now. Waits for the device."""
+        now = list_state(self._model)
+        return [name for name, (tensor, value) in self._kept.items() if now.get(name) is not tensor or not is_same(tensor, value)]
 
     @torch.no_grad()
-    def put_back() -> list[str]:
-        now, changed = list_state(model), []
-        for name, (tensor, value) in kept.items():
-            if now.get(name) is not tensor or not is_same(tensor, value):
-                changed.append(name)
-                tensor.copy_(value)
-                owner, _, own_name = name.rpartition(".")
-                if own_name in (buffers := model.get_submodule(owner)._buffers):
-                    buffers[own_name] = tensor  # the pass may have put another in its place
-        return changed
+    def put_back(self) -> None:
+        """Give them their values back; after a backward pass, if there is one."""
+        for name, (tensor, value) in self._kept.items():
+            if all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                tensor.copy_(value)  # one that is expanded cannot be written to, and so has not been
+            owner, _, own_name = name.rpartition(".")
+            if own_name in (buffers := self._model.get_submodule(owner)._buffers):
+                buffers[own_name] = tensor  # the pass may have put another in its place
 
+
+@contextmanager
+def keeping(model: nn.Module, names: Collection[str] | None = None) -> Iterator[Kept]:
+    """Leave a model's parameters and buffers (or those of these names), its mode, and this process's generators on the CPU as they were.
+
+    The model is in training mode until then.
+    """
+    kept = Kept(model, names)
+    training = model.training
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     model.train()
     try:
-        yield put_back
+        yield kept
     finally:
         model.train(training)
-        put_back()
+        kept.put_back()
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
-
-
-def read_generators() -> tuple[bytes, bytes, int]:
-    """The state of torch's, numpy's and Python's generators, or a hash of it: another one when something was drawn."""
-    _kind, keys, place, *_ = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())

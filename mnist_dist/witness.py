@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, Seeded, Share, StepSampler, draw, is_in_memory, keep_split, load_data, read_share, seed_generators
+from mnist_dist.data import Batch, Piece, Seeded, StepSampler, add_drawn, is_in_memory, keep_split, load_data, read, seed_generators
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -96,27 +96,28 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
     kept = Seeded(split, config.task, config.seed, what)
     places = sorted({number * (count - 1) // (_READ - 1) for number in range(_READ)})
     order = reversed(places) if backwards else places
-    return {place: digest(read_share(kept, Share(0, torch.tensor([place]), (range(place, place + 1),)))) for place in order}
+    return {place: digest(read(kept, Batch.of([place], [place]))[0].samples) for place in order}
 
 
-def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> tuple[Any, Any]:
-    """What one rank of `size` trains on in a step without shards, on the CPU: its samples, and what is drawn for them."""
-    share = next(iter(StepSampler(data.train, config.model_copy(update={"shards": None}), rank, size, step)))
-    return read_share(keep_split(data.train, config, "training", torch.device("cpu")), share), draw(
-        config, step, config.batch_size, share.parts
-    )
+def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> list[Piece]:
+    """What one rank of `size` trains on in a step without shards, on the CPU."""
+    batch = next(iter(StepSampler(data.train, config.model_copy(update={"shards": None}), rank, size, step)))
+    return read(keep_split(data.train, config, "training", torch.device("cpu")), add_drawn(batch, config, torch.device("cpu")))
 
 
 def take_step(config: Config, data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
     """Train on one step as the only process does; its loss."""
-    samples, drawn = read_batch(config, data, step)
+    pieces = read_batch(config, data, step)
     seed_generators(derive_seed(config.seed, "model on rank 0", step))
     optimizer.zero_grad()
     with explaining(config.task.name, f"in step {step + 1}", RunError):
-        loss = config.task.losses(model, samples, drawn).sum() / config.batch_size
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses = []
+        for piece in pieces:
+            loss = config.task.losses(model, piece.samples, piece.drawn).sum() / config.batch_size
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
     optimizer.step()
-    return loss.detach()
+    return torch.stack(losses).sum()
 
 
 def build(config: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -170,29 +171,13 @@ def _leave(config: Config, folder: Path, group: Group, job: Row) -> None:
     os._exit(0)
 
 
-class _Watched:
-    """A task, and the sums that it measured."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-        self.sums: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def measure(self, sums: Tensor) -> Row:
-        self.sums = sums.tolist()
-        return self._task.measure(sums)
-
-
 def _evaluate(config: Config, folder: Path, group: Group) -> None:
     config, data = load_data(config)
-    watched: Any = _Watched(config.task)
     answer: Row
     try:
         with open_evaluation(data.evaluated, config, group) as reader:
-            evaluation = evaluate(watched, build_model(config.task, config.seed), reader, group)
-        answer = {"sums": watched.sums, "measures": evaluation.measures, "samples": evaluation.samples}
+            evaluation = evaluate(config, build_model(config.task, config.seed), reader, group)
+        answer = {"sums": evaluation.sums, "measures": evaluation.measures, "samples": evaluation.samples}
     except Exception as error:
         answer = {} if is_loss(error) else {"error": str(error)}
     (folder / f"evaluation-{group.rank}.json").write_text(json.dumps(answer))

@@ -455,6 +455,23 @@ def test_what_is_legitimate_makes_the_tier(check, name):
         assert "on 2 process(es)" in answers["resume"]["text"]
 
 
+RAGGED = Path(__file__).with_name("ragged_task.py")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--unseen", "--dropout", "0.3"], "no sample sees another one"),
+        (["--unseen", "--dropout", "0.3", "--made", "a bag"], "not compared: the forward pass, outside of its layers, draws other"),
+        (["--masked", "0.2"], "not compared: collate draws other random numbers"),
+        (["--made", "packed"], "no sample sees another one"),
+    ],
+)
+def test_samples_of_batches_of_any_kind_are_compared_where_they_can_be(capsys, options, found):
+    assert main(["--task", str(RAGGED), "--batch_size", "16", "--only", "losses,rows", *options]) == 0
+    assert f"PASS rows: {found}" in capsys.readouterr().out
+
+
 def test_samples_that_are_read_one_by_one_under_their_seeds_and_tied_weights_pass(check):
     body = """
     def load(self):

@@ -311,8 +311,9 @@ def test_the_loader_gives_the_samplers_shares_through_accelerate():
     assert [batch.step for batch in batches] == list(range(4, 9))
     for batch, share in zip(batches, expected, strict=True):
         assert torch.equal(batch.indices, share.indices)
-        for part, whole in zip(*batch.samples, loaded.train.tensors, strict=True):
-            assert torch.equal(part, whole[share.indices])
+        [piece] = batch.pieces
+        for own, whole in zip(piece.samples, loaded.train.tensors, strict=True):
+            assert torch.equal(own, whole[share.indices])
 
 
 # Augmentation.

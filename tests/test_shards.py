@@ -39,9 +39,16 @@ RECIPES = {
     ],
     "muon in bfloat16": ["--dataset", "synthetic", "--optimizer", "muon", "--precision", "bf16"],
     "batch norm, dropout and workers": ["--task", NOISY, "--workers", "1", "--norm", "--dropout", "0.3", "--precision", "fp32"],
-    "sentences, dropout and a moving average": [
+}
+# Of them, collate makes batches of any kind. Masks, dropout and a moving average are in each.
+SENTENCES = {
+    f"sentences, {made}": [
         "--task",
         RAGGED,
+        "--made",
+        made,
+        "--workers",
+        "1",
         "--masked",
         "0.2",
         "--dropout",
@@ -50,8 +57,11 @@ RECIPES = {
         "adamw",
         "--precision",
         "fp32",
-    ],
+    ]
+    for made in ("padded", "packed", "a bag")
 }
+ALL = RECIPES | SENTENCES
+QUICK = [pytest.param(recipe, marks=[] if "a bag" in name or name in RECIPES else pytest.mark.slow) for name, recipe in ALL.items()]
 
 
 def read_bytes(folder):
@@ -60,10 +70,15 @@ def read_bytes(folder):
 
 def read_rows(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in ("step", "train/loss", "train/gradient_norm")} for row in rows]
+    timed = ("elapsed_s", "train/images_per_s")
+    return [{name: value for name, value in row.items() if name not in timed and not name.startswith("health/")} for row in rows]
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def read_measures(folder):
+    return {name: value for name, value in json.loads((folder / "result.json").read_text()).items() if name.startswith("test/")}
+
+
+@pytest.mark.parametrize("recipe", QUICK, ids=ALL)
 def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_path, recipe):
     arguments = [*COMMON, *recipe, "--shards", "8", "--steps", "6", "--test_size", "30"]
     for world in (1, 3, 4):
@@ -71,6 +86,7 @@ def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_pat
         assert "any world: the same bits on 1 to 8 processes" in text
         assert read_bytes(tmp_path / str(world)) == read_bytes(tmp_path / "1")
         assert read_rows(tmp_path / str(world)) == read_rows(tmp_path / "1")
+        assert read_measures(tmp_path / str(world)) == read_measures(tmp_path / "1")
     # Stopped by a signal to one of two, and resumed on three.
     arguments += ["--run_dir", str(tmp_path / "changed")]
     ranks = start_ranks(tmp_path, Train(arguments), 2)
@@ -84,11 +100,13 @@ def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", ALL.values(), ids=ALL)
 def test_shards_give_the_same_bits_in_every_world_up_to_eight(tmp_path, recipe):
     for world in (1, 2, 3, 4, 5, 8):
         run_ranks(tmp_path, Train([*COMMON, *recipe, "--shards", "8", "--steps", "40", "--run_dir", str(tmp_path / str(world))]), world)
         assert read_bytes(tmp_path / str(world)) == read_bytes(tmp_path / "1")
+        assert read_rows(tmp_path / str(world)) == read_rows(tmp_path / "1")
+        assert read_measures(tmp_path / str(world)) == read_measures(tmp_path / "1")
 
 
 @pytest.mark.slow

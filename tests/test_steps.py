@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from torch.utils.data import TensorDataset
 
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
-from mnist_dist.data import load_data
+from mnist_dist.data import Piece, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Data
 from mnist_dist.tasks.classification import Classification
+from mnist_dist.witness import read_batch
 from mnist_dist.world import World, find_world
 
 CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
@@ -56,6 +58,23 @@ def make_state(group, config):
     return TrainingState(config, data, group), data
 
 
+@pytest.mark.parametrize("made", ["padded", "packed", "a bag"])
+def test_the_pieces_of_a_batch_of_any_kind_have_the_gradients_of_the_whole(made):
+    found = []
+    for micro_batch in (None, 5):
+        options = {"task": str(Path(__file__).with_name("ragged_task.py")), "made": made, "batch_size": 12, "micro_batch": micro_batch}
+        config = make_config({**options, "device": "cpu", "precision": "fp32"})
+        with join_group(World(), config) as group:
+            state, data = make_state(group, config)
+            pieces = read_batch(state.config, data, 3)
+            gradients, loss = state.compute_gradients(pieces, 12)
+        assert [piece.size for piece in pieces] == ([5, 5, 2] if micro_batch else [12])
+        found.append([*gradients, loss])
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
+        assert whole.any()
+
+
 def test_the_optimizer_that_is_stepped_is_the_one_that_accelerate_prepared():
     config = make_config({"dataset": "synthetic", "device": "cpu", "precision": "fp32"})
     with join_group(World(), config) as group:
@@ -82,7 +101,7 @@ def test_a_checkpoint_holds_up_the_loop_for_a_copy_alone(tmp_path):
     config = make_config({"batch_size": 8, "optimizer": "adamw", "device": "cpu", "precision": "fp32", "holdout": 0}, task=Large)
     with join_group(World(), config) as group:
         state, data = make_state(group, config)
-        state.train_on([data.train.tensors], None, (range(8),), lambda: None)
+        state.train_on([[Piece(range(8), data.train.tensors)]], lambda: None)
         state.step = 1
         copies, held_up = [], []
         writer = Writer(tmp_path / "checkpoints", 3, lambda: None)
@@ -119,7 +138,7 @@ class NormRank:
             assert state.tier.name == "this world"
             assert "2 (BatchNorm1d)" in state.tier.reason
             samples = torch.full((6, 64), float(group.rank)) + torch.arange(6)[:, None] * (1 + group.rank)
-            state.train_on([(samples, torch.arange(6) % 3)], None, (range(6),), lambda: None)
+            state.train_on([[Piece(range(6), (samples, torch.arange(6) % 3))]], lambda: None)
             mean = state.bare_model[2].running_mean.clone()
             assert len({tuple(values.tolist()) for values in group.gather(mean)}) == 2
             state.share_buffers()

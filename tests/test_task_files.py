@@ -354,8 +354,10 @@ def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tm
         arguments = ["--task", name, *SHORT, "--shards", "5", "--run_dir", str(tmp_path / str(size))]
         run_ranks(tmp_path / "logs", Train(arguments), size)
     assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
-    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "plain")]), 2, expect=None)
-    assert "or train with --shards, where a missing gradient is zero" in text
+    for folder, more, which in (("plain", [], "the samples"), ("pieces", ["--micro_batch", "2"], "the last samples")):
+        text = run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / folder)]), 2, expect=None)
+        assert f"gets no gradient from {which} of rank" in text
+        assert "or train with --shards, where a missing gradient is zero" in text
 
 
 def test_tied_weights_are_trained_saved_and_read(tmp_path):

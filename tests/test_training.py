@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -14,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from mnist_dist import data as data_module
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import InMemory, Reader, list_shares, load_data
+from mnist_dist.data import InMemory, Reader, list_batches, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -143,7 +142,7 @@ class Evaluate:
             model = group.accelerator.prepare(build_model(config.task, 3))
             for size in self.sizes:
                 with open_evaluation(TensorDataset(*loaded.test[:size]), config, group) as reader:
-                    evaluation = evaluate(config.task, model, reader, group)
+                    evaluation = evaluate(config, model, reader, group)
                 if group.is_main:
                     print(json.dumps([evaluation.measures["confusion_matrix"], round(evaluation.measures["loss"], 5)]))
 
@@ -158,7 +157,7 @@ def test_the_evaluation_counts_every_image_once_in_every_world(tmp_path):
 
 
 def test_an_evaluation_takes_as_many_at_once_as_the_training():
-    parts = [share.indices for share in list_shares(41, SimpleNamespace(rank=1, size=2), 8)]
+    parts = [share.indices for share in list_batches(41, 2, range(1, 2), 8)]
     assert [len(part) for part in parts] == [8, 8, 4]
     assert torch.cat(parts).tolist() == list(range(1, 41, 2))
 
@@ -167,10 +166,10 @@ def test_an_evaluation_that_counts_another_number_is_an_error():
     config, loaded = load_data(configure(dataset="synthetic", test_size=40, precision="fp32"))
     with join_group(find_world({}), config) as group:
         # The planted fault: half of the images belong to a rank that is not there.
-        shares = list_shares(40, SimpleNamespace(rank=0, size=2), None)
+        shares = list_batches(40, 2, range(1), None)
         reader = Reader(loaded.test, config, group, "test", shares)
         with reader, pytest.raises(RunError, match="read 20 images, but the split has 40: its ranks do not share it rightly"):
-            evaluate(config.task, build_model(config.task, 0), reader, group)
+            evaluate(config, build_model(config.task, 0), reader, group)
 
 
 def test_what_an_evaluation_says_of_its_matrix():

@@ -40,7 +40,7 @@ def plant(mistake, rank, size):
     from accelerate.data_loader import prepare_data_loader
 
     import mnist_dist.data
-    from mnist_dist.data import StepSampler
+    from mnist_dist.data import Batch, StepSampler
     from mnist_dist.source import find_task
     from mnist_dist.state import TrainingState
 
@@ -93,11 +93,11 @@ def plant(mistake, rank, size):
     elif mistake == "samples sharded twice":
 
         def share_again(self):
-            for step, indices, parts in shares(self):
-                yield mnist_dist.data.Share(step, indices[rank::size], tuple(part[rank::size] for part in parts))
+            for batch in sample(self):
+                yield Batch.of(batch.indices[rank::size], batch.places[rank::size])._replace(step=batch.step)
 
-        shares = StepSampler.__iter__
-        StepSampler.__iter__ = lambda self: share_again(self) if self.dealt_to > 1 else shares(self)
+        sample = StepSampler.__iter__
+        StepSampler.__iter__ = lambda self: share_again(self) if self.dealt_to > 1 else sample(self)
     elif mistake == "random numbers of the step that follows":
         read = task.losses
         task.losses = lambda self, model, batch, drawn: read(self, model, (batch[0].roll(1, 0), batch[1]), drawn)

@@ -19,11 +19,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import data
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import Batch, Reader, Share, keep_split, load_data, probe, read_share, take_samples
+from mnist_dist.data import Batch, Piece, Probe, Reader, keep_split, list_tensors, load_data, read, take_samples
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.model import build_model
-from mnist_dist.tier import find_tier, list_tensors
+from mnist_dist.tier import find_tier
 from mnist_dist.world import World
 
 TASK = str(Path(__file__).with_name("noisy_task.py"))
@@ -44,7 +44,7 @@ NOISY += [
 ]
 
 
-def read(folder):
+def read_run(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if not name.startswith("health/") and name != "train/images_per_s"} for row in rows]
     return rows, load_file(folder / "model.safetensors")
@@ -60,7 +60,7 @@ def test_samples_are_the_same_at_any_number_of_workers_and_after_any_stop(tmp_pa
     # Two threads in the process that reads for itself: in a worker there is one.
     for workers in (0, 1, 3):
         run_ranks(tmp_path, Train([*NOISY, "--threads", "2", "--workers", str(workers), "--run_dir", str(tmp_path / str(workers))]))
-        runs[workers] = read(tmp_path / str(workers))
+        runs[workers] = read_run(tmp_path / str(workers))
     assert_same(runs[1], runs[0])
     assert_same(runs[3], runs[0])
     # Stopped by a real signal somewhere in the middle, and resumed with another number of workers.
@@ -71,14 +71,14 @@ def test_samples_are_the_same_at_any_number_of_workers_and_after_any_stop(tmp_pa
     assert rank.wait() == 143, rank.text
     run_ranks(tmp_path, Train([*arguments, "--workers", "1"]))
     assert 2 <= json.loads((tmp_path / "stopped/starts.jsonl").read_text().splitlines()[1])["step"] < 10
-    assert_same(read(tmp_path / "stopped"), runs[0])
+    assert_same(read_run(tmp_path / "stopped"), runs[0])
 
 
 def test_samples_are_the_same_on_any_number_of_ranks(tmp_path):
     rows, weights = {}, {}
     for world in (1, 2, 4):
         run_ranks(tmp_path, Train([*NOISY, "--threads", "1", "--workers", "1", "--run_dir", str(tmp_path / str(world))]), world)
-        rows[world], weights[world] = read(tmp_path / str(world))
+        rows[world], weights[world] = read_run(tmp_path / str(world))
     for world in (2, 4):
         for one, other in zip(rows[1], rows[world], strict=True):
             assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
@@ -121,11 +121,11 @@ def test_a_worker_that_dies_while_it_hands_over_its_samples_is_named(monkeypatch
 
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", lose)
     config = make_config({"task": TASK, "workers": 1, "batch_size": 12})
-    shares = [Share(0, torch.arange(12), (range(12),))]
+    batches = [Batch.of(torch.arange(12), range(12))]
     with (
         join_group(World(), config) as group,
         pytest.raises(RunError, match=r"a worker that reads the training data died: .*out of memory"),
-        Reader(config.task.load().train, config, group, "training", shares) as reader,
+        Reader(config.task.load().train, config, group, "training", batches) as reader,
     ):
         next(iter(reader))
 
@@ -178,25 +178,28 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
         "names": ("a", None, 3),
         "values": image.numpy(),
     }
-    sent = Batch(5, torch.tensor([2, 1]), samples, (range(2),))
-    came = pickle.loads(ForkingPickler.dumps(sent))
-    assert (type(came), came.step, came.parts, came.indices.tolist()) == (Batch, 5, (range(2),), [2, 1])
-    assert type(came.samples["pair"]) is Pair
-    assert [*came.samples] == [*samples]
-    assert came.samples["names"] == samples["names"]
-    assert isinstance(came.samples["values"], np.ndarray)
-    for one, other in zip(list_tensors(came.samples), list_tensors(samples), strict=True):
+    sent = Batch(5, torch.tensor([2, 1]), ((Piece(range(1), samples), Piece(range(1, 2))),))
+    batch = pickle.loads(ForkingPickler.dumps(sent))
+    assert (type(batch), batch.step, batch.places, batch.indices.tolist()) == (Batch, 5, [0, 1], [2, 1])
+    came = batch.pieces[0].samples
+    assert batch.pieces == [Piece(range(1), came), Piece(range(1, 2))]
+    assert type(came["pair"]) is Pair
+    assert [*came] == [*samples]
+    assert came["names"] == samples["names"]
+    assert isinstance(came["values"], np.ndarray)
+    for one, other in zip(list_tensors(came), list_tensors(samples), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-    for one in list_tensors(came.samples):
+    for one in list_tensors(came):
         one.zero_()  # they may be written to
 
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
-    monkeypatch.setattr(data, "pin_memory", lambda samples: [f"pinned {sample}" for sample in samples])
-    batch = Batch(3, torch.arange(2), ["a", "b"], (range(0, 4, 2),))
+    monkeypatch.setattr(data, "pin_memory", lambda samples: f"pinned {samples}")
+    batch = Batch(3, torch.arange(2), ((Piece(range(0, 2, 2), "a"),), (Piece(range(2, 4, 2), "b"),)))
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
-    assert (pinned.samples, pinned.parts, pinned.step) == (["pinned a", "pinned b"], (range(0, 4, 2),), 3)
+    assert pinned.parts == ((Piece(range(0, 2, 2), "pinned a"),), (Piece(range(2, 4, 2), "pinned b"),))
+    assert pinned.step == 3
 
 
 class Halved(TensorDataset):
@@ -210,20 +213,22 @@ class Halved(TensorDataset):
     ("option", "reason"),
     [
         ({}, "each forward pass changes average.weight"),
+        ({"made": "packed"}, "each forward pass changes average.weight"),
+        ({"made": "a bag"}, "each forward pass changes average.weight"),
         ({"masked": 0.2}, "collate draws random numbers"),
         ({"blind": True}, "in the losses the samples of a batch see each other"),
     ],
 )
 def test_what_collate_does_may_make_a_step_depend_on_the_world(option, reason):
     config, data = load_data(make_config({"task": str(Path(__file__).with_name("ragged_task.py")), **option}))
-    assert find_tier(config.task, build_model(config.task, 0), probe(data.train, config)).reason == reason
+    assert find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
 
 
 def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
     split, config = Halved(torch.arange(8.0)), configure()
-    share = Share(0, torch.arange(2, 4), (range(2),))
     for kept in (
         keep_split(split, config, "test", torch.device("cpu")),
         keep_split(take_samples(split, range(6)), config, "test", torch.device("cpu")),
     ):
-        assert read_share(kept, share)[0].tolist() == [1.0, 1.5]
+        [piece] = read(kept, Batch.of([2, 3], range(2)))
+        assert piece.samples[0].tolist() == [1.0, 1.5]
