@@ -6,13 +6,11 @@ other is read sample by sample, in this process or by workers, each sample under
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import io
 import itertools
 import json
 import os
-import random
 import re
 import signal
 import time
@@ -20,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -35,7 +34,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
-from mnist_dist.randomness import derive_seed
+from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Task
 
@@ -101,8 +100,7 @@ class Batch(NamedTuple):
         return self.fill(pin_memory(piece.samples) for piece in self.pieces)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To a worker, and back.
-        return _receive, (bytes(_Pickler.dumps(tuple(self))),)
+        return _Sent.of(self).__reduce__()
 
 
 class _Pickler(ForkingPickler):
@@ -113,14 +111,27 @@ class _Pickler(ForkingPickler):
         return (torch.from_numpy, (value.numpy(),)) if _is_small(value) else NotImplemented
 
 
-def _receive(fields: bytes) -> Batch:
-    return Batch(*_Pickler.loads(fields))
+class _Sent(NamedTuple):
+    """A batch on its way to a worker or back. What receives it gets the batch itself."""
+
+    content: bytes
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Sent":
+        return cls(bytes(_Pickler.dumps(tuple(batch))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (self.content,)
+
+
+def _receive(content: bytes) -> Batch:
+    return Batch(*_Pickler.loads(content))
 
 
 def _is_small(value: Any) -> bool:
     """Whether a value is a tensor that is sent plainly."""
-    is_plain = type(value) is Tensor and value.dtype in _PLAIN_TYPES and value.layout == torch.strided and not value.requires_grad
-    return is_plain and value.nbytes <= _PLAIN_BYTES
+    is_plain = type(value) is Tensor and value.dtype in _PLAIN_TYPES and value.layout == torch.strided
+    return is_plain and not value.requires_grad and not value.is_nested and value.nbytes <= _PLAIN_BYTES
 
 
 class _Failure(NamedTuple):
@@ -145,6 +156,10 @@ class InMemory:
 
     def __getitems__(self, batch: Batch) -> Batch:
         """A DataLoader calls this once for each batch."""
+        return self.fill(batch)
+
+    def fill(self, batch: Batch) -> Batch:
+        """The batch with its samples."""
         where = torch.split(send(batch.indices, self.tensors[0].device), [piece.size for piece in batch.pieces])
         # Whole samples are copied; by tensor[piece] it would be a number at a time, which on a CPU takes six times as long. Each piece has
         # memory of its own: where a tensor begins in it may decide how its sums are rounded.
@@ -162,13 +177,23 @@ class Seeded:
         # Which sample a worker is at, for the message about one that dies or hangs. Memory that the processes share.
         self.at: Tensor | None = None
         # To seed numpy and random takes ten times as long as to seed torch: it is done from the first sample on that draws from them.
-        self.draws_elsewhere = not _can_read_places()
+        self.draws_elsewhere = not can_read_places()
 
     def __len__(self) -> int:
         return len(self.split)  # type: ignore[arg-type]
 
-    def __getitems__(self, batch: Batch) -> Batch | _Failure:
+    def __getitems__(self, batch: Batch) -> Batch | _Sent | _Failure:
         """A DataLoader calls this once for each batch."""
+        filled = self.fill(batch)
+        if torch.utils.data.get_worker_info() is None or isinstance(filled, _Failure):
+            return filled
+        try:
+            return _Sent.of(filled)
+        except Exception as error:
+            return self._fail(f"a batch of the {self.what} data cannot be sent by a worker: {describe_exception(error)}")
+
+    def fill(self, batch: Batch) -> Batch | _Failure:
+        """The batch with its samples, or why there are none."""
         worker = torch.utils.data.get_worker_info()
         at = np.zeros(2, np.int64) if worker is None or self.at is None else self.at.numpy()[worker.id]
         threads = torch.get_num_threads()
@@ -202,7 +227,7 @@ class Seeded:
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
         seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
-        places = None if self.draws_elsewhere else _read_places()
+        places = None if self.draws_elsewhere else read_places()
         split: Any = self.split
         samples: list[Any] | str = (read := [])
         index = -1
@@ -213,7 +238,7 @@ class Seeded:
                 read.append(split[index])
         except (Exception, SystemExit) as error:
             samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
-        if places not in (None, _read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
+        if places not in (None, read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
             self.draws_elsewhere = True
             return self._read(indices, seeds, at)
         return samples
@@ -238,68 +263,37 @@ def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.dev
 
 def read(kept: InMemory | Seeded, batch: Batch, kind: type[UserError] | type[RunError] = UserError) -> list[Piece]:
     """The pieces of a batch with their samples, read by this process. Raises `kind` where one cannot be read."""
-    filled = kept.__getitems__(batch)
+    filled = kept.fill(batch)
     if isinstance(filled, _Failure):
         raise kind(filled.reason)
     return filled.pieces
 
 
-def list_tensors(value: Any, _within: tuple[int, ...] = ()) -> list[Tensor]:
-    """The tensors in samples, or in anything that holds some, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if id(value) in _within:
-        return []
-    _within = (*_within, id(value))
-    if not isinstance(value, dict | list | tuple):  # an object of some class
-        value = getattr(value, "__dict__", ())
-    return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in list_tensors(part, _within)]
+def list_tensors(value: Any) -> list[Tensor]:
+    """The strided tensors in samples, or in anything that holds some, in their order; of a sparse or nested one, those it consists of."""
+    tensors: list[Tensor] = []
+    rest, known = [value], set()
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tensor):
+            if value.is_nested:
+                rest += reversed(value.unbind())
+            elif value.layout == torch.strided:
+                tensors.append(value)
+            else:
+                value = value.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
+                rest += value.values(), value.indices()
+        elif isinstance(value, dict | list | tuple):
+            rest += reversed([*value.values()] if isinstance(value, dict) else value)
+        elif not isinstance(value, type | ModuleType) and id(value) not in known:  # an object, once, for others may refer to it
+            known.add(id(value))
+            rest.append(object.__getstate__(value) or ())
+    return tensors
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the generators of torch (on the CPU), numpy and random."""
-    # `torch.manual_seed` would visit every kind of device, which takes a hundred times as long.
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
-def read_generators() -> tuple[bytes, bytes, int]:
-    """The state of torch's, numpy's and Python's generators, or a hash of it: another one when something was drawn."""
-    _kind, keys, place, *_ = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())
-
-
-# Where the generators of random and numpy, both Mersenne twisters, keep their place in a block of 624 numbers, and its first number.
-_WORDS = 624
-_RANDOM = id(random.random.__self__) + object.__basicsize__  # type: ignore[attr-defined]
-_NUMPY = np.random.get_bit_generator().ctypes.state_address  # type: ignore[attr-defined]
-_RANDOM_PLACE = (ctypes.c_uint32 * 2).from_address(_RANDOM)
-_NUMPY_WORD = (ctypes.c_uint32 * 1).from_address(_NUMPY)
-_NUMPY_PLACE = (ctypes.c_uint32 * 1).from_address(_NUMPY + 4 * _WORDS)
-
-
-def _read_places() -> tuple[int, int, int, int]:
-    """What changes when numpy or random are drawn from: the place moves, or after a whole block comes back beside another first number."""
-    return _RANDOM_PLACE[0], _RANDOM_PLACE[1], _NUMPY_WORD[0], _NUMPY_PLACE[0]
-
-
-@functools.cache
-def _can_read_places() -> bool:
-    """Whether the generators of this Python and this numpy are kept as `_read_places` expects."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        random.seed(1)
-        np.random.seed(1)
-        (random_place, _, _, numpy_place), expected = _read_places(), (_WORDS, _WORDS)
-        random.random()  # noqa: S311
-        after_random = _read_places()
-        np.random.random_sample()
-        after_numpy = _read_places()
-        return (random_place, numpy_place) == expected and (after_random[0], after_random[3], after_numpy[3]) == (2, _WORDS, 2)
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is the same as NaN."""
+    return bool(one.isclose(other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
@@ -397,10 +391,13 @@ class Probe:
 
     def __init__(self, split: Dataset[Any], config: Config) -> None:
         self._kept = keep_split(split, config, "training", torch.device("cpu"))
-        self.draws = []  # in step 0, of generators that are seeded differently
+        draws = []  # of generators that are seeded differently
         for seed in range(2):
             seed_generators(seed)
-            self.draws.append(draw(config, 0, max(_PROBED, config.batch_size), UserError))
+            draws.append(draw(config, 0, max(_PROBED, config.batch_size), UserError))
+        drawn, again = draws
+        self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
+        self._drawn = None if drawn is None else drawn[:_PROBED].clone()
         self.whole = self.take(range(_PROBED))
         self.collate_draws = False
         if isinstance(self._kept, Seeded):  # collate came last, and left the generators as they were seeded for it, or not
@@ -411,7 +408,7 @@ class Probe:
     def take(self, places: Sequence[int]) -> Piece:
         """A batch of the samples at some places of the whole."""
         [piece] = read(self._kept, Batch.of([place % len(self._kept) for place in places], places))
-        return piece._replace(drawn=None if self.draws[0] is None else self.draws[0][list(places)])
+        return piece._replace(drawn=None if self._drawn is None else self._drawn[list(places)])
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:
@@ -432,12 +429,9 @@ def add_drawn(batch: Batch, config: Config, device: torch.device) -> Batch:
     if drawn is None:
         return batch
     pieces = batch.pieces
-    rows = [drawn[_slice(piece.places)] for piece in pieces]
-    if len(rows) == 1:
-        return batch.fill_drawn([send(rows[0], device)])
-    # Sent at once; and each has memory of its own, as the samples have.
-    sent = send(torch.cat(rows), device)
-    return batch.fill_drawn(own.clone() for own in torch.split(sent, [piece.size for piece in pieces]))
+    # All are sent at once; and each is laid out alike, in memory of its own, however many a rank has.
+    sent = send(torch.cat([drawn[_slice(piece.places)] for piece in pieces]), device)
+    return batch.fill_drawn([sent] if len(pieces) == 1 else [own.clone() for own in torch.split(sent, [piece.size for piece in pieces])])
 
 
 def _slice(places: Sequence[int]) -> slice | list[int]:

@@ -58,9 +58,10 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     if alone:
         return start_ranks(size)
     world = find_world(os.environ)
-    from mnist_dist.data import load_data
+    from mnist_dist.data import Probe, load_data
     from mnist_dist.distributed import join_group
     from mnist_dist.evaluation import evaluate, open_evaluation
+    from mnist_dist.tier import find_moved
     from mnist_dist.weights import load_model
 
     trained = load_model(options.run, options.task)
@@ -69,15 +70,17 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     config, data = load_data(_make_config(options, trained.config))
     config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:
+        moved = find_moved(config.task, trained.model, Probe(data.train, config))
         # evaluation_mode: without DDP, which has no part in this.
         model = group.accelerator.prepare_model(trained.model, evaluation_mode=True)
         split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]
         if split is None:
             raise UserError(f"split is holdout, but {options.run} has set no {config.task.samples} apart; allowed: test, train")
-        if (trained.config.shards or 0) >= group.size:  # dealt out to them as in the run, it gives the same bits
-            config = config.model_copy(update={"shards": trained.config.shards})
+        # In the batches of the run, it gives the same bits.
+        shards = trained.config.shards if (trained.config.shards or 0) >= group.size else None
+        config = config.model_copy(update={"shards": shards, "micro_batch": trained.config.micro_batch})
         with open_evaluation(split, config, group) as reader:
-            evaluation = evaluate(config, model, reader, group)
+            evaluation = evaluate(config, model, reader, group, moved)
         facts = {"task": config.task.name, "precision": group.precision, "device": group.device.type, "world_size": group.size}
         if "dataset" in config.task.facts:
             facts = {"dataset": config.task.facts["dataset"]} | facts

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.config import Config
-from mnist_dist.data import Reader, deal, list_batches, seed_generators
+from mnist_dist.data import Reader, deal, list_batches
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
+from mnist_dist.randomness import seed_generators
 from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
@@ -36,9 +37,10 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
     indices, scores, outputs = [], [], []
     with keeping(model, {*moved, *(name for name, _ in model.named_buffers())}) as kept:
         model.eval()
-        for batch in reader:
-            kept.put_back()
-            seed_generators(int(batch.indices[0]))
+        for number, batch in enumerate(reader):
+            if number:
+                kept.put_back()
+            seed_generators(int(batch.indices[0]), group.device)
             [piece] = batch.pieces
             with explaining(task.name, "in tally", RunError):
                 tally = task.tally(model, piece.samples)
@@ -84,7 +86,7 @@ def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Grou
     """The sums over all parts, on the CPU; of a part that had no sample there are none."""
     sizes = {*itertools.chain(*group.gather([len(sums) for sums in sums_of.values()]))}
     if len(sizes) > 1:
-        raise RunError(f"task {config.task.name}: tally has {sorted(sizes)} sums on different ranks; expected as many for each batch")
+        raise RunError(f"task {config.task.name}: tally has {sorted(sizes)} sums for different batches; expected as many for each")
     nothing = torch.zeros(max(sizes), dtype=torch.float64, device=group.device)
 
     def find(part: int) -> Tensor:

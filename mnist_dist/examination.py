@@ -20,8 +20,9 @@ from torch import nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, load_data, seed_generators
+from mnist_dist.data import Piece, Probe, load_data
 from mnist_dist.model import build_model
+from mnist_dist.randomness import seed_generators
 from mnist_dist.record import CHECKPOINTS, METRICS_FILE
 from mnist_dist.source import describe_exception
 from mnist_dist.starter import find_free_port

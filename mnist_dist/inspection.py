@@ -19,12 +19,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, StepSampler, seed_generators
+from mnist_dist.data import Batch, StepSampler
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.finding import Finding
 from mnist_dist.machine import find_processor
-from mnist_dist.randomness import derive_seed, make_generator
+from mnist_dist.randomness import derive_seed, make_generator, seed_generators
 from mnist_dist.reference import BATCHES, SKETCH, Reference, Sketch, name_source
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
@@ -454,10 +454,7 @@ def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[T
     task, device = config.task, state.group.device
     pieces = send_to_device(read_batch(config, state.data, step), device)
     with keeping(state.bare_model), explaining(task.name, "in the gradients of a batch", RunError):
-        seed = derive_seed(config.seed, "gradients", step)
-        seed_generators(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_generators(derive_seed(config.seed, "gradients", step), device)
         return state.compute_gradients(pieces, config.batch_size)[0]
 
 

@@ -21,6 +21,7 @@ from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
 from mnist_dist.machine import choose_threads
 from mnist_dist.model import build_model
+from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
 from mnist_dist.tier import Trace, check_gradients, check_losses, find_first_difference, is_close, keeping
@@ -271,7 +272,9 @@ def _check_evaluation(subject: Subject) -> Found:
     rule = "sums must be added up over the samples, each sample for itself, their number first"
     with keeping(subject.model), torch.no_grad():
         (row,) = read_on(take_samples(subject.data.evaluated, range(1)), subject.config, torch.device("cpu"))
+        before = read_generators()
         counted = float(subject.task.tally(subject.model.eval(), row).sums[0])
+        tally_draws = read_generators() != before
     if counted != 1:
         raise Broken(f"the tally of one sample counts {counted:g}: {rule}")
     here, there = one.evaluation, two.evaluation
@@ -279,8 +282,9 @@ def _check_evaluation(subject: Subject) -> Found:
         if "error" in answer:
             raise Broken(f"in {who}: {answer['error']}")
     shards = subject.config.shards
-    if subject.probe.collate_draws and not shards:
-        return "not compared: collate draws other random numbers for the batches of two processes; with --shards they are the same", {}
+    if (subject.probe.collate_draws or tally_draws) and not shards:
+        what = "collate" if subject.probe.collate_draws else "tally (is there a dropout that does not heed model.eval()?)"
+        return f"not compared: {what} draws other random numbers for the batches of two processes; with --shards they are the same", {}
     tolerance = 0 if shards else _TOLERANCE
     for index, (a, b) in enumerate(zip(here["sums"], there["sums"], strict=True)):
         if not abs(a - b) <= tolerance * max(abs(a), abs(b)):

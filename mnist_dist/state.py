@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, fingerprint, seed_generators
+from mnist_dist.data import Piece, Probe, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
-from mnist_dist.randomness import derive_seed
+from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import check_same, find_step
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
@@ -61,9 +62,8 @@ class TrainingState:
             if group.size > 1:
                 for name, parameter in self.bare_model.named_parameters():
                     if parameter.requires_grad:
-                        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                            lambda _, name=name: self._reached.add(name)
-                        )
+                        note = partial(_note, self._reached, name)
+                        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         if config.cuda_graph:
             if not self.tier.is_any_world:
                 raise UserError(
@@ -199,10 +199,7 @@ class TrainingState:
     def _seed(self, purpose: str) -> None:
         """Seed what the model draws in the pass that comes: a function of (seed, step) and the rank or the shard."""
         if not self.config.cuda_graph:  # which is for models that draw nothing
-            seed = derive_seed(self.config.seed, purpose, self.step)
-            seed_generators(seed)
-            if self.group.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+            seed_generators(derive_seed(self.config.seed, purpose, self.step), self.group.device)
 
     @property
     def is_any_world(self) -> bool:
@@ -330,6 +327,10 @@ class TrainingState:
         self.step = step
         self._start_s = time.perf_counter() - elapsed_s
         return [int(row) for row in rows.tolist()]
+
+
+def _note(reached: set[str], name: str, _: Tensor) -> None:
+    reached.add(name)
 
 
 def _copy(value: Any) -> Any:

@@ -206,7 +206,7 @@ class Task(Options):
         """Raise ValueError where the facts in somebody's file of weights cannot be right."""
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch of the samples of a `Dataset` that is no `TensorDataset`; as torch does by default. With shards, of each by itself."""
+        """A batch of the samples of a `Dataset` (no `TensorDataset`) that are computed at once; by default as torch makes it."""
         from torch.utils.data import default_collate
 
         return default_collate(samples)

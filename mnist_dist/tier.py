@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Piece, Probe, read_generators
+from mnist_dist.data import Piece, Probe, is_same
 from mnist_dist.errors import UserError
+from mnist_dist.randomness import read_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
 
 ANY_WORLD, THIS_WORLD = "any world", "this world"
 _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
 _NUDGE = 2**-10
+_ROWS = 64  # that are looked for at once
 
 
 class Tier(NamedTuple):
@@ -55,8 +57,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
 
     Raises `UserError` where the losses are not one finite number for each sample, a parameter gets no gradient, or `draw` does not repeat.
     """
-    drawn, again = probe.draws
-    if drawn is not None and (again is None or not is_same(drawn, again)):
+    if not probe.draw_repeats:
         raise UserError(
             f"task {task.name}: draw gives other numbers for the same seed and step: make them by a generator that is seeded with both"
         )
@@ -66,14 +67,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         check_gradients(task, model, whole.losses)
         changed = kept.list_changed()
         kept.put_back()
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        if frozen:
-            # An average that the pass moves may equal at first what it follows.
-            with torch.no_grad():
-                nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
-            trace(task, model, probe.whole)
-            changed = [*(name for name in frozen if not is_same(frozen[name], nudged[name])), *changed]
-            kept.put_back()
+        changed = list(dict.fromkeys([*find_moved(task, model, probe), *changed]))
         moved = tuple(changed)
         if whole.drew is not None or probe.collate_draws:
             return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
@@ -82,6 +76,19 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     if mixing is not None:
         return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
     return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
+
+
+def find_moved(task: Task, model: nn.Module, probe: Probe) -> list[str]:
+    """The parameters that nobody trains, but which a forward pass changes; the model stays as it was."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if not frozen:
+        return []
+    with keeping(model, {*frozen, *(name for name, _ in model.named_buffers())}):
+        # An average that the pass moves may equal at first what it follows.
+        with torch.no_grad():
+            nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
+        trace(task, model, probe.whole)
+        return [name for name in frozen if not is_same(frozen[name], nudged[name])]
 
 
 def check_shape(task: Task, losses: Any, count: int) -> None:
@@ -153,16 +160,21 @@ def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
 
 def find_first_difference(whole: Trace, part: Trace) -> str | None:
     """The first layer whose output for the samples of a part differs between a batch and this part, its first samples; None: nowhere."""
-    all_of_it, count = len(whole.losses), len(part.losses)
     for (name, one), (other_name, other) in zip(whole.outputs, part.outputs, strict=False):
         if name != other_name:
             break
-        if one.ndim and other.ndim and len(other) and len(one) % all_of_it == 0:
-            times = len(one) // all_of_it  # a sample may be several rows, one after the other or, as in time, side by side
-            rows = one[: count * times], one.reshape(times, all_of_it, *one.shape[1:])[:, :count].flatten(0, 1)
-            if rows[0].shape == other.shape and not any(is_close(own, other) for own in rows):
-                return name
-    return None if is_close(whole.losses[:count], part.losses) else "the losses"
+        if one.ndim and other.ndim and one.shape[1:] == other.shape[1:] and not _has_rows(one, other):
+            return name
+    return None if is_close(whole.losses[: len(part.losses)], part.losses) else "the losses"
+
+
+def _has_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether each row of `other` is one of `one`, but for rounding. A sample may be several rows, and those of others be in between."""
+    if len(other) > len(one) or is_close(one[: len(other)], other):
+        return len(other) <= len(one)
+    one, other = (rows.double().reshape(len(rows), -1) for rows in (one, other))
+    tolerance = _TOLERANCE * one.abs().max().clamp(min=1e-6)
+    return all(bool((torch.cdist(some, one, p=torch.inf).amin(1) <= tolerance).all()) for some in torch.split(other, _ROWS))
 
 
 def is_close(one: Tensor, other: Tensor) -> bool:
@@ -171,11 +183,6 @@ def is_close(one: Tensor, other: Tensor) -> bool:
         return False
     one, other = one.detach().double(), other.detach().double()
     return bool((one - other).abs().max() <= _TOLERANCE * one.abs().max().clamp(min=1e-6)) if one.numel() else True
-
-
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values; NaN is the same as NaN."""
-    return bool(one.isclose(other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def list_state(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, Piece, Seeded, StepSampler, add_drawn, is_in_memory, keep_split, load_data, read, seed_generators
+from mnist_dist.data import Batch, Piece, Probe, Seeded, StepSampler, add_drawn, is_in_memory, keep_split, list_tensors, load_data, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -31,11 +31,12 @@ from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.options import read_options_file
 from mnist_dist.program import run_program
-from mnist_dist.randomness import derive_seed
+from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import CHECKPOINTS
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Data, Row
+from mnist_dist.tier import find_moved
 
 CONFIG_FILE, STATE_FILE, FOUND_FILE = "config.yaml", "state.pt", "found.json"
 RUN = "run"
@@ -53,9 +54,9 @@ def digest(value: Any, depth: int = 4) -> str:
 def _spell(value: Any, depth: int) -> Iterator[bytes]:
     yield type(value).__name__.encode()
     if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        yield f"{value.dtype} {list(value.shape)}".encode()
-        yield value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        for tensor in list_tensors(value.detach()):  # one, but of a sparse or nested tensor
+            yield f"{tensor.dtype} {list(tensor.shape)}".encode()
+            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
     elif isinstance(value, torch.Generator):
@@ -176,7 +177,8 @@ def _evaluate(config: Config, folder: Path, group: Group) -> None:
     answer: Row
     try:
         with open_evaluation(data.evaluated, config, group) as reader:
-            evaluation = evaluate(config, build_model(config.task, config.seed), reader, group)
+            model = build_model(config.task, config.seed)
+            evaluation = evaluate(config, model, reader, group, find_moved(config.task, model, Probe(data.train, config)))
         answer = {"sums": evaluation.sums, "measures": evaluation.measures, "samples": evaluation.samples}
     except Exception as error:
         answer = {} if is_loss(error) else {"error": str(error)}

@@ -60,13 +60,17 @@ class RaggedTask(Task):
     masked: float = 0.0
     blind: bool = False
     unseen: bool = False
+    average_differs: bool = False
     made: Literal["padded", "packed", "a bag"] = "padded"
 
     def load(self) -> Data:
         return Data(Sentences(100), Sentences(31))
 
     def build_model(self) -> nn.Module:
-        return Model(self.dropout, self.unseen)
+        model = Model(self.dropout, self.unseen)
+        if self.average_differs:
+            model.average.weight.data.mul_(2)
+        return model
 
     def collate(self, samples: list[Any]) -> Any:
         if self.masked:

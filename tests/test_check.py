@@ -472,6 +472,16 @@ def test_samples_of_batches_of_any_kind_are_compared_where_they_can_be(capsys, o
     assert f"PASS rows: {found}" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_draws_is_compared_with_shards_alone(capsys):
+    for more, found in (
+        ([], "not compared: tally (is there a dropout"),
+        (["--shards", "4"], "31 samples, 2 sums and the measures are the"),
+    ):
+        options = ["--unseen", "--dropout", "0.3", "--average_differs", *more]
+        assert main(["--task", str(RAGGED), "--batch_size", "16", "--only", "evaluation", *options]) == 0
+        assert f"PASS evaluation: {found}" in capsys.readouterr().out
+
+
 def test_samples_that_are_read_one_by_one_under_their_seeds_and_tied_weights_pass(check):
     body = """
     def load(self):

@@ -56,6 +56,16 @@ def test_every_world_counts_the_same_as_the_run_itself(tmp_path, run):
         assert answer["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
 
 
+def test_the_measures_of_a_run_with_shards_are_the_same_bits(tmp_path):
+    ragged = ["--task", str(Path(__file__).with_name("ragged_task.py")), "--masked", "0.2", "--dropout", "0.3", "--micro_batch", "4"]
+    options = ["--batch_size", "12", "--steps", "3", "--shards", "3", "--threads", "1", "--report", "false", "--wandb", "disabled"]
+    run_ranks(tmp_path, Train([*ragged, *options, "--run_dir", str(tmp_path / "run")]), 2)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    for world in (1, 3):
+        answer = read_answer(run_ranks(tmp_path, EvaluateProgram((str(tmp_path / "run"), "--json")), world))
+        assert answer["test/loss"] == result["test/loss"]
+
+
 def test_the_training_images_are_those_of_the_run_and_a_bare_file_means_all_images(run, capsys):
     assert evaluate.main([str(run), "--split", "train", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,6 +51,27 @@ def test_a_batch_of_another_shape_is_refused_and_not_spread_over_the_first(recor
         step({"x": torch.zeros(64, 37)})
     with pytest.raises(UserError, match=r"here it is \[64, 1\], and was \[64, 37\]"):
         step({"x": torch.zeros(64, 1)})
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"x": torch.zeros(2), "count": 3}, "a batch holds a int"),
+        ([torch.zeros(2), np.zeros(2)], "a batch holds a ndarray"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], "a batch holds some on cpu, meta"),
+    ],
+)
+def test_what_a_graph_would_keep_of_the_first_batch_is_refused(recorded, batch, words):
+    with pytest.raises(UserError, match=words):
+        GraphedStep(lambda samples: samples[0])(batch)
+
+
+def test_a_batch_with_a_tensor_less_is_refused(recorded):
+    step = GraphedStep(lambda samples: samples[0].sum())
+    for _ in range(4):
+        step([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(UserError, match=r"here it is (missing|\[2\]), and was"):
+        step([torch.zeros(2)])
 
 
 def test_a_graph_is_recorded_after_some_steps_and_once(recorded):

@@ -360,6 +360,17 @@ def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tm
         assert "or train with --shards, where a missing gradient is zero" in text
 
 
+def test_what_is_drawn_is_laid_out_alike_on_any_number_of_processes(tmp_path):
+    drawn = "    def draw(self, seed, step, size):\n        return torch.rand(size, 2, generator=torch.manual_seed(step))\n\n"
+    inputs = "batch[0] if drawn is None else batch[0] * drawn.sigmoid()[:, :1] * drawn.pow(1.7).sum(1, keepdim=True)"
+    used = LOSSES.format(f"model({inputs}).square().sum(1)")
+    name = write(tmp_path / "drawn.py", SANE, (BUILD, drawn + used))
+    for size in (1, 2):
+        arguments = ["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / str(size))]
+        run_ranks(tmp_path / "logs", Train(arguments), size)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+
+
 def test_tied_weights_are_trained_saved_and_read(tmp_path):
     tied = "model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2))\n        model[2].weight = model[0].weight"
     name = write(tmp_path / "tied.py", SANE, (f"return {SEQUENTIAL}", f"{tied}\n        return model"))

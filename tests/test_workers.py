@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
@@ -192,6 +193,49 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
         assert torch.equal(one, other)
     for one in list_tensors(came):
         one.zero_()  # they may be written to
+
+
+@dataclass(slots=True)
+class Slots:
+    """A batch of a task's own, without a __dict__."""
+
+    image: torch.Tensor
+    others: list
+
+
+class Node:
+    """One of a graph, in which each knows its neighbours."""
+
+    def __init__(self):
+        self.value, self.others = torch.ones(1), []
+
+
+def test_the_tensors_of_a_batch_are_found_whatever_it_is():
+    image = torch.ones(2)
+    found = list_tensors(Slots(image, [{"a": Pair(image, torch.tensor(7))}, "name", 3, None, np.ones(2), torch]))
+    assert [tensor.numel() for tensor in found] == [2, 2, 1]
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    assert [tensor.numel() for tensor in list_tensors([torch.eye(3).to_sparse(), nested])] == [6, 3, 2, 3]
+    nodes = [Node() for _ in range(200)]
+    for node in nodes:
+        node.others = nodes
+    assert len(list_tensors(nodes)) == 200
+
+
+def test_a_batch_that_cannot_be_sent_is_named(tmp_path):
+    file = tmp_path / "odd_task.py"
+    file.write_text(
+        "from mnist_dist.source import find_task\n"
+        f"Noisy = find_task({TASK!r})\n\n\nclass Odd(Noisy):\n"
+        "    def collate(self, samples):\n        return lambda: samples\n"
+    )
+    config = make_config({"task": str(file), "workers": 1, "batch_size": 12})
+    with (
+        join_group(World(), config) as group,
+        pytest.raises(RunError, match=r"a batch of the training data cannot be sent by a worker: .*lambda"),
+        Reader(config.task.load().train, config, group, "training", [Batch.of(range(12), range(12))]) as reader,
+    ):
+        next(iter(reader))
 
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
