@@ -361,12 +361,12 @@ def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tm
 
 
 def test_what_is_drawn_is_laid_out_alike_on_any_number_of_processes(tmp_path):
-    drawn = "    def draw(self, seed, step, size):\n        return torch.rand(size, 2, generator=torch.manual_seed(step))\n\n"
-    inputs = "batch[0] if drawn is None else batch[0] * drawn.sigmoid()[:, :1] * drawn.pow(1.7).sum(1, keepdim=True)"
+    drawn = "    def draw(self, seed, step, size):\n        return torch.rand(size, generator=torch.manual_seed(step))\n\n"
+    inputs = "batch[0] if drawn is None else batch[0] * drawn.pow(1.7).unsqueeze(1)"  # other bits where they lie apart
     used = LOSSES.format(f"model({inputs}).square().sum(1)")
-    name = write(tmp_path / "drawn.py", SANE, (BUILD, drawn + used))
+    name = write(tmp_path / "drawn.py", SANE, (BUILD, drawn + used), ("torch.arange(60.0)", "torch.arange(80.0)"))
     for size in (1, 2):
-        arguments = ["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / str(size))]
+        arguments = ["--task", name, *SHORT, "--batch_size", "80", "--shards", "2", "--run_dir", str(tmp_path / str(size))]
         run_ranks(tmp_path / "logs", Train(arguments), size)
     assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
 
