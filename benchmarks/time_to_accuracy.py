@@ -119,6 +119,8 @@ def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> Row:
 
         def measure(self, sums: Tensor) -> Row:
             measures = super().measure(sums)
+            if not step:  # before the first one, it is tried on a few samples
+                return measures
             evaluations.append({"epoch": step / config.steps_per_epoch, "time_s": clock.stop(), "accuracy": measures["accuracy"]})
             clock.start()
             return measures

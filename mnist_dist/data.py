@@ -42,6 +42,7 @@ _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
+_SHOWN = 32  # numbers of samples in a message
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 
 
@@ -214,10 +215,10 @@ class Seeded:
                     made.append(self.task.collate(samples[done : done + piece.size]))
                     done += piece.size
             except (Exception, SystemExit) as error:
-                return self._fail(
-                    f"samples of the {self.what} data, from number {int(batch.indices[done])} on, cannot be made a batch: "
-                    f"{describe_exception(error)}"
-                )
+                numbers = batch.indices[done : done + batch.pieces[len(made)].size].tolist()
+                shown = ", ".join(map(str, numbers[:_SHOWN])) + (f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else "")
+                one = f"sample{'s' * (len(numbers) > 1)} {shown} of the {self.what} data"
+                return self._fail(f"{one} cannot be made a batch: {describe_exception(error)}")
             return batch.fill(made)
         finally:
             at[1] = -1
@@ -289,6 +290,13 @@ def list_tensors(value: Any) -> list[Tensor]:
             known.add(id(value))
             rest.append(object.__getstate__(value) or ())
     return tensors
+
+
+def find_immovable(value: Any) -> str:
+    """The kind of an object in samples that holds tensors, and has no method `to` to take them to a GPU; empty: there is none."""
+    if isinstance(value, dict | list | tuple) and not hasattr(value, "to"):
+        return next(filter(None, map(find_immovable, value.values() if isinstance(value, dict) else value)), "")
+    return type(value).__name__ if list_tensors(value) and not hasattr(value, "to") else ""
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
@@ -398,7 +406,15 @@ class Probe:
         drawn, again = draws
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
         self._drawn = None if drawn is None else drawn[:_PROBED].clone()
+        self.half = self.take(range(_PROBED // 2))
+        self.changed = () if self._is_unchanged() else tuple(place % len(self._kept) for place in self.half.places)
         self.whole = self.take(range(_PROBED))
+        sent = send_to_device(self.whole.samples, torch.device("cpu"))
+        if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
+            raise UserError(
+                f"task {config.task.name}: collate makes a {type(self.whole.samples).__name__}, whose method `to` returns "
+                f"{type(sent).__name__}; expected the batch on the device"
+            )
         self.collate_draws = False
         if isinstance(self._kept, Seeded):  # collate came last, and left the generators as they were seeded for it, or not
             after = read_generators()
@@ -407,8 +423,23 @@ class Probe:
 
     def take(self, places: Sequence[int]) -> Piece:
         """A batch of the samples at some places of the whole."""
-        [piece] = read(self._kept, Batch.of([place % len(self._kept) for place in places], places))
+        piece = self._read(places, places)
         return piece._replace(drawn=None if self._drawn is None else self._drawn[list(places)])
+
+    def _read(self, indices: Sequence[int], places: Sequence[int]) -> Piece:
+        [piece] = read(self._kept, Batch.of([index % len(self._kept) for index in indices], places))
+        return piece
+
+    def _is_unchanged(self) -> bool:
+        """Whether the samples of the half are the same once more, after they were read at other places, which are seeded otherwise."""
+        if isinstance(self._kept, InMemory):
+            return True
+        first = [tensor.clone() for tensor in list_tensors(self.half.samples)]  # of what may lie in the data set itself
+        places = self.half.places
+        self._read(places, [place + _PROBED for place in places])
+        again = list_tensors(self._read(places, places).samples)
+        alike = len(first) == len(again) and all(one.shape == other.shape for one, other in zip(first, again, strict=True))
+        return alike and all(map(is_same, first, again))
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:

@@ -1,24 +1,29 @@
 """Exact evaluation over any number of processes."""
 
+import contextlib
 import itertools
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mnist_dist.config import Config
-from mnist_dist.data import Reader, deal, list_batches
+from mnist_dist.data import Batch, Reader, deal, keep_split, list_batches, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
 from mnist_dist.randomness import seed_generators
 from mnist_dist.record import is_measure, is_number
-from mnist_dist.source import explaining
+from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
 from mnist_dist.tier import keeping
 
 _EXAMPLES = 100
+_REHEARSED = 4  # samples
+_MISTAKES = (AttributeError, KeyError, NameError, TypeError)
+_TEXTS = ("does not require grad", "to unpack")
 
 
 @torch.no_grad()
@@ -44,7 +49,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
             [piece] = batch.pieces
             with explaining(task.name, "in tally", RunError):
                 tally = task.tally(model, piece.samples)
-            _check_tally(task, tally, piece.size)
+            check_tally(task, tally, piece.size)
             part = piece.places[0] % dealt_to
             sums_of[part] = sums_of.get(part, 0) + tally.sums
             read += piece.size
@@ -95,7 +100,32 @@ def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Grou
     return (TreeSum(config.shards, group)(find) if config.shards else group.sum(find(mine[0]))).cpu()
 
 
-def _check_tally(task: Task, tally: Any, count: int) -> None:
+def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: Collection[str]) -> None:
+    """Raise `UserError` for a mistake in the task's code that the first evaluation would find, maybe after hours: on a few samples."""
+    task, model = config.task, group.accelerator.unwrap_model(model)
+    count = min(_REHEARSED, len(split))
+    [piece] = read(keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count)))
+    with torch.no_grad(), keeping(model, {*moved, *(name for name, _ in model.named_buffers())}), _refusing_mistakes(task, "tally"):
+        tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
+        check_tally(task, tally, count)
+        with _refusing_mistakes(task, "measure", IndexError):
+            _check_names(task, task.measure(tally.sums.cpu()))
+
+
+@contextlib.contextmanager
+def _refusing_mistakes(task: Task, what: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn errors into `UserError` that are of any samples. Another, such as a division by zero, may come of there being so few."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (*_MISTAKES, *more)) or any(text in str(error) for text in _TEXTS):
+            raise UserError(f"task {task.name} failed in {what}: {describe_exception(error)}") from error
+
+
+def check_tally(task: Task, tally: Any, count: int) -> None:
+    """Raise `UserError` unless `tally` is what the contract says, of `count` samples."""
     sums = tally.sums if isinstance(tally, Tally) else None
     if not isinstance(sums, Tensor) or sums.ndim != 1 or not len(sums) or sums.dtype != torch.float64:
         shown = f"{sums.dtype} {list(sums.shape)}" if isinstance(sums, Tensor) else type(tally).__name__
@@ -107,22 +137,29 @@ def _check_tally(task: Task, tally: Any, count: int) -> None:
         raise UserError(f"task {task.name}: the scores of tally have shape {list(tally.scores.shape)}; expected one number for each sample")
 
 
-def _check_measures(task: Task, measures: Any) -> None:
+def _check_names(task: Task, measures: Any) -> None:
     names: Row = measures if isinstance(measures, dict) else {}
-    needed = ("loss", task.best)
+    if missing := [name for name in dict.fromkeys(("loss", task.best, *(task.in_rows or ()))) if name not in names]:
+        _refuse_measures(task, f"it lacks {missing[0]}")
+
+
+def _refuse_measures(task: Task, what: str) -> NoReturn:
+    raise UserError(
+        f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
+        f"with {' and '.join(dict.fromkeys(('loss', task.best)))} among them; {what}"
+    )
+
+
+def _check_measures(task: Task, measures: Any) -> None:
+    _check_names(task, measures)
     # What passes here is read back without a complaint.
     wrong = [
         name
-        for name, value in names.items()
-        if not isinstance(name, str) or not is_measure(value, name) or (name in needed and not is_number(value))
+        for name, value in measures.items()
+        if not isinstance(name, str) or not is_measure(value, name) or (name in ("loss", task.best) and not is_number(value))
     ]
-    missing = [name for name in dict.fromkeys((*needed, *(task.in_rows or ()))) if name not in names]
-    if missing or wrong:
-        what = f"it lacks {missing[0]}" if missing else f"{wrong[0]} is {names[wrong[0]]!r:.80}"
-        raise UserError(
-            f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
-            f"with {' and '.join(dict.fromkeys(('loss', task.best)))} among them; {what}"
-        )
+    if wrong:
+        _refuse_measures(task, f"{wrong[0]} is {measures[wrong[0]]!r:.80}")
 
 
 def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:

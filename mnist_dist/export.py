@@ -24,7 +24,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 from mnist_dist.source import BUILT_IN
-from mnist_dist.task import Export
+from mnist_dist.task import Export, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,7 +76,8 @@ def _export(options: argparse.Namespace) -> int:
         exported = task.export(trained.model, data)
     _check_example(task.name, exported)
     exported.module.eval().to(memory_format=torch.contiguous_format)  # the layout in which everybody else has weights
-    with explaining(task.name, "as the model was called with the example of export"), torch.no_grad():
+    by_default = "" if type(task).export is not Task.export else ", its first tensor (a task may have a method export of its own)"
+    with explaining(task.name, f"as the model was called with the example of export{by_default}"), torch.no_grad():
         exported.module(exported.example[:2])
     with explaining(task.name, f"as {file.name} was made of its model"):
         content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
@@ -84,8 +85,7 @@ def _export(options: argparse.Namespace) -> int:
     write_atomically(file, content)
     kind = f"{str(exported.example.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, exported.example.shape[1:])])}] for any n"
     print(
-        f"{file}: {len(content):,} bytes; on {len(exported.example)} test {task.samples} it differs from the model by at most "
-        f"{difference:.0e}\n"
+        f"{file}: {len(content):,} bytes; on {len(exported.example)} {task.samples} it differs from the model by at most {difference:.0e}\n"
         f"in:  {', '.join(filter(None, (exported.input_name, kind, exported.input_is)))}\n"
         f"out: {', '.join(filter(None, (exported.output_name, exported.output_is)))}"
     )

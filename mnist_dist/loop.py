@@ -15,7 +15,7 @@ from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, draw, load_data
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.evaluation import evaluate, open_evaluation
+from mnist_dist.evaluation import evaluate, open_evaluation, rehearse
 from mnist_dist.graph import GraphedStep
 from mnist_dist.machine import find_processor
 from mnist_dist.meter import Meter
@@ -84,6 +84,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         if turns is _take_no_turns:  # verify compares the data itself, and names a rank by its host
             _check_data(state, group)
 
+        rehearse(config, state.model, data.evaluated, group, state.tier.moved)
         saved = run.open(state.count_bytes(), lambda: bool(signals.received))
         recorded = state.restore(saved) if saved is not None else []
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}

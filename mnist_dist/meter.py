@@ -52,7 +52,9 @@ class Meter:
         if len(bad):
             rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
             where = "" if self.config.shards else f" on rank {rank}"  # with shards each rank has the loss of all
-            raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {self._step + index + 1}{where}; {_ADVICE}")
+            step = self._step + index + 1
+            advice = _ADVICE if step > 1 else "no step was made before, so it is a sample's: `python -m mnist_dist.check` looks at some"
+            raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {step}{where}; {advice}")
         self._step += len(self._losses)
         self._losses.clear()
         return losses[:, -1].double().mean().item()

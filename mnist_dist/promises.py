@@ -15,8 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import load_data, read_on, take_samples
+from mnist_dist.data import find_immovable, load_data, read_on, take_samples
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.evaluation import check_tally
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
 from mnist_dist.machine import choose_threads
@@ -24,7 +25,7 @@ from mnist_dist.model import build_model
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
-from mnist_dist.tier import Trace, check_gradients, check_losses, find_first_difference, is_close, keeping
+from mnist_dist.tier import Trace, check_gradients, check_losses, describe_flaw, find_first_difference, is_close, keeping
 from mnist_dist.weights import encode_weights
 from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
 from mnist_dist.world import World
@@ -57,8 +58,15 @@ def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generato
         torch.set_num_threads(1)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True))
         subject = Subject(config, Path(folder), deadline_s, stack, names)
+        known: dict[str, str] = {}
+        if flaw := describe_flaw(subject.probe):
+            known = {flaw: names[0]}
+            yield names[0], Answer(False, flaw)
+            names = names[1:]
         for name in names:
-            yield name, _answer(_CHECKS[name], subject)
+            answer = Answer(False, flaw) if flaw else _answer(_CHECKS[name], subject)
+            first = known.setdefault(answer.text, name)
+            yield name, answer if answer.passed or first == name else answer._replace(text=f"for the same reason as {first}")
 
 
 def _answer(check: "Callable[[Subject], Found]", subject: Subject) -> Answer:
@@ -132,7 +140,7 @@ def _list_shapes(trace: Trace) -> list[torch.Size]:
 
 def _check_tier(subject: Subject) -> Found:
     try:
-        return str(subject.tier), {"tier": subject.tier.name, "reason": subject.tier.reason}
+        return subject.tier.describe(subject.config.shards), {"tier": subject.tier.name, "reason": subject.tier.reason}
     except UserError as error:
         return f"not known yet, for a run would refuse this task: {error}", {"tier": None}
 
@@ -195,7 +203,9 @@ def _check_data(subject: Subject) -> Found:
     fixed = "in load and find_facts, whatever is random needs a generator with a fixed seed"
     _compare("", here, digest_data(again, data), f"when the data are loaded again: {fixed}; {rule}")
     _compare("", here, subject.found["data"], f"in another process: {fixed}; {rule}")
-    return f"{len(here)} digests of samples and facts, the same whenever and wherever they are read", {}
+    kind = find_immovable(subject.probe.whole.samples)
+    note = f"; a batch holds a {kind}, which cannot go to a GPU: give it a method to(device)" if kind else ""
+    return f"{len(here)} digests of samples and facts, the same whenever and wherever they are read{note}", {}
 
 
 def _compare(what: str, here: dict[str, str], there: dict[str, str], when: str) -> None:
@@ -218,7 +228,7 @@ def _check_state(subject: Subject) -> Found:
     changed = f"{subject.changed[0]} changes in a step and is not in state_dict" if subject.changed else ""
     if subject.state != there:
         differing = next(name for name in subject.state if subject.state[name] != there.get(name))
-        cause = changed or "something outside of the model's attributes changes in a step"
+        cause = changed or "something that is neither a parameter nor a buffer changes in a step"
         raise Broken(
             f"{differing} is another in a process that continues from the state_dict: {cause}; keep it in a buffer (register_buffer)"
         )
@@ -273,7 +283,9 @@ def _check_evaluation(subject: Subject) -> Found:
     with keeping(subject.model), torch.no_grad():
         (row,) = read_on(take_samples(subject.data.evaluated, range(1)), subject.config, torch.device("cpu"))
         before = read_generators()
-        counted = float(subject.task.tally(subject.model.eval(), row).sums[0])
+        tally = subject.task.tally(subject.model.eval(), row)
+        check_tally(subject.task, tally, 1)
+        counted = float(tally.sums[0])
         tally_draws = read_generators() != before
     if counted != 1:
         raise Broken(f"the tally of one sample counts {counted:g}: {rule}")

@@ -208,6 +208,8 @@ def describe_exception(error: BaseException) -> str:
             hint = " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
     elif lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
+    elif lines and "does not require grad" in lines[0]:
+        hint = " (an evaluation computes without gradients: what needs them there says `with torch.enable_grad():`)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     here = Path(__file__).parent

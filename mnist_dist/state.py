@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, fingerprint
+from mnist_dist.data import Piece, Probe, find_immovable, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
@@ -40,6 +40,8 @@ class TrainingState:
         self.fingerprint = fingerprint(data, config.task)
         self.bare_model = build_model(config.task, config.seed)
         self.probe = Probe(data.train, config)
+        if group.device.type != "cpu" and (kind := find_immovable(self.probe.whole.samples)):
+            raise UserError(f"task {config.task.name}: a batch holds a {kind}, which cannot go to a GPU: give it a method to(device)")
         self.tier = find_tier(config.task, self.bare_model, self.probe)
         parameters = dict(self.bare_model.named_parameters())
         self._moved = [name for name in self.tier.moved if name in parameters]
@@ -133,7 +135,7 @@ class TrainingState:
     def _compute_losses(self, model: nn.Module, piece: Piece) -> Tensor:
         losses = self.config.task.losses(model, piece.samples, piece.drawn)
         check_shape(self.config.task, losses, piece.size)
-        return losses
+        return losses if losses.dtype == torch.float64 else losses.float()  # a sum of bfloat16 depends on how many are added
 
     def compute_gradients(self, pieces: Iterable[Piece], size: int) -> tuple[list[Tensor], Tensor]:
         """The gradients of the pieces' losses, added up and divided by `size`, for all that is trained; and that loss. No rank waits."""
@@ -208,10 +210,7 @@ class TrainingState:
 
     def describe_tier(self) -> str:
         """On which numbers of processes the run keeps its promises, and why, for the log."""
-        if self.tree is None:
-            return str(self.tier)
-        bits = f"any world: the same bits on 1 to {self.tree.shards} processes of as many threads, by {self.tree.shards} shards"
-        return bits if self.tier.is_any_world else f"{bits}, although {self.tier.reason}"
+        return self.tier.describe(self.config.shards)
 
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""
@@ -301,9 +300,13 @@ class TrainingState:
         if world is not None and not isinstance(world, str):
             raise RunError("it is damaged: its world is not a text")
         if not self.tier.is_any_world and world not in (None, self._describe_world()):
+            made, now, advice = str(world)[:80], self._describe_world(), "start as many"
+            if "micro_batch" in made + now:
+                made, now = (one if "micro_batch" in one else f"{one}, without micro_batch" for one in (made, now))
+                advice = "start as many with the same micro_batch"
             raise UserError(
-                f"it was made by {world[:80]}, and this start has {self._describe_world()}; a step of this task is the same only "
-                f"there, because {self.tier.reason}: start as many, or use another run_dir"
+                f"it was made by {made}, and this start has {now}; a step of this task is the same only there, because {self.tier.reason}: "
+                f"{advice}, or use another run_dir"
             )
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same
 from mnist_dist.errors import UserError
-from mnist_dist.randomness import read_generators
+from mnist_dist.randomness import read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
 
@@ -37,6 +37,13 @@ class Tier(NamedTuple):
     def is_any_world(self) -> bool:
         """Whether the number of processes may change between two starts."""
         return self.name == ANY_WORLD
+
+    def describe(self, shards: int | None) -> str:
+        """On which numbers of processes a run with so many shards keeps its promises, and why."""
+        if shards is None:
+            return str(self)
+        bits = f"any world: the same bits on 1 to {shards} processes of as many threads, by {shards} shards"
+        return bits if self.is_any_world else f"{bits}, although {self.reason}"
 
     def __str__(self) -> str:
         if self.is_any_world:
@@ -61,21 +68,41 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         raise UserError(
             f"task {task.name}: draw gives other numbers for the same seed and step: make them by a generator that is seeded with both"
         )
+    if flaw := describe_flaw(probe):
+        raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
+        seed_generators(0)
         whole = trace(task, model, probe.whole)
         check_losses(task, whole.losses, probe.whole.size)
         check_gradients(task, model, whole.losses)
         changed = kept.list_changed()
         kept.put_back()
+        seed_generators(0)
+        again = trace(task, model, probe.whole)
+        kept.put_back()
+        if not is_close(whole.losses, again.losses):
+            raise UserError(
+                f"task {task.name}: two passes over the same samples with the same weights and seeds have losses that differ: draw "
+                "from the generators of torch, numpy and random alone, which are seeded before, and keep what changes in a buffer "
+                "(register_buffer)"
+            )
         changed = list(dict.fromkeys([*find_moved(task, model, probe), *changed]))
         moved = tuple(changed)
         if whole.drew is not None or probe.collate_draws:
             return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
-        half = probe.take(probe.whole.places[: probe.whole.size // 2])  # a batch of their own: it may be padded less
-        mixing = find_first_difference(whole, trace(task, model, half))
+        mixing = find_first_difference(whole, trace(task, model, probe.half))  # a batch of its own: it may be padded less
     if mixing is not None:
         return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
     return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
+
+
+def describe_flaw(probe: Probe) -> str:
+    """Why no promise can be kept on such data; empty where there is no reason."""
+    numbers = " or ".join(map(str, dict.fromkeys(probe.changed)))
+    return numbers and (
+        f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data set "
+        "stores (clone it first), and draw from the generators of torch, numpy and random alone, which are seeded before each sample"
+    )
 
 
 def find_moved(task: Task, model: nn.Module, probe: Probe) -> list[str]:
@@ -103,7 +130,9 @@ def check_shape(task: Task, losses: Any, count: int) -> None:
 def check_losses(task: Task, losses: Any, count: int) -> None:
     """Raise `UserError` unless `losses` are one finite number for each of `count` samples."""
     check_shape(task, losses, count)
-    if not losses.is_floating_point() or not losses.isfinite().all():
+    if not losses.is_floating_point():
+        raise UserError(f"task {task.name}: the losses are {str(losses.dtype).removeprefix('torch.')}; expected floating-point numbers")
+    if not losses.isfinite().all():
         raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
 

@@ -256,7 +256,7 @@ class Noise(nn.Module):
     ),
     "an item that depends on how often it was read": (
         "data",
-        ["sample 0 of the training data", "differs when it is read again, in another order"],
+        ["sample 45 of the training data", "differs when it is read again, in another order"],
         """
     def load(self):
         return Data(Counting(), Lazy())
@@ -265,7 +265,7 @@ class Noise(nn.Module):
 class Counting(Lazy):
     def __getitem__(self, index):
         self.reads += 1
-        return super().__getitem__(index)[0] + self.reads, torch.zeros(1)
+        return super().__getitem__(index)[0] + (self.reads if index == 45 else 0), torch.zeros(1)
 """,
     ),
     "a random split": (
@@ -382,13 +382,30 @@ class Averaging(nn.Module):
         return super().tally(model, [part[:10] for part in batch])
 """,
     ),
+    "items that are changed as they are read": (
+        "losses",
+        ["sample 0 or 1 of the training data differs when it is read again", "clone it first"],
+        """
+    def load(self):
+        return Data(Changing(), Lazy())
+
+
+class Changing(Lazy):
+    stored = torch.ones(64, 6)
+
+    def __getitem__(self, index):
+        inputs = self.stored[index]
+        inputs[torch.rand(6) < 0.3] *= 0.5
+        return inputs, torch.zeros(1)
+""",
+    ),
     "steps that are counted outside of the model": (
         "resume",
         ["after 5 steps where the run was killed at step 3 and resumed from 2", "the loss of step 3"],
         """
     def losses(self, model, batch, drawn):
         COUNTED.append(1)
-        return super().losses(model, batch, drawn) * len(COUNTED)
+        return super().losses(model, batch, drawn) * max(6, len(COUNTED))  # at its start, a run looks at fewer
 
 
 COUNTED = []
@@ -453,6 +470,17 @@ def test_what_is_legitimate_makes_the_tier(check, name):
         assert "this world: 1 (BatchNorm1d) sees the whole batch" in answers["rows"]["text"]
         assert "same bits in two runs" in answers["two processes"]["text"]
         assert "on 2 process(es)" in answers["resume"]["text"]
+
+
+def test_one_reason_is_told_once(check):
+    status, answers, _ = check("losses,rows,tier", "    def losses(self, model, batch, drawn):\n        return model(batch[0]).mean()\n")
+    assert status == 1
+    assert answers["rows"]["text"] == "for the same reason as losses"
+
+
+def test_the_tier_is_that_of_a_run_with_as_many_shards(check):
+    _, answers, _ = check("tier", "", "--shards", "4")
+    assert answers["tier"]["text"] == "any world: the same bits on 1 to 4 processes of as many threads, by 4 shards"
 
 
 RAGGED = Path(__file__).with_name("ragged_task.py")

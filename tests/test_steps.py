@@ -58,6 +58,19 @@ def make_state(group, config):
     return TrainingState(config, data, group), data
 
 
+def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):
+    losses = Classification.losses
+    monkeypatch.setattr(Classification, "losses", lambda *given: losses(*given).bfloat16())
+    config = make_config({"dataset": "synthetic", "batch_size": 64, "device": "cpu", "precision": "fp32"})
+    with join_group(World(), config) as group:
+        state, data = make_state(group, config)
+        pieces = read_batch(state.config, data, 3)
+        _, loss = state.compute_gradients(pieces, 64)
+        single = state.config.task.losses(state.bare_model, pieces[0].samples, pieces[0].drawn)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(single.detach().double().mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("made", ["padded", "packed", "a bag"])
 def test_the_pieces_of_a_batch_of_any_kind_have_the_gradients_of_the_whole(made):
     found = []

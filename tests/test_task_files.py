@@ -51,6 +51,21 @@ LOSSES = "    def losses(self, model, batch, drawn):\n        return {}\n\n    d
 TALLY = "    def tally(self, model, batch):\n        {}\n\n    def build_model(self):"
 DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))"
 
+STORED = """class Stored(Dataset):
+    rows = [torch.ones(3) for _ in range(60)]
+    own = torch.Generator()
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        {}
+        return row, index % 2
+
+
+class Mine"""
+
 # What is wrong, the changes that make it so, words of the message, the exit status.
 WRONG = [
     (
@@ -209,6 +224,75 @@ WRONG = [
         2,
     ),
     (
+        "tally with a slip",
+        [(BUILD, TALLY.format("return self.nothing"))],
+        ["failed in tally", "has no attribute 'nothing'", "broken.py"],
+        2,
+    ),
+    (
+        "measure with a slip",
+        [(BUILD, "    def measure(self, sums):\n        return {'loss': float(sums[99])}\n\n    def build_model(self):")],
+        ["failed in measure", "IndexError", "broken.py"],
+        2,
+    ),
+    (
+        "a tally that needs gradients",
+        [(BUILD, TALLY.format("model(batch[0]).sum().backward(); return super().tally(model, batch)"))],
+        ["failed in tally", "with torch.enable_grad()"],
+        2,
+    ),
+    (
+        "samples that are changed as they are read",
+        [
+            (
+                "class Mine",
+                STORED.format("row[int(torch.randint(3, ()))] += 1"),
+            ),
+            (DATA, "return Data(Stored(), Stored())"),
+        ],
+        ["sample 0 or 1 of the training data differs when it is read again", "clone it first"],
+        2,
+    ),
+    (
+        "samples of a generator of their own",
+        [("class Mine", STORED.format("row = row + torch.rand(3, generator=self.own)")), (DATA, "return Data(Stored(), Stored())")],
+        ["sample 0 or 1 of the training data differs when it is read again", "of torch, numpy and random alone"],
+        2,
+    ),
+    (
+        "a collate that changes its samples",
+        [
+            ("class Mine", STORED.format("pass")),
+            (DATA, "return Data(Stored(), Stored())"),
+            (
+                BUILD,
+                "    def collate(self, samples):\n        samples[0][0].mul_(0.9)\n        return super().collate(samples)\n\n" + BUILD,
+            ),
+        ],
+        ["sample 0 or 1 of the training data differs when it is read again", "clone it first"],
+        2,
+    ),
+    (
+        "a batch that leaves its samples behind",
+        [
+            ("class Mine", STORED.format("pass").replace("class Mine", "class Bag(dict):\n    def to(self, device): pass\n\n\nclass Mine")),
+            (DATA, "return Data(Stored(), Stored())"),
+            (BUILD, "    def collate(self, samples):\n        return Bag(rows=samples[0][0])\n\n" + BUILD),
+        ],
+        ["again", "collate makes a Bag, whose method `to` returns NoneType; expected the batch on the device"][1:],
+        2,
+    ),
+    (
+        "a model with a generator of its own",
+        [
+            (BUILD, LOSSES.format("model(batch[0]).sum(1) * torch.rand(1, generator=OWN)")),
+            ("class Mine", "OWN = torch.Generator()\n\n\nclass Mine"),
+        ],
+        ["two passes over the same samples", "losses that differ", "register_buffer"],
+        2,
+    ),
+    ("losses that are counts", [(BUILD, LOSSES.format("model(batch[0]).sum(1).long()"))], ["losses", "int64; expected floating-point"], 2),
+    (
         "an exception in the middle",
         [
             (
@@ -235,7 +319,9 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
     assert len(errors) == 1, text
     assert all(word in errors[0] for word in words), errors
     assert "Traceback" not in text
-    if "while it was imported" in errors[0] or "in load" in errors[0] or "losses" in words[0]:
+    if "while it was imported" in errors[0] or any(
+        word in words[0] for word in ("in load", "losses", "failed in", "again", "passes", "lacks")
+    ):
         assert not (tmp_path / "run").exists()
 
 

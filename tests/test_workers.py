@@ -1,5 +1,6 @@
 """Data that are not in memory: the same samples wherever they are read, and a worker that fails is named."""
 
+import itertools
 import json
 import os
 import pickle
@@ -20,9 +21,21 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import data
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import Batch, Piece, Probe, Reader, keep_split, list_tensors, load_data, read, take_samples
+from mnist_dist.data import (
+    Batch,
+    Piece,
+    Probe,
+    Reader,
+    StepSampler,
+    find_immovable,
+    keep_split,
+    list_tensors,
+    load_data,
+    read,
+    take_samples,
+)
 from mnist_dist.distributed import join_group
-from mnist_dist.errors import RunError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
 from mnist_dist.tier import find_tier
 from mnist_dist.world import World
@@ -220,6 +233,22 @@ def test_the_tensors_of_a_batch_are_found_whatever_it_is():
     for node in nodes:
         node.others = nodes
     assert len(list_tensors(nodes)) == 200
+
+
+def test_what_cannot_go_to_a_gpu_is_known():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2)])
+    fine = {"a": [torch.ones(1), Pair(torch.ones(1), torch.ones(1))], "names": ["b"], "packed": packed, "array": np.ones(1)}
+    assert find_immovable(fine) == ""
+    assert find_immovable([fine, Slots(torch.ones(1), [])]) == "Slots"
+
+
+def test_samples_that_collate_refuses_are_named(monkeypatch):
+    config, data = load_data(make_config({"task": str(Path(__file__).with_name("ragged_task.py")), "batch_size": 12}))
+    monkeypatch.setattr(type(config.task), "collate", lambda self, samples: 1 / 0 if len(samples) < 5 else samples)
+    [batch] = itertools.islice(StepSampler(data.train, config.model_copy(update={"micro_batch": 5}), 0, 1, 3), 1)
+    numbers = ", ".join(map(str, batch.indices[10:].tolist()))
+    with pytest.raises(UserError, match=f"samples {numbers} of the training data cannot be made a batch: .*ZeroDivisionError"):
+        read(keep_split(data.train, config, "training", torch.device("cpu")), batch)
 
 
 def test_a_batch_that_cannot_be_sent_is_named(tmp_path):
