@@ -300,8 +300,9 @@ def find_immovable(value: Any) -> str:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values; NaN is the same as NaN."""
-    return bool(one.isclose(other, rtol=0, atol=0, equal_nan=True).all())
+    """Whether two tensors are of one kind and hold the same values; NaN is the same as NaN."""
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and bool(one.isclose(other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
@@ -438,8 +439,7 @@ class Probe:
         places = self.half.places
         self._read(places, [place + _PROBED for place in places])
         again = list_tensors(self._read(places, places).samples)
-        alike = len(first) == len(again) and all(one.shape == other.shape for one, other in zip(first, again, strict=True))
-        return alike and all(map(is_same, first, again))
+        return len(first) == len(again) and all(map(is_same, first, again))
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:

@@ -70,7 +70,7 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     config, data = load_data(_make_config(options, trained.config))
     config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:
-        moved = find_moved(config.task, trained.model, Probe(data.train, config))
+        moved = find_moved(config.task, trained.model, lambda: Probe(data.train, config))
         # evaluation_mode: without DDP, which has no part in this.
         model = group.accelerator.prepare_model(trained.model, evaluation_mode=True)
         split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]

@@ -6,7 +6,7 @@ it is the same only on as many processes as before.
 """
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -86,14 +86,13 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 "from the generators of torch, numpy and random alone, which are seeded before, and keep what changes in a buffer "
                 "(register_buffer)"
             )
-        changed = list(dict.fromkeys([*find_moved(task, model, probe), *changed]))
-        moved = tuple(changed)
+        moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
         if whole.drew is not None or probe.collate_draws:
             return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
         mixing = find_first_difference(whole, trace(task, model, probe.half))  # a batch of its own: it may be padded less
     if mixing is not None:
         return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
-    return Tier(THIS_WORLD, f"each forward pass changes {changed[0]}", moved) if changed else Tier(ANY_WORLD, "")
+    return Tier(THIS_WORLD, f"each forward pass changes {moved[0]}", moved) if moved else Tier(ANY_WORLD, "")
 
 
 def describe_flaw(probe: Probe) -> str:
@@ -105,7 +104,7 @@ def describe_flaw(probe: Probe) -> str:
     )
 
 
-def find_moved(task: Task, model: nn.Module, probe: Probe) -> list[str]:
+def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) -> list[str]:
     """The parameters that nobody trains, but which a forward pass changes; the model stays as it was."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if not frozen:
@@ -114,7 +113,7 @@ def find_moved(task: Task, model: nn.Module, probe: Probe) -> list[str]:
         # An average that the pass moves may equal at first what it follows.
         with torch.no_grad():
             nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
-        trace(task, model, probe.whole)
+        trace(task, model, make_probe().whole)
         return [name for name in frozen if not is_same(frozen[name], nudged[name])]
 
 

@@ -178,7 +178,7 @@ def _evaluate(config: Config, folder: Path, group: Group) -> None:
     try:
         with open_evaluation(data.evaluated, config, group) as reader:
             model = build_model(config.task, config.seed)
-            evaluation = evaluate(config, model, reader, group, find_moved(config.task, model, Probe(data.train, config)))
+            evaluation = evaluate(config, model, reader, group, find_moved(config.task, model, lambda: Probe(data.train, config)))
         answer = {"sums": evaluation.sums, "measures": evaluation.measures, "samples": evaluation.samples}
     except Exception as error:
         answer = {} if is_loss(error) else {"error": str(error)}
