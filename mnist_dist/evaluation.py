@@ -38,7 +38,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
     dealt_to, mine = deal(config, group.rank, group.size)
     model = group.accelerator.unwrap_model(model)  # DDP's own forward would expect all ranks to have as many batches
     sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
-    read = 0
+    done = 0
     indices, scores, outputs = [], [], []
     with keeping(model, {*moved, *(name for name, _ in model.named_buffers())}) as kept:
         model.eval()
@@ -52,7 +52,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
             check_tally(task, tally, piece.size)
             part = piece.places[0] % dealt_to
             sums_of[part] = sums_of.get(part, 0) + tally.sums
-            read += piece.size
+            done += piece.size
             if tally.scores is not None and tally.outputs is not None:
                 best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
                 indices.append(batch.indices.to(best.device)[best])
@@ -65,7 +65,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
             f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
         )
     if round(float(sums[0])) != count:
-        if (in_all := sum(group.gather(read))) != count:
+        if (in_all := sum(group.gather(done))) != count:
             raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it rightly")
         raise RunError(
             f"task {task.name}: the first of tally's sums counted {sums[0]:.6g} {task.samples} in all, and {count} were evaluated; "
