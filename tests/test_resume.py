@@ -317,10 +317,11 @@ def test_a_moving_average_in_a_frozen_parameter_is_resumed_on_as_many_processes(
         broken = [*arguments, "--run_dir", str(tmp_path / f"broken{size}")]
         assert "because each forward pass changes average.weight" in run_ranks(tmp_path, TrainOnce(broken, 3), size, expect=85)
         assert "start as many, or use" in run_ranks(tmp_path, Train(broken), 3 - size, expect=2)
-        text = run_ranks(tmp_path, Train([*broken, "--micro_batch", "2"]), size, expect=2)
-        assert "without micro_batch, and this start has" in text
-        assert "micro_batch 2; a step of this task" in text
-        assert "start as many with the same micro_batch, or use" in text
+        if size == 1:
+            text = run_ranks(tmp_path, Train([*broken, "--micro_batch", "2"]), size, expect=2)
+            assert "without micro_batch, and this start has" in text
+            assert "micro_batch 2; a step of this task" in text
+            assert "start as many with the same micro_batch, or use" in text
         run_ranks(tmp_path, Train(broken), size)
         whole, resumed = (load_file(tmp_path / f"{name}{size}/model.safetensors") for name in ("whole", "broken"))
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
