@@ -155,16 +155,14 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    def __getitems__(self, batch: Batch) -> Batch:
-        """A DataLoader calls this once for each batch."""
-        return self.fill(batch)
-
     def fill(self, batch: Batch) -> Batch:
         """The batch with its samples."""
         where = torch.split(send(batch.indices, self.tensors[0].device), [piece.size for piece in batch.pieces])
         # Whole samples are copied; by tensor[piece] it would be a number at a time, which on a CPU takes six times as long. Each piece has
         # memory of its own: where a tensor begins in it may decide how its sums are rounded.
         return batch.fill(tuple(tensor.index_select(0, piece) for tensor in self.tensors) for piece in where)
+
+    __getitems__ = fill  # a DataLoader calls this once for each batch
 
 
 class Seeded:

@@ -40,7 +40,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
     sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
     done = 0
     indices, scores, outputs = [], [], []
-    with keeping(model, {*moved, *(name for name, _ in model.named_buffers())}) as kept:
+    with keeping(model, moved) as kept:
         model.eval()
         for number, batch in enumerate(reader):
             if number:
@@ -105,7 +105,7 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
     task, model = config.task, group.accelerator.unwrap_model(model)
     count = min(_REHEARSED, len(split))
     [piece] = read(keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count)))
-    with torch.no_grad(), keeping(model, {*moved, *(name for name, _ in model.named_buffers())}), _refusing_mistakes(task, "tally"):
+    with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, "tally"):
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
         with _refusing_mistakes(task, "measure", IndexError):

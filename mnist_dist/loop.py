@@ -100,7 +100,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         }
         run.start(state.step, facts | noted, recorded)
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
-        _log.info("%s", state.describe_tier())
+        _log.info("%s", state.tier.describe(config.shards))
         run.show_samples(state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size))
 
         def compute(parts: Sequence[Sequence[Piece]]) -> Tensor:

@@ -59,10 +59,7 @@ def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generato
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True))
         subject = Subject(config, Path(folder), deadline_s, stack, names)
         known: dict[str, str] = {}
-        if flaw := describe_flaw(subject.probe):
-            known = {flaw: names[0]}
-            yield names[0], Answer(False, flaw)
-            names = names[1:]
+        flaw = describe_flaw(subject.probe)
         for name in names:
             answer = Answer(False, flaw) if flaw else _answer(_CHECKS[name], subject)
             first = known.setdefault(answer.text, name)

@@ -87,7 +87,7 @@ class TrainingState:
         if self.model is not self.bare_model:
             piece = send_to_device(self.probe.whole, self.group.device)
             name = self.config.task.name
-            with keeping(self.bare_model, self._list_moving()), explaining(name, "in a first pass of several processes", RunError):
+            with keeping(self.bare_model, self._moved), explaining(name, "in a first pass of several processes", RunError):
                 self._compute_losses(self.model, piece).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
@@ -207,10 +207,6 @@ class TrainingState:
     def is_any_world(self) -> bool:
         """Whether the number of processes may change between two starts."""
         return self.tier.is_any_world or self.tree is not None
-
-    def describe_tier(self) -> str:
-        """On which numbers of processes the run keeps its promises, and why, for the log."""
-        return self.tier.describe(self.config.shards)
 
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank zero, such as the statistics of BatchNorm, which each rank counts on its own samples."""

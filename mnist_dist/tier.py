@@ -40,15 +40,12 @@ class Tier(NamedTuple):
 
     def describe(self, shards: int | None) -> str:
         """On which numbers of processes a run with so many shards keeps its promises, and why."""
+        if shards is None and self.is_any_world:
+            return "any world: a step is the same on any number of processes"
         if shards is None:
-            return str(self)
+            return f"this world: a step is the same only on as many processes, because {self.reason}"
         bits = f"any world: the same bits on 1 to {shards} processes of as many threads, by {shards} shards"
         return bits if self.is_any_world else f"{bits}, although {self.reason}"
-
-    def __str__(self) -> str:
-        if self.is_any_world:
-            return "any world: a step is the same on any number of processes"
-        return f"this world: a step is the same only on as many processes, because {self.reason}"
 
 
 class Trace(NamedTuple):
@@ -109,7 +106,7 @@ def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) ->
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if not frozen:
         return []
-    with keeping(model, {*frozen, *(name for name, _ in model.named_buffers())}):
+    with keeping(model, frozen):
         # An average that the pass moves may equal at first what it follows.
         with torch.no_grad():
             nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
@@ -219,12 +216,15 @@ def list_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Kept:
-    """The values that parameters and buffers of a model had; of all, or those of some names."""
+    """The values that the buffers of a model had, and its parameters: all, or those of some names."""
 
-    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, parameters: Collection[str] | None = None) -> None:
         self._model = model
+        buffers = dict(model.named_buffers())
         self._kept = {
-            name: (tensor, tensor.detach().clone()) for name, tensor in list_state(model).items() if names is None or name in names
+            name: (tensor, tensor.detach().clone())
+            for name, tensor in list_state(model).items()
+            if parameters is None or name in parameters or name in buffers
         }
 
     def list_changed(self) -> list[str]:
@@ -244,12 +244,12 @@ class Kept:
 
 
 @contextmanager
-def keeping(model: nn.Module, names: Collection[str] | None = None) -> Iterator[Kept]:
-    """Leave a model's parameters and buffers (or those of these names), its mode, and this process's generators on the CPU as they were.
+def keeping(model: nn.Module, parameters: Collection[str] | None = None) -> Iterator[Kept]:
+    """Leave a model's buffers, its parameters (all, or those named), its mode, and this process's generators on the CPU as they were.
 
     The model is in training mode until then.
     """
-    kept = Kept(model, names)
+    kept = Kept(model, parameters)
     training = model.training
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     model.train()
