@@ -36,11 +36,11 @@ class Stop(enum.IntEnum):
 
 
 _STOP_OF_SIGNAL: dict[int, Stop] = {
+    signal.SIGINT: Stop.INTERRUPT,
     signal.SIGUSR1: Stop.REQUEUE,
     signal.SIGUSR2: Stop.REQUEUE,
     signal.SIGTERM: Stop.TERMINATE,
     signal.SIGHUP: Stop.TERMINATE,
-    signal.SIGINT: Stop.INTERRUPT,
 }
 STOP_SIGNALS = tuple(_STOP_OF_SIGNAL)
 
