@@ -166,12 +166,11 @@ class Writer:
 
     def _report(self) -> None:
         if self._running is not None:
-            error = self._running.exception()
+            error, self._running = self._running.exception(), None
             if isinstance(error, OSError):
                 _log.warning("a checkpoint could not be written, training goes on without it: %s", describe_error(error))
             elif error is not None:
                 raise error
-            self._running = None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -597,17 +598,17 @@ class Reader:
                 if not is_lost_worker(late):
                     raise
                 error = late if is_cut_off else error or late
-        for pid, _sample in self.workers.tolist():
-            with contextlib.suppress(OSError):  # it has gone, as it should
-                if pid > 0:
-                    os.kill(pid, signal.SIGKILL)
+        numbers = set(self.workers[:, 0].tolist())
+        for process in multiprocessing.active_children():  # not by their numbers: those that have gone may be others' by now
+            if process.pid in numbers:
+                process.kill()
         # torch raises these wherever this process happens to be when a worker is lost.
         if error is None or not (is_cut_off or is_lost_worker(error)):
             return
         what = f"task {self.task.name}: a worker that reads the {self.what} data"
         if "timed out" in str(error) and self._is_waiting:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
-        if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & set(self.workers[:, 0].tolist()):
+        if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & numbers:
             raise RunError(f"{what} died: {busy} ({str(error).splitlines()[0].rstrip(' .')}; out of memory?)") from error
 
     def _describe_workers(self) -> str:

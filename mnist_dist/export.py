@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import argparse
 import importlib.util
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -78,10 +79,10 @@ def _export(options: argparse.Namespace) -> int:
     exported.module.eval().to(memory_format=torch.contiguous_format)  # the layout in which everybody else has weights
     by_default = "" if type(task).export is not Task.export else ", its first tensor (a task may have a method export of its own)"
     with explaining(task.name, f"as the model was called with the example of export{by_default}"), torch.no_grad():
-        exported.module(exported.example[:2])
+        _check_output(task.name, exported.module(exported.example[:2]))
     with explaining(task.name, f"as {file.name} was made of its model"):
         content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
-    difference = check_export(exported.module, runner, exported.example)
+        difference = check_export(exported.module, runner, exported.example)
     write_atomically(file, content)
     kind = f"{str(exported.example.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, exported.example.shape[1:])])}] for any n"
     print(
@@ -102,6 +103,17 @@ def _check_example(name: str, exported: object) -> None:
         raise UserError(
             f"task {name}: the example of export is {shown}; expected a tensor of at least 2 samples: where a batch is something else, the "
             "task needs a method export (mnist_dist/task.py)"
+        )
+
+
+def _check_output(name: str, output: object) -> None:
+    from torch import Tensor
+
+    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != 2:
+        shown = f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise UserError(
+            f"task {name}: for 2 samples the model to export gives {shown}; expected one tensor with a row for each sample: a model that "
+            "gives something else needs a method export, whose module gives one (mnist_dist/task.py)"
         )
 
 
@@ -148,8 +160,8 @@ def check_export(module: "nn.Module", runner: Runner, example: "Tensor") -> floa
         expected = module(example)
         # One sample and many: a batch size that became a constant shows.
         outputs = torch.cat([runner(example[:1]), runner(example[1:])])
-    difference = (outputs - expected).abs().max().item()
-    if outputs.shape != expected.shape or not difference <= TOLERANCE:  # NaN, too
+    difference = (outputs - expected).abs().max().item() if outputs.shape == expected.shape else math.nan
+    if not difference <= TOLERANCE:  # NaN, too
         raise RunError(f"what was exported differs from the model by {difference:.1e}, allowed {TOLERANCE:.0e}: nothing was written")
     return difference
 

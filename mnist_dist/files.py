@@ -78,10 +78,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def append_line(path: Path, line: bytes) -> int:
-    """Add a line to a small file of lines, and count its lines; a last one that was torn goes. Raises OSError."""
+    """Add a line to a small file of lines, and count its lines; a last one that was torn goes. Raises OSError.
+
+    Two processes may add lines to a whole file at once.
+    """
     content = read_file(path, _LINES_BYTES_MAX) if os.path.lexists(path) else b""
     with path.open("ab") as file:
-        file.truncate(content.rfind(b"\n") + 1)
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
         file.write(line + b"\n")
     return content.count(b"\n") + 1
 

@@ -136,12 +136,12 @@ def find_process(run_dir: Path, holder: Holder | None) -> int | None:
     """The process of this machine that holds the lock. To try the lock could make a run that starts just now believe that it is taken."""
     if holder is None or holder.host != platform.node():
         return None
-    try:
+    with contextlib.suppress(OSError):  # no such process, or somebody else's
+        lock = os.stat(run_dir / LOCK_FILE)
         for descriptor in os.scandir(f"/proc/{holder.pid}/fd"):
-            if os.path.samefile(descriptor.path, run_dir / LOCK_FILE):
-                return holder.pid
-    except OSError:
-        return None
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat(descriptor.stat(), lock):
+                    return holder.pid
     return None
 
 

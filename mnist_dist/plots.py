@@ -89,13 +89,17 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
     return figure
 
 
+def list_compared(runs: Sequence[Run]) -> list[str]:
+    """The measures by which runs are compared: the best one of each task, and the loss."""
+    return list(dict.fromkeys([*(run.config.task.best for run in runs), "loss"]))
+
+
 def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
-    """Training loss, and loss and best measure on the evaluated samples, of several runs over each other, each by its own epochs."""
-    figure = make_figure(9.2, 9.0)
-    panels: list[Axes] = figure.subplots(3, 1, sharex=True).tolist()
-    task = runs[0].config.task
-    on = f"on the evaluated {task.samples}"
-    kinds = [("Training loss", "train/loss"), (f"Loss {on}", "loss"), (f"{task.best.replace('_', ' ').capitalize()} {on}", task.best)]
+    """Training loss, and the compared measures of the evaluated samples, of several runs over each other, each by its own epochs."""
+    on = f"on the evaluated {runs[0].config.task.samples}"
+    kinds = [("Training loss", "train/loss"), *((f"{key.replace('_', ' ').capitalize()} {on}", key) for key in list_compared(runs))]
+    figure = make_figure(9.2, 3.0 * len(kinds))
+    panels: list[Axes] = figure.subplots(len(kinds), 1, sharex=True).tolist()
     for axes, (title, key) in zip(panels, kinds, strict=True):
         for number, (name, run) in enumerate(zip(names, runs, strict=True)):
             where = key if "/" in key else f"{run.config.evaluated_split}/{key}"

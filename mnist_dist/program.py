@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError, is_lost_worker
+from mnist_dist.files import describe_error
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.world import find_world
 
@@ -89,19 +90,34 @@ def print_answer(work: Callable[[], int]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may hold what the terminal's encoding lacks
 
     def answer() -> int:
+        stream = _Printable(sys.stdout)
         try:
-            with contextlib.redirect_stdout(_Printable(sys.stdout)):
+            with contextlib.redirect_stdout(stream):
                 status = work()
-            sys.stdout.flush()
+            stream.flush()
             return status
-        except BrokenPipeError:
-            # Whoever read the output has gone, as `head` does; without this Python would complain as it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return RunError.exit_code
+        except _UnheardError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                # Whoever read the output has gone, as `head` does; without this Python would complain as it exits.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return RunError.exit_code
+            raise RunError(f"the answer cannot be given: {error.__cause__}") from error
         except OSError as error:
-            raise RunError(f"the answer cannot be given: {error}") from error
+            raise RunError(describe_error(error)) from error
 
     return run_program(answer)
+
+
+class _UnheardError(Exception):
+    """The answer cannot be written; its cause says why."""
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnheardError from error
 
 
 def _find_prefix() -> str:
@@ -118,10 +134,12 @@ class _Printable(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(make_printable(text, kept="\n\t"))
+        with _answering():
+            return self._stream.write(make_printable(text, kept="\n\t"))
 
     def flush(self) -> None:
-        self._stream.flush()
+        with _answering():
+            self._stream.flush()
 
 
 def say(text: str) -> None:

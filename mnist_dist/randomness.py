@@ -33,10 +33,10 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def read_generators() -> tuple[bytes, bytes, int]:
-    """The state of torch's, numpy's and Python's generators, or a hash of it: another one when something was drawn."""
-    _kind, keys, place, *_ = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes() + bytes([int(place) % 251]), hash(random.getstate())
+def read_generators() -> tuple[object, ...]:
+    """The state of torch's, numpy's and Python's generators: another one when something was drawn."""
+    _kind, keys, *places = np.random.get_state()  # of the normal distribution numpy draws two numbers and keeps one
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes(), places, random.getstate()
 
 
 # Where the generators of random and numpy, both Mersenne twisters, keep their place in a block of 624 numbers, and its first number.

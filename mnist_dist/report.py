@@ -26,8 +26,8 @@ from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
-from mnist_dist.plots import draw_comparison, draw_run, open_run, print_written, save_figures
-from mnist_dist.record import PLOTS, REPORT_FILE, Run, pick_measures, read_run
+from mnist_dist.plots import draw_comparison, draw_run, list_compared, open_run, print_written, save_figures
+from mnist_dist.record import PLOTS, REPORT_FILE, Run, is_number, pick_measures, read_run
 from mnist_dist.source import Unknown
 from mnist_dist.task import Data, Panel, format_measure
 
@@ -210,15 +210,17 @@ def _starts_table(run: Run) -> str:
     return _table([*names, "ended"], rows)
 
 
-def write_comparison(run_dirs: Sequence[Path]) -> Path:
+def write_comparison(run_dirs: Sequence[Path], task: str | None = None) -> Path:
     """Write `compare.html`, one page about several runs, beside the folder of the first; its path.
+
+    `task` is the name by which the user names the code of their task.
 
     Raises `UserError` where one is no run folder, is damaged or is named twice, or where somebody's own file has that name; `RunError`
     where it cannot be written.
     """
     if len({path.resolve() for path in run_dirs}) < len(run_dirs):
         raise UserError("a run is named twice; expected different runs to compare")
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = [open_run(run_dir, task) for run_dir in run_dirs]
     path = run_dirs[0].absolute().parent / COMPARISON_FILE
     try:
         if os.path.lexists(path) and _GENERATOR not in read_file(path, _COMPARISON_BYTES_MAX)[:500]:
@@ -232,11 +234,13 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
 def make_comparison(runs: Sequence[Run]) -> str:
     """The page as HTML: results, curves over each other, and the options in which the runs differ."""
     names = _name_apart([run.path for run in runs])
-    rows = [(name, *_describe_result(run)) for name, run in zip(names, runs, strict=True)]
-    task = runs[0].config.task
-    header = ("run", "state", task.best.replace("_", " "), "loss", "step", "training time", f"{task.samples}/s", "processes", "starts")
+    measures = list_compared(runs)
+    rows = [(name, *_describe_result(run, measures)) for name, run in zip(names, runs, strict=True)]
+    shown = [measure.replace("_", " ") for measure in measures]
+    header = ("run", "state", *shown, "step", "training time", f"{runs[0].config.task.samples}/s", "processes", "starts")
     dumps = [run.config.values() for run in runs]
-    differing = [option for option in dumps[0] if option != "run_dir" and len({str(dump.get(option)) for dump in dumps}) > 1]
+    options = dict.fromkeys(option for dump in dumps for option in dump if option != "run_dir")
+    differing = [option for option in options if len({str(dump.get(option)) for dump in dumps}) > 1]
     picture = _show(Panel("Curves", "curves", figure=draw_comparison(names, runs)))
     sections = [("Results", _table(header, rows)), ("Curves", picture)]
     if differing:
@@ -261,18 +265,17 @@ def _name_apart(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _describe_result(run: Run) -> tuple[str, ...]:
-    result, split = run.result or {}, run.config.evaluated_split
+def _describe_result(run: Run, measures: Sequence[str]) -> tuple[str, ...]:
+    result, config = run.result or {}, run.config
     last = run.rows[-1] if run.rows else {}
-    evaluated = [row for row in run.rows if run.config.best in row]
-    best, loss = ((result or (evaluated[-1] if evaluated else {})).get(name) for name in (run.config.best, f"{split}/loss"))
+    found = result or next((row for row in reversed(run.rows) if config.best in row), {})
+    values = {name: found.get(f"{config.evaluated_split}/{name}") for name in measures}
     speed = result.get("images_per_s", last.get("train/images_per_s"))
     start = run.starts[-1] if run.starts else {}
     return (
         "finished" if run.result else "not finished",
-        "" if best is None else f"{format_measure(run.config.task.best, best)} ({run.config.evaluated_on})",
-        "" if loss is None else f"{loss:.4f}",
-        f"{result.get('step', last.get('step', 0)):,} of {_describe_total(run.config)}",
+        *(f"{format_measure(name, value)} ({config.evaluated_on})" if is_number(value) else "" for name, value in values.items()),
+        f"{result.get('step', last.get('step', 0)):,} of {_describe_total(config)}",
         format_duration(result["elapsed_s"]) if result else "",
         "" if speed is None else f"{speed:,.0f}",
         " ".join(str(start[name]) for name in ("world_size", "device", "precision") if name in start),
@@ -281,7 +284,7 @@ def _describe_result(run: Run) -> tuple[str, ...]:
 
 
 def _write(run_dirs: list[Path], task: str | None) -> list[Path]:
-    return [write_comparison(run_dirs)] if run_dirs[1:] else write_report(run_dirs[0], task=task)[:1]
+    return [write_comparison(run_dirs, task)] if run_dirs[1:] else write_report(run_dirs[0], task=task)[:1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,15 +82,17 @@ class RunFolder:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None and is_loss(error) and self.group.size > 1:
             self.group.explain(error)  # before anything that takes its time: the others wait for this rank's answer
-        if self._writer is not None:
-            self._writer.close()  # before the lock goes: another job may take the folder then
-            self._note_end(error)
-        for tracker in self._trackers:
-            tracker.finish(None, stopped=self._stop != Stop.NONE)
-        if self._record is not None:
-            self._record.close()
-        if self._lock is not None:
-            self._lock.release()
+        with contextlib.ExitStack() as last:  # the last line comes first, and each comes whatever the others do
+            if self._lock is not None:
+                last.callback(self._lock.release)  # nothing is written after it: another job may take the folder then
+            if self._record is not None:
+                last.callback(self._record.close)
+            for tracker in reversed(self._trackers):
+                last.callback(tracker.finish, None, stopped=self._stop != Stop.NONE)
+            if self._writer is not None:
+                if not self._is_finished:
+                    last.callback(self._note_end, error)
+                last.callback(self._writer.close)
 
     def check(self) -> Row | None:
         """The result, if the run is finished. Raises `UserError` for what makes this start impossible; nothing is made or changed."""
@@ -302,6 +304,7 @@ class RunFolder:
                 ) from error
 
             self._is_finished = True
+            self._note_end(None)  # now, as the report shows it
 
         self.group.on_main(write)
 
