@@ -411,6 +411,8 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         return [f"nothing; {shlex.join(['python', '-m', 'mnist_dist.evaluate', run])} counts what it gets right"]
     if kind in ("running", "waiting"):
         follow = shlex.join([*jobs, "follow", run])
+        if facts.state.is_suspended:
+            return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
         if kind == "waiting" and "JobHeldUser" in facts.state.state:
             return [f"scontrol release {job}"]
         if kind == "waiting" and "never starts" in answer.says:
@@ -425,7 +427,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         "memory": f"give it more memory{_ask_memory(facts)}, or a smaller --micro_batch, which changes no result but rounding",
         "GPU memory": "give it a smaller --micro_batch",
         "NaN": "the same command comes to the same numbers: start another run_dir with a lower --learning_rate or more --warmup",
-        "disk full": f"make room: df -h {shlex.quote(run)}; quota -s",
+        "disk full": f"make room, of bytes or of files: df -h {shlex.quote(run)}; df -i {shlex.quote(run)}; quota -s",
         "node failed": "scontrol show node NODE, or sinfo -R, shows the node's state; exclude it if it fails again",
         "rank gone": f"on {where}: dmesg -T | grep -i 'killed process'",
         "killed": f"on {where}: dmesg -T | grep -i 'killed process'",

@@ -151,10 +151,15 @@ def cancel(path: Path) -> int:
     """Let the run in `path` save and end. Raises `UserError` where there is nothing to cancel, `RunError` where that is not known."""
     jobs, unanswered = cluster.find_jobs()
     run = read_state(path, jobs)
-    if unanswered and run.pid is None:
-        raise RunError(unanswered)
+    if unanswered and (run.pid is None or "chain" in read_own_note(path, "job")):  # those that wait in the queue would start it again
+        raise RunError(f"{path} is left as it is: {unanswered}")
     if not run.is_active:
         raise UserError(f"{path} does not run: it is {run.state}")
+    if run.is_suspended:
+        raise UserError(
+            f"{path} is suspended, and cannot save: scontrol resume {run.job} lets it go on, and then cancel lets it save; "
+            f"scancel {run.job} ends it without saving"
+        )
     waited = run.is_waiting
     if run.is_in_queue:
         # Those that wait first, so that none begins. TERM to every task; KILL comes KillWait seconds later.

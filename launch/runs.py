@@ -72,6 +72,7 @@ class RunState:
     is_finished: bool = False
     is_in_queue: bool = False  # of Slurm
     is_waiting: bool = False  # there, and not running
+    is_suspended: bool = False  # waiting, with processes that are stopped
     step: int = 0
     total: int | None = None
     loss: float | None = None
@@ -172,7 +173,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
             state += f" ({job.reason})"
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
-        return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, is_waiting=waits, pid=pid, **values)
+        values |= {"is_waiting": waits, "is_suspended": job.state in ("SUSPENDED", "STOPPED")}
+        return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, pid=pid, **values)
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)

@@ -261,7 +261,7 @@ class Checks:
 
 def skip(name: str) -> Finding:
     """The finding on a check that could only fail, too."""
-    return Finding(name, "WARN", "not tried, since the ranks did not meet", "first see to joined")
+    return Finding(name, "WARN", "not tried, since the ranks did not meet", "first repair what joined names")
 
 
 def _explain_silence(name: str, end: End, deadline_s: float, log: Path) -> Finding:

@@ -55,12 +55,18 @@ def find_package_folder() -> Path | None:
     return folder if (folder / "pyproject.toml").is_file() else None
 
 
-class _ScriptWriter(SlurmExecutor):
-    """submitit's executor, which also writes a script where there is no srun (--dry_run)."""
+class _Executor(SlurmExecutor):
+    """submitit's executor, which also writes a script where there is no srun (--dry_run), and knows a job before its files are in place."""
+
+    queued = ""  # the job that sbatch has taken
 
     @classmethod
     def affinity(cls) -> int:
         return 2
+
+    def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
+        self.queued = SlurmExecutor._get_job_id_from_submission_command(string)
+        return self.queued
 
 
 def make_slurm_executor(
@@ -71,12 +77,12 @@ def make_slurm_executor(
     group: str = "",
     task: type[Task] | None = None,
     before: Sequence[str] = (),
-) -> SlurmExecutor:
+) -> _Executor:
     """An executor for `count` runs that keeps its files in `folder`; makes no folder. More than one run become an array.
 
     `before`: the jobs that come before this one in a chain, whose run folder `folder` lies in.
     """
-    executor = _ScriptWriter(folder, python=f"run_training {_PYTHON}")
+    executor = _Executor(folder, python=f"run_training {_PYTHON}")
     parameters: dict[str, Any] = {
         "job_name": request.name,
         "time": request.time,
@@ -167,9 +173,11 @@ def submit_to_slurm(
     more: dict[str, Any] = {"request": note_request(request)}
     if chain > 1:
         more["time"] = make_timestamp()  # the first may begin before the last is queued
+    executors: list[_Executor] = []
     try:
         for _ in range(chain):
             executor = make_slurm_executor(request, folder, len(configs), parallel, group, type(configs[0].task), names[0])
+            executors.append(executor)
             with queueing(request):
                 jobs = executor.submit_array([_make_training(config) for config in configs])
             _make_private(folder, jobs[0].job_id)
@@ -179,16 +187,16 @@ def submit_to_slurm(
                     more["chain"] = ":".join(mine)
                 write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        if names[0]:
+        if queued := [executor.queued for executor in reversed(executors) if executor.queued]:
             with contextlib.suppress(RunError):
-                run_slurm("scancel", *reversed(names[0]))
-        if isinstance(error, OSError):
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+                run_slurm("scancel", *queued)
         for path in reversed(made):  # as if nothing had been asked for
             if path.name == "slurm":
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         raise UserError(describe_refusal(error)) from error
     return names
 

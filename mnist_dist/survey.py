@@ -533,8 +533,11 @@ def check_lock(group: Group, hosts: Hosts, own: Path, seconds: float) -> list[Fi
     next_step = "let no two jobs use one run folder; ask for locks (Lustre: mount with -o flock)"
     for told, expected in ((during, "kept out"), (group.gather(after), "entered")):
         if ranks := [rank for rank, answer in enumerate(told) if answer != expected]:
-            when = "holds the lock of a folder" if expected == "kept out" else "has given back the lock of a folder"
-            text = f"while rank zero {when}, {name_with_hosts(ranks, hosts)} {'is' if len(ranks) == 1 else 'are'} not {expected}"
+            who = name_with_hosts(ranks, hosts)
+            if expected == "kept out":
+                text = f"{who} could take the lock of a folder while rank zero held it"
+            else:
+                text = f"{who} could not take the lock of a folder after rank zero had released it"
             text += "" if told[ranks[0]] in ("entered", "kept out") else f" ({told[ranks[0]]})"
             problems.append(Finding("files", "WARN", text, next_step, {"ranks": ranks}))
     return problems

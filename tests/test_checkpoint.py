@@ -241,3 +241,28 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(tmp_pa
     assert words in text
     assert "Traceback" not in text
     assert (folder / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_checkpoint_that_fails_in_another_way_than_the_disk_is_raised_once(tmp_path, monkeypatch):
+    def fail(_):
+        raise MemoryError("no room to encode it")
+
+    writer = checkpoint.Writer(tmp_path, keep=2, sync_record=lambda: None)
+    monkeypatch.setattr(checkpoint, "encode", fail)
+    writer.submit(1, STATE)
+    with pytest.raises(MemoryError):
+        writer.close()
+    writer.close()
+
+
+def test_lines_of_two_processes_are_all_kept_and_a_torn_one_goes(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    assert files.append_line(path, b"a") == 1
+    monkeypatch.setattr(files, "read_file", lambda *_: b"a\n")
+    assert files.append_line(path, b"b") == 2
+    assert files.append_line(path, b"c") == 2  # read before the line of the other was there
+    monkeypatch.undo()
+    assert path.read_bytes() == b"a\nb\nc\n"
+    path.write_bytes(b"a\nto")
+    assert files.append_line(path, b"d") == 2
+    assert path.read_bytes() == b"a\nd\n"

@@ -3,6 +3,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from mnist_dist.config import configure
 from mnist_dist.data import Reader, StepSampler, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
+from mnist_dist.randomness import read_generators, seed_generators
 from mnist_dist.tasks.mnist import data, embedded
 from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.tasks.mnist.data import measure_pixels
@@ -384,3 +387,13 @@ def test_held_out_images_are_evenly_spread_the_same_for_every_seed_and_not_train
         assert len(torch.cat([held.train.tensors[0], held.holdout.tensors[0]]).unique(dim=0)) == len(images.unique(dim=0))
     assert whole.holdout is None
     assert whole.evaluated is whole.test
+
+
+def test_whatever_is_drawn_shows_in_the_state_of_the_generators():
+    for draw in (torch.rand, np.random.rand, np.random.randn, lambda count: [random.random() for _ in range(count)]):
+        seed_generators(0)
+        draw(1)
+        for count in (1, 251, 624):
+            before = read_generators()
+            draw(count)
+            assert read_generators() != before, (draw, count)

@@ -1,5 +1,6 @@
 """Jobs without a cluster: what is refused, what a script and a pickle hold, and the same job on this machine."""
 
+import errno
 import importlib
 import json
 import os
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import pytest
 from processes import TINY
+from submitit.core.utils import JobPaths
 
-from launch import chain, cluster, jobs, submit, sweep
+from launch import chain, cluster, explain, jobs, submit, sweep
 from launch.request import Request, list_arguments
 from launch.runs import RunState, find_saved_step, read_state
-from launch.training import Training
+from launch.training import Training, write_note
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
@@ -796,3 +798,29 @@ def test_a_fresh_checkout_has_no_runs_yet(no_slurm, capsys):
     assert "no runs yet in runs; python -m mnist_dist.train" in capsys.readouterr().out
     assert jobs.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_job_whose_files_cannot_be_put_in_place_is_cancelled(fake_slurm, tmp_path, monkeypatch, capsys):
+    fake_slurm(sinfo=(0, SINFO), sbatch=(0, "Submitted batch job 31"))
+    (tmp_path / "bin/scancel").write_text(f"#!/bin/sh\necho $@ >> '{tmp_path}/cancelled'\n")
+    (tmp_path / "bin/scancel").chmod(0o755)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JobPaths, "move_temporary_file", fail)
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "cancelled").read_text() == "31\n"
+    assert not Path("runs").exists()
+
+
+def test_what_cannot_save_now_is_not_cancelled(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, "31|31|SUSPENDED|None|n1|0|"))
+    (tmp_path / "here/runs/a/slurm").mkdir(parents=True)
+    folder = tmp_path / "here/runs/a"
+    write_note(folder, "job", {"job": "31", "log": "31.log"})
+    assert jobs.main(["cancel", "runs/a"]) == 2
+    assert "is suspended, and cannot save: scontrol resume 31" in capsys.readouterr().err
+    assert explain.main(["runs/a"]) == 0
+    assert "scontrol resume 31" in capsys.readouterr().out

@@ -492,3 +492,22 @@ def test_a_comparison_of_equal_names_shows_the_whole_paths(run_dir, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "elsewhere" / run_dir.name)
     rows = Page(report.make_comparison([read_run(run_dir), read_run(other)])).rows
     assert [row[0] for row in rows if "finished" in row] == [str(run_dir), str(other)]
+
+
+def test_runs_of_different_tasks_are_compared_each_by_its_own_measures(run_dir, tmp_path):
+    forecast = str(Path(__file__).parents[1] / "examples/forecast.py")
+    other = tmp_path / "forecast"
+    arguments = ["--task", forecast, "--steps", "2", "--batch_size", "8", "--report", "true", "--wandb", "disabled", "--threads", "1"]
+    run_ranks(tmp_path, Train([*arguments, "--run_dir", str(other)]))
+    own = Page((other / "report.html").read_text()).rows
+    [place] = [number for number, row in enumerate(own) if row[-1:] == ["ended"]]
+    assert own[place + 1][-1] == "finished"  # the page that the run itself has drawn
+    assert report.main([str(run_dir), str(other), "--task", str(tmp_path / "nowhere.py")]) == 2
+    for runs in ([run_dir, other], [other, run_dir]):
+        assert report.main([str(path) for path in runs]) == 0
+        page = Page((runs[0].parent / "compare.html").read_text())
+        [header] = [row for row in page.rows if row[:2] == ["run", "state"]]
+        assert set(header[2:5]) == {"accuracy", "absolute error", "loss"}
+        [row] = [row for row in page.rows if row[0] == "forecast"]
+        assert row[header.index("accuracy")] == ""
+        assert row[header.index("absolute error")].endswith(" (test)")

@@ -172,7 +172,7 @@ FAULTS = {
     "slow_link": ("exchange", 3, "SLOW", r"rank 1 on host node1, rank 2 on host node2 exchange 2 MB/s, the median pair \d"),
     "half_speed": ("speed", 2, "SLOW", r"rank 1 on host node1 needs \d+(\.\d+)? ms for a step, the median rank"),
     "unshared": ("files", 2, "WRONG", r"rank 1 on host node1 did not see a new file that rank zero wrote in .*runs within 1.5 s"),
-    "no_locks": ("files", 2, "WARN", r"while rank zero holds the lock of a folder, rank 1 on host node1 is not kept out"),
+    "no_locks": ("files", 2, "WARN", r"rank 1 on host node1 could take the lock of a folder while rank zero held it"),
 }
 
 
