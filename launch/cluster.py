@@ -189,8 +189,9 @@ def read_jobs() -> list[Job]:
         if "configuration source" in str(error):  # its commands are here, and no cluster
             return []
         raise
-    rows = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
-    return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows if len(row) > len(fields)]
+    lines = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
+    rows = [row for row in lines if len(row) > len(fields) and row[1].isdigit()]
+    return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows]
 
 
 def show_job(job: str) -> dict[str, str]:

@@ -102,7 +102,8 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
         yield folder
         return
     try:
-        inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        # A link to a run counts; one to anything else may lead out of here, or round in a circle.
+        inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False) or is_run(Path(entry.path)))
     except OSError:
         return
     for path in inner if depth else []:

@@ -41,6 +41,11 @@ CHECKS = {
     "cost": "parameters, seconds of a step, a checkpoint, and the grace they need (always passes)",
 }
 
+# The short runs have their own.
+_UNUSED = {"run_dir", "device", "precision", "cuda_graph", "log_every", "evaluate_every", "report"}
+_UNUSED |= {"checkpoint_every", "checkpoint_every_s", "keep_checkpoints"}
+_UNUSED |= {"wandb", "wandb_project", "wandb_model", "system_metrics", "log_with"}
+
 
 class _Ended(BaseException):
     """SIGTERM came."""
@@ -107,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse
     names = [name for name in CHECKS if name in (only or CHECKS) and name not in skipped]
     if not names:
         raise UserError("skip leaves no check to make")
-    return resolve_config(take_options(given), recipe), names, argparse.Namespace(**own)
+    return resolve_config(take_options(given, _UNUSED, "check"), recipe), names, argparse.Namespace(**own)
 
 
 def _read_names(option: str, text: str | None) -> list[str]:

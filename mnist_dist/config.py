@@ -7,7 +7,7 @@ import functools
 import os
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -386,6 +386,9 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
-def take_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a config among those that a parser found."""
+def take_options(given: dict[str, Any], unused: Collection[str] = (), program: str = "") -> dict[str, Any]:
+    """The options of a config among those that a parser found. Raises `UserError` for those that a program has no use for."""
+    for name in given:
+        if name in unused:
+            raise UserError(f"{name} has no use here: {program} sets it itself; leave it out")
     return {name: value for name, value in given.items() if name != "config" and (name != "task" or value is not None)}

@@ -63,11 +63,7 @@ def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | No
 
     A batch of 64, the default, suits worlds of 1, 2, 4 ... 64.
     """
-    given = given or {}
-    for name in given:
-        if name in _UNUSED:
-            raise UserError(f"{name} has no use here: verify sets it itself; leave it out")
-    config = resolve_config(_RECIPE | given | _FIXED, recipe)
+    config = resolve_config(_RECIPE | (given or {}) | _FIXED, recipe)
     if config.test_size is None and not config.holdout and config.task.sizes is not None:
         config = config.replace(test_size=min(_TEST_SIZE, config.task.sizes[1]))
     # The run works in a folder of its own.
@@ -143,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = files.get(name)
             if path is not None and not is_free_name(path):
                 raise UserError(f"{name} is {path}, which exists or whose folder does not; expected a new name in an existing folder")
-        config = make_config(take_options(given), recipe)
+        config = make_config(take_options(given, _UNUSED, "verify"), recipe)
         reference = None
         if "record" not in files:
             path = files.get("reference") or find_shipped(config)

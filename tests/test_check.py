@@ -612,3 +612,9 @@ def test_ended_by_a_signal_it_leaves_no_process_and_no_folder(tmp_path):
         path for path in Path("/proc").glob("[0-9]*/fd/1") if os.path.lexists(path) and os.fsencode(os.readlink(path)).startswith(folder)
     ]
     assert not held
+
+
+def test_an_option_that_the_check_sets_itself_is_refused(tmp_path, capsys):
+    for name, value in (("device", "cuda"), ("wandb", "online"), ("run_dir", "runs/x")):
+        assert main(["--task", str(write(tmp_path)), f"--{name}", value]) == 2
+        assert f"{name} has no use here: check sets it itself; leave it out" in capsys.readouterr().err

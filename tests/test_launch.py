@@ -20,7 +20,7 @@ from submitit.core.utils import JobPaths
 
 from launch import chain, cluster, explain, jobs, submit, sweep
 from launch.request import Request, list_arguments
-from launch.runs import RunState, find_saved_step, read_state
+from launch.runs import RunState, find_runs, find_saved_step, read_state
 from launch.training import Training, write_note
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
@@ -824,3 +824,12 @@ def test_what_cannot_save_now_is_not_cancelled(fake_slurm, tmp_path, capsys):
     assert "is suspended, and cannot save: scontrol resume 31" in capsys.readouterr().err
     assert explain.main(["runs/a"]) == 0
     assert "scontrol resume 31" in capsys.readouterr().out
+
+
+def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):
+    for path in ("runs/a", "scratch/b"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "config.yaml").touch()
+    (tmp_path / "runs/b").symlink_to(tmp_path / "scratch/b")
+    (tmp_path / "runs/all").symlink_to(tmp_path)
+    assert [path.name for path in find_runs(tmp_path / "runs")] == ["a", "b"]
