@@ -103,7 +103,8 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
         return
     try:
         # A link to a run counts; one to anything else may lead out of here, or round in a circle.
-        inner = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False) or is_run(Path(entry.path)))
+        found = [entry for entry in os.scandir(folder) if not entry.is_symlink() or is_run(Path(entry.path))]
+        inner = sorted(entry.path for entry in found if entry.is_dir())
     except OSError:
         return
     for path in inner if depth else []:

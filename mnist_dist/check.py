@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
+from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
 from mnist_dist.program import print_answer
@@ -42,9 +42,7 @@ CHECKS = {
 }
 
 # The short runs have their own.
-_UNUSED = {"run_dir", "device", "precision", "cuda_graph", "log_every", "evaluate_every", "report"}
-_UNUSED |= {"checkpoint_every", "checkpoint_every_s", "keep_checkpoints"}
-_UNUSED |= {"wandb", "wandb_project", "wandb_model", "system_metrics", "log_with"}
+_UNUSED = (*RUN_FOLDER_OPTIONS, "device", "precision", "cuda_graph")
 
 
 class _Ended(BaseException):

@@ -257,6 +257,10 @@ class Config(Options):
         return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
 
 
+# Those of a run that is kept and looked at: of no use to a program whose runs are its own.
+RUN_FOLDER_OPTIONS = tuple(name for name, field in Config.model_fields.items() if trait(field, "group") == "The run folder")
+
+
 def make_config(values: dict[str, Any], source: str = "", task: type[Task] | None = None) -> Config:
     """The config in which options have these values; of `task`, or else of the task that they name, whose code is run.
 

@@ -531,13 +531,12 @@ def check_lock(group: Group, hosts: Hosts, own: Path, seconds: float) -> list[Fi
         group.gather(None)
     problems = []
     next_step = "let no two jobs use one run folder; ask for locks (Lustre: mount with -o flock)"
-    for told, expected in ((during, "kept out"), (group.gather(after), "entered")):
+    for told, expected, what in (
+        (during, "kept out", "could take the lock of a folder while rank zero held it"),
+        (group.gather(after), "entered", "could not take the lock of a folder after rank zero had released it"),
+    ):
         if ranks := [rank for rank, answer in enumerate(told) if answer != expected]:
-            who = name_with_hosts(ranks, hosts)
-            if expected == "kept out":
-                text = f"{who} could take the lock of a folder while rank zero held it"
-            else:
-                text = f"{who} could not take the lock of a folder after rank zero had released it"
+            text = f"{name_with_hosts(ranks, hosts)} {what}"
             text += "" if told[ranks[0]] in ("entered", "kept out") else f" ({told[ranks[0]]})"
             problems.append(Finding("files", "WARN", text, next_step, {"ranks": ranks}))
     return problems

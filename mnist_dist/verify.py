@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
+from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, is_free_name
 from mnist_dist.finding import Finding, write_findings
@@ -55,7 +55,7 @@ _FIXED: dict[str, Any] = {
     "precision": "fp32",
     "cuda_graph": False,
 }
-_UNUSED = (*_FIXED, "wandb_project", "wandb_model", "system_metrics")
+_UNUSED = (*RUN_FOLDER_OPTIONS, *_FIXED)
 
 
 def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None) -> Config:

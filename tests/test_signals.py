@@ -534,6 +534,7 @@ def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path):
         process = start_program(tmp_path / "run")
         while not heeds(process, signal.SIGHUP):  # the last to be taken over; Python itself may take any time to get there
             assert process.poll() is None
+            time.sleep(0.001)
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=20)
