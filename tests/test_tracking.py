@@ -28,6 +28,7 @@ from PIL import Image
 from processes import TINY, Rank, run_ranks, start_ranks
 from torch.utils.data import TensorDataset
 
+from mnist_dist import tracking
 from mnist_dist.config import configure, make_config
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
@@ -76,8 +77,10 @@ class Train:
     best: dict | None = None
     file_bytes_max: int = 0
     unknown_user: bool = False
+    finish_s: float = 60.0  # a machine with too much to do must not decide what W&B gets
 
     def __call__(self):
+        tracking._FINISH_S = self.finish_s
         if self.unknown_user:
             user = os.getuid()
             if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
@@ -334,7 +337,7 @@ def test_a_server_that_fails_at_the_start_leaves_an_offline_run(plays, fault):
     assert [image.stat().st_size > 50 for image in piece.images] == [True]
     assert play.warnings == 1, play.logs
     assert play.seconds["open"] < 3
-    assert play.seconds["finish"] < 5
+    assert play.seconds["finish"] < 10
 
 
 @mark_faults
@@ -435,7 +438,7 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     assert play.server.summary["result/test/accuracy"] == 0.5
     assert play.server.summary["test/accuracy"] == {"last": 0.4, "max": 0.4}
     assert play.server.summary["class_accuracy/1"] == 0.25
-    assert play.seconds["finish"] < 9
+    assert play.seconds["finish"] < 30
 
 
 @play
@@ -612,7 +615,7 @@ def test_a_dead_helper_is_replaced_and_gets_everything_again(plays):
     (piece,) = play.pieces
     assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
     assert play.logs.count("W&B's helper process died and is started again") == 1
-    assert play.seconds["finish"] < 9
+    assert play.seconds["finish"] < 30
 
 
 def test_a_signal_to_all_processes_of_the_job_does_not_end_the_mirror(plays):
@@ -635,7 +638,7 @@ def mirror_killed(play):
 @play
 def mirror_stopped(play):
     play.key = False
-    play.start()
+    play.start(finish_s=10.0)
     play.wait_for("offline")
     play.wait_for_flush()
     play.mirror.suspend()
@@ -649,7 +652,7 @@ def training_killed(play):
     mirror, helper = play.mirror, play.helper
     assert KEY not in "".join(mirror.cmdline() + helper.cmdline())
     play.rank.process.kill()
-    psutil.wait_procs([mirror, helper], 11)
+    psutil.wait_procs([mirror, helper], 60)
     assert has_ended(mirror)
     assert has_ended(helper)
 
@@ -657,13 +660,13 @@ def training_killed(play):
 @play
 def training_killed_while_wandb_hangs(play):
     play.key = False
-    play.start()
+    play.start(finish_s=10.0)
     play.wait_for("offline")
     play.wait_for_flush()
     mirror, helper = play.mirror, play.helper
     helper.suspend()
     play.rank.process.kill()
-    psutil.wait_procs([mirror], 12)
+    psutil.wait_procs([mirror], 15)
     assert has_ended(mirror)
     helper.resume()
     psutil.wait_procs([helper], 5)
