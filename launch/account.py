@@ -112,7 +112,10 @@ def _read_sacct(job: str) -> Account | None:
 
 
 def _read_scontrol(job: str) -> Account | None:
-    values = show_job(job)
+    try:
+        values = show_job(job)
+    except RunError:  # it is not there, or does not answer
+        return None
     if "JobState" not in values:
         return None
     limit = _parse_clock(values.get("TimeLimit", ""))

@@ -195,11 +195,13 @@ def read_jobs() -> list[Job]:
 
 
 def show_job(job: str) -> dict[str, str]:
-    """What Slurm says of one job, by Slurm's own names, such as JobState; empty where Slurm has forgotten it or does not answer."""
+    """What Slurm says of one job, by Slurm's own names, such as JobState; empty where it knows none. Raises `RunError` if it is silent."""
     try:
         text = run_slurm("scontrol", "--oneliner", "show", "job", job)
-    except RunError:
-        return {}
+    except RunError as error:
+        if re.search("Invalid job id|not found", str(error)):
+            return {}
+        raise
     # A value may hold spaces.
     return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", text.splitlines()[0] if text else ""))
 
@@ -210,8 +212,10 @@ def is_active_state(state: str) -> bool:
 
 
 def find_log(job: str) -> str:
-    """The path of a job's log, as Slurm has it; empty where Slurm has forgotten the job."""
-    return show_job(job).get("StdOut", "").strip()
+    """The path of a job's log, as Slurm has it; empty where Slurm has forgotten the job, or does not answer."""
+    with contextlib.suppress(RunError):
+        return show_job(job).get("StdOut", "").strip()
+    return ""
 
 
 def estimate_start(job: str) -> str:

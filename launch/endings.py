@@ -17,6 +17,7 @@ _WORDS = (
     ("disk full", r"No space left on device|[Dd]isk quota exceeded|File too large"),
     ("memory", r"out of memory\?\)|Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
     ("rank gone", r"(is|are) gone and left no reason|connection to another rank broke"),
+    ("suspended", r"stood still for [\d.]+ s"),
     ("rank silent", r"(was|were) silent for [\d.]+ s"),
     ("did not meet", r"could not join the others|did not come|was left by rank zero"),
     ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
@@ -43,6 +44,7 @@ _START = re.compile(r"(?:launch|train\.sh): job \d+, start \d+")
 _REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
 _NOT_REQUEUED = re.compile(r"(?:launch|train\.sh): .*(?:not requeued again|could not be requeued).*")
 
+_LABEL = re.compile(r"^ *\d{1,7}: ")  # of srun --label
 _NOT_OF_RANKS = re.compile(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ")
 
 _STATUSES = {
@@ -121,7 +123,7 @@ def read_log(text: str) -> Log:
     """Read the text of a log, of which what comes before the last start is left out."""
     log = Log()
     for line in text.splitlines():
-        line = line.rpartition("\r")[2].rstrip()[:_WORDS_MAX]
+        line = _LABEL.sub("", line.rpartition("\r")[2].rstrip()[:_WORDS_MAX])
         # After it was requeued comes another start; what Slurm says of the end of this one belongs to this one.
         if _START.search(line) or (log.lines and _REQUEUED.search(log.lines[-1]) and "DUE TO JOB REQUEUE" not in line):
             log = Log()

@@ -180,26 +180,30 @@ def read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
     return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
 
 
-def find_run(job: str, account: Account | None) -> Path | None:
-    """The run folder of a job: by the notes of the runs here, or where its log and its command lead."""
+def find_runs_of(job: str, account: Account | None) -> list[tuple[Path, str]]:
+    """The run folder of a job, or those of an array, each with its own job: by their notes, or where the job's log and its command lead."""
+
+    def find_name(path: Path) -> str:
+        names, holder = list_noted_jobs(read_own_note(path, "job")), read_holder(path)
+        # The lock has Slurm's own number, which an array's last run shares with the array.
+        return next((name for name in names if job in (name, name.partition("_")[0])), job if holder and holder.job == job else "")
+
     folders = [RUNS]
     if account is not None and Path(account.log).parent.name == "slurm":  # RUN/slurm/12.log, or that of a sweep
         folders.insert(0, Path(account.log).parent.parent)
     for folder in folders:
-        for path in find_runs(folder):
-            holder = read_holder(path)
-            if job in list_noted_jobs(read_own_note(path, "job")) or (holder and holder.job == job):
-                return path
+        if found := [(path, name) for path in find_runs(folder) if (name := find_name(path))]:
+            return found
     if account is None:
-        return None
+        return []
     named = [match[1] for log in read_logs(find_log(account, job))[0].values() for line in log.lines if (match := _BEGINS.match(line))]
     words = [*account.command.split(), ""]
     named += [word.partition("=")[2] or after for word, after in pairwise(words) if word.split("=")[0] == "--run_dir"]
     for name in reversed(named):
         path = Path(account.work_dir) / name
         if is_run(path):
-            return path
-    return None
+            return [(path, job)]
+    return []
 
 
 def read_stack(path: Path, rank: int) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 from launch import cluster
 from launch.account import JOB_NAME, Account, read_account
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
-from launch.evidence import RUNS, Facts, find_log, find_run, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
+from launch.evidence import RUNS, Facts, find_log, find_runs_of, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.request import list_words
 from launch.runs import (
     describe_best,
@@ -34,7 +34,7 @@ from launch.runs import (
     read_request,
 )
 from mnist_dist.console import format_duration
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
@@ -73,6 +73,7 @@ _MEANINGS = {
     "NaN": "the numbers of the training are not finite",
     "disk full": "the disk is full",
     "rank gone": "a rank was killed, or its node went down",
+    "suspended": "it stood still for too long",
     "rank silent": "a rank was silent",
     "rank failed": "a rank failed",
     "did not meet": "the ranks did not find each other",
@@ -145,31 +146,41 @@ def _answer(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse(arguments)
-    explanation = explain(given["what"])
-    print(json.dumps(dataclasses.asdict(explanation), indent=2) if given["json"] else show(explanation))
+    answers = explain(given["what"])
+    if given["json"]:
+        objects = [dataclasses.asdict(answer) for answer in answers]
+        print(json.dumps(objects if len(objects) > 1 else objects[0], indent=2))
+    elif len(answers) == 1:
+        print(show(answers[0]))
+    else:
+        for answer in answers:
+            print(show(answer).splitlines()[0])
+        print(f"job {given['what']} has {len(answers)} runs; give one of them, or its own job, for more")
     return 0
 
 
-def explain(what: str) -> Explanation:
-    """Explain a run folder or a job. Raises `UserError` where there is neither."""
+def explain(what: str) -> list[Explanation]:
+    """Explain a run folder or a job; of a job that is an array, each of its runs. Raises `UserError` where there is neither."""
     path = Path(what)
     if os.path.isdir(path):
         if not is_run(path):
             raise UserError(f"{path} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")
-        return _explain_run(path, "")
+        return [_explain_run(path, "")]
     if not JOB_NAME.fullmatch(what):
         raise UserError(f"{what} is neither a folder nor the number of a job; expected a run folder, or a number such as 12 or 12_3")
     account = read_account(what)
-    found = find_run(what, account)
-    if found is not None:
-        return _explain_run(found, what)
+    found = find_runs_of(what, account)
+    if found:
+        return [_explain_run(path, job) for path, job in found]
     if account is None:
-        raise UserError(
-            f"no run in {RUNS} is of job {what}, and Slurm does not know it"
-            + (" (any more)" if cluster.is_slurm_here() else ": there is no Slurm here")
-            + "; give the run folder"
-        )
-    return _explain_job(account)
+        known = "Slurm does not know it (any more)" if cluster.is_slurm_here() else "there is no Slurm here"
+        if cluster.is_slurm_here():
+            try:
+                cluster.show_job(what)
+            except RunError as error:
+                known = str(error)
+        raise UserError(f"no run in {RUNS} is of job {what}, and {known}; give the run folder")
+    return [_explain_job(account)]
 
 
 # What follows from it.
@@ -193,6 +204,8 @@ def _explain_run(path: Path, job: str) -> Explanation:
         _name_status(facts, answer)
         if not facts.has_begun and kind not in ("not started", "damaged") and "before the training" not in _describe_details(facts, kind):
             answer.notes.append("the training had not begun")
+        if kind == "not started" and not facts.logs:
+            answer.notes.append("it left no log: it was cancelled while it waited, or its node could not write there")
     answer.says = _MEANINGS.get(kind, kind)
     if details := _describe_details(facts, kind):
         answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
@@ -431,13 +444,14 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         "node failed": "scontrol show node NODE, or sinfo -R, shows the node's state; exclude it if it fails again",
         "rank gone": f"on {where}: dmesg -T | grep -i 'killed process'",
         "killed": f"on {where}: dmesg -T | grep -i 'killed process'",
+        "suspended": "if the site suspends jobs, give a --timeout_s that outlasts it: one that is killed is noticed at once all the same",
         "rank silent": f"look at {shlex.quote(str(facts.path / STACKS))}; if the rank was only slow, raise --timeout_s",
         "did not meet": "look at the log and the node of the rank that is named",
         "no samples": "look at what reads the data: memory of the node, --workers, --timeout_s",
         "in use": f"wait for that job: {shlex.join([*jobs, str(facts.path.parent)])}",
         "checkpoint": "restore the checkpoint that the message names, or use another run_dir",
         "mistake": "correct what the message names",
-        "not started": "correct what the log says" if facts.logs else "look at the log of the job",
+        "not started": "correct what the log says" if facts.logs else None,
         "failed": "correct what the message names",
         "rank failed": "correct what the message names",
         "damaged": "restore or remove the file that is named",
@@ -501,7 +515,7 @@ def _explain_job(account: Account) -> Explanation:
         answer.now = [f"scontrol release {account.job}" if release else f"squeue --start --job {account.job} shows when it may begin"]
         return answer
     if account.state in ("RUNNING", "COMPLETING"):
-        answer.end, answer.says = "running", _MEANINGS["running"]
+        answer.end, answer.says = "running", _MEANINGS["running"] + (": Slurm clears up after it" if account.state == "COMPLETING" else "")
         answer.now = [f"tail -f {shlex.quote(path)}" if path else f"scontrol show job {account.job}"]
         return answer
     kind = STRONG_STATES.get(account.state) or (log.notice if log.notice in STRONG_STATES.values() else "") or said
@@ -519,7 +533,7 @@ def _explain_job(account: Account) -> Explanation:
         answer.first = _find_first("", log.errors) or log.first_dead
         ranks = _parse_ranks(answer.first)
         answer.last_lines = log.show_rank(str(ranks[0] if ranks else 0))
-        answer.now = ["correct what the log says" if log.lines else "look at its log", "submit it again"]
+        answer.now = [*(["correct what the log says"] if log.lines else []), "submit it again"]
         if account.state in WEAK_STATES:
             answer.now = ["submit it again"]
     return answer

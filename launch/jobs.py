@@ -109,7 +109,7 @@ def follow(path: Path) -> int:
     while True:
         jobs, unanswered = cluster.find_jobs()
         run = read_state(path, jobs)
-        newest = locate_log(run)
+        newest = locate_log(run) or log  # Slurm may be silent for a while
         if newest != log:
             _copy(log, position)
             log, position = newest, 0

@@ -49,6 +49,7 @@ PAGE_FILE = "prove.json"
 MOVED = 1.3  # a measure that grew or shrank by more than this factor is named
 _TIME_MIN = 15  # time limit of the job with the checks
 _POLL_S = 1.0
+_SILENCE_S = 600.0  # a controller may be restarted, or another take over
 _SETTLE_S = 8.0  # while it is requeued, Slurm calls a job failed for a moment
 _REPORT_S = 60.0
 _CANCEL_S = 90.0
@@ -286,10 +287,17 @@ class Watched:
         return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
     def look(self) -> bool:
-        """Ask Slurm, and report in one line what is new. Whether it is over."""
-        shown = cluster.show_job(self.number)
+        """Ask Slurm, and report in one line what is new. Whether it is over. Raises `RunError` where Slurm has been silent for too long."""
+        try:
+            shown = cluster.show_job(self.number)
+        except RunError as error:
+            silent_s = time.monotonic() - self._seen_at
+            if silent_s > _SILENCE_S:
+                raise RunError(f"Slurm has not answered for {format_duration(silent_s)}: {error}") from error
+            self._say(f"job {self.number} ({self.what}): not known now ({error}); Slurm is asked again")
+            return False
         now = time.monotonic()
-        if not shown:  # forgotten, or a controller that does not answer now
+        if not shown:  # forgotten
             return now - self._seen_at > _CANCEL_S
         self._seen_at, self.state = now, shown.get("JobState", "")
         reason, start = shown.get("Reason", ""), shown.get("StartTime", "")
@@ -302,9 +310,8 @@ class Watched:
             line += f", starts about {start}" if start not in ("", "Unknown", "N/A") else ""
         elif self.state == "RUNNING":
             line += f" on {shown.get('NodeList', '')}"
-        if line != self._said and (self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30])):
-            self._said, self._said_at = line, now
-            say(line)
+        if self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30]):
+            self._say(line)
         if self.state == "PENDING" and "held" in reason.lower():
             return True
         if cluster.is_active_state(self.state):
@@ -312,6 +319,11 @@ class Watched:
             return False
         self._ended_at = self._ended_at or now
         return now - self._ended_at > _SETTLE_S or self.state == "COMPLETED"
+
+    def _say(self, line: str) -> None:
+        if line != self._said:
+            self._said, self._said_at = line, time.monotonic()
+            say(line)
 
 
 def _make_driver(request: Request, work: Path) -> SlurmExecutor:
@@ -383,6 +395,8 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
         )
         if "signal" in page.missing:
             _judge_site(page, work, site, drill, stopped, jobs)
+    except RunError as error:
+        return str(error)
     finally:
         _cancel(jobs)
     return ""
@@ -420,18 +434,26 @@ def _is_stopped(work: Path) -> bool:
     return bool(ends) and str(ends[-1].get("why", "")).startswith("stopped by")
 
 
+def _may_run(job: Watched) -> bool:
+    try:
+        return cluster.is_active_state(cluster.show_job(job.number).get("JobState", ""))
+    except RunError:
+        return True
+
+
 def _cancel(jobs: Sequence[Watched]) -> None:
     """End the jobs that still wait or run, and wait until they have ended: their files are removed next."""
     begun = time.monotonic()
     commands = [(0.0, ("scancel",)), (_GRACE_S, ("scancel", "--full", "--signal=KILL"))]
-    while left := [job.number for job in jobs if cluster.is_active_state(cluster.show_job(job.number).get("JobState", ""))]:
+    while left := [job.number for job in jobs if _may_run(job)]:
         waited_s = time.monotonic() - begun
         if waited_s > _CANCEL_S:
-            say(f"note: these jobs do not end: {', '.join(left)}; look at squeue")
+            say(f"note: these jobs may still wait or run: {', '.join(left)}; look at squeue, and end them with scancel")
             return
         if commands and waited_s >= commands[0][0]:
             with contextlib.suppress(RunError):
-                cluster.run_slurm(*commands.pop(0)[1], *left)
+                cluster.run_slurm(*commands[0][1], *left)
+                commands.pop(0)
         time.sleep(_POLL_S)
 
 

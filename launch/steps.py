@@ -24,6 +24,9 @@ from mnist_dist.world import World, list_inherited
 _GRACE_S = 10.0  # for a step that is told to end
 _OWN_DEADLINE_S = 15.0  # a program names who hangs so long before its step is ended
 _LOG_BYTES_MAX = 1 << 20
+_SILENCE_S = 300.0  # of Slurm's controller
+_RETRY_S = 10.0
+_OF_SLURM = re.compile(r"\s*(srun|slurmstepd|\S*: slurmstepd):")
 
 
 @dataclass(frozen=True)
@@ -192,10 +195,17 @@ def read_log(path: Path) -> str:
 
 
 def find_last_words(log: str) -> str:
-    """The line of a log that best says why it ended: its last error, else its last line; not what srun says of it."""
-    lines = [line.strip() for line in log.splitlines() if line.strip() and not re.match(r"\s*(srun|slurmstepd|\S*: slurmstepd):", line)]
+    """The line of a log that best says why it ended: its last error, else its last line; what srun says only where nobody else does."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if not _OF_SLURM.match(line)] or lines
     errors = [line for line in lines if "rror: " in line]
     return make_printable((errors or lines or [""])[-1][:200])
+
+
+def is_controller_silent(log: str) -> bool:
+    """Whether srun started nobody, since Slurm's controller did not answer."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    return all(map(_OF_SLURM.match, lines)) and any("Unable to contact slurm controller" in line for line in lines)
 
 
 @dataclass(frozen=True)
@@ -234,8 +244,7 @@ class Checks:
         timeout_s = max(check.deadline_s - _OWN_DEADLINE_S, 1)
         meant = {"{answer}": str(answer), "{folder}": str(self.folder / "answers"), "{timeout_s}": f"{timeout_s:g}"}
         words = [meant.get(word, word) for word in check.words]
-        with Step(self.ranks, words, log) as step:
-            end = step.wait(check.deadline_s)
+        end = self._run_step(words, log, check.deadline_s)
         try:
             findings = read_findings(answer) if answer.exists() else []
         except UserError as error:
@@ -246,15 +255,23 @@ class Checks:
             if missing not in {each.check for each in findings}
         ]
 
+    def _run_step(self, words: Sequence[str], log: Path, deadline_s: float) -> End:
+        """Start the ranks and wait for them; again where Slurm's controller was away, which says nothing of what is checked."""
+        begun = time.monotonic()
+        while True:
+            said = len(read_log(log))
+            with Step(self.ranks, words, log) as step:
+                end = step.wait(deadline_s)
+            if not is_controller_silent(read_log(log)[said:]) or time.monotonic() - begun > _SILENCE_S:
+                return end
+            time.sleep(_RETRY_S)
+
     def _run_drills(self) -> Iterator[list[Finding]]:
         log = self.folder / "logs" / f"{UNBROKEN}.log"
-        with Step(self.ranks, list_words(self.folder, UNBROKEN), log) as step:
-            end = step.wait(_DRILL_DEADLINE_S)
+        end = self._run_step(list_words(self.folder, UNBROKEN), log, _DRILL_DEADLINE_S)
         yield [judge_tracking(read_log(log)) if end.status == 0 else _explain_silence("W&B", end, _DRILL_DEADLINE_S, log)]
-        ends, log = [], self.folder / "logs" / "kill.log"
-        for _ in range(2):
-            with Step(self.ranks, list_words(self.folder, KILLED), log) as step:
-                ends.append(step.wait(_DRILL_DEADLINE_S))
+        log = self.folder / "logs" / "kill.log"
+        ends = [self._run_step(list_words(self.folder, KILLED), log, _DRILL_DEADLINE_S) for _ in range(2)]
         status = ends[1].status if ends[1].status is not None else 1
         yield [judge_kill(self.folder, self.ranks.size, log=read_log(log), ended_at=ends[0].at, status=status)]
 

@@ -26,6 +26,7 @@ from mnist_dist.rendezvous import name_with_hosts
 _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
+_LISTENING_S = 30.0  # at most: what takes longer shows that this process stood still
 _LEAVING_S = 5.0
 _LEAVING_GPU_S = 2 * _LEAVING_S
 _STACK_BYTES = 16_384
@@ -44,6 +45,9 @@ class Board:
         self.folder: Path | None = None  # where the stacks go
         self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
         self._ear = connect()
+        self._listening_s = min(_LISTENING_S, timeout.total_seconds() / 4)
+        self._listens_since = time.monotonic()
+        self._still = (0.0, 0.0)  # for how many seconds this process once stood still, and when it went on
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
         self._told = ""  # why the run fails, once the thread knows
@@ -97,6 +101,8 @@ class Board:
             work.join(_VERDICT_S)
         if self._told or box:
             return self._told or box[0]
+        if text := self._describe_stillness():
+            return text
         if self._rank != 0:  # which has the board in its memory, and does not answer
             silent = is_timeout(error) and self._watcher.is_alive()
             if silent:
@@ -138,6 +144,8 @@ class Board:
 
     def _find_verdict(self, store: Any, error: Exception) -> str:
         """What the answers of the others say. The rank that was the first to notice finds it for all."""
+        if text := self._describe_stillness():
+            return _decide(store, text, [])
         silent = is_timeout(error)
         dead = self._wait_for(store, "alive")
         alive = sorted(set(self._hosts) - dead)
@@ -154,6 +162,18 @@ class Board:
             return _decide(store, f"the connection to another rank broke, though all answer: {_first_line(error)}", [])
         return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
 
+    def _describe_stillness(self) -> str:
+        """That this process has just stood still for longer than the connections allow, in words; empty where it has not."""
+        now, allowed_s = time.monotonic(), self._timeout.total_seconds()
+        perhaps = now - self._listens_since - self._listening_s, now  # the thread may not have noticed yet
+        still_s = max(seconds for seconds, until in (self._still, perhaps) if now - until < 2 * _LISTENING_S)
+        if still_s + self._listening_s < allowed_s:
+            return ""
+        return (
+            f"{self.name([self._rank])} stood still for {still_s:.0f} s (the job was suspended, or its host), "
+            f"and the connections between the ranks outlast {allowed_s:g} s; see --timeout_s"
+        )
+
     def _name_lost(self, ranks: Iterable[int], silent: bool) -> str:
         several = len(list(ranks)) > 1
         if not silent:
@@ -169,8 +189,13 @@ class Board:
 
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it rank zero
-            while not self._hear(f"bell/{self._rank}", 7 * 86_400):
-                pass
+            is_rung = False
+            while not is_rung:
+                self._listens_since = time.monotonic()
+                is_rung = self._hear(f"bell/{self._rank}", self._listening_s)
+                now = time.monotonic()
+                if (still_s := now - self._listens_since - self._listening_s) > 1:
+                    self._still = still_s, now
             if self._closing:
                 return
             answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
@@ -204,7 +229,7 @@ class Board:
 
     def _hear(self, key: str, seconds: float) -> bool:
         """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
-        end = time.monotonic() + seconds - 1
+        end = time.monotonic() + seconds / 2
         try:
             self._ear.wait([key], timedelta(seconds=seconds))
             return True

@@ -36,7 +36,8 @@ fail() {
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a batch script; submit it: sbatch [sbatch's options] $0 [options of the training]"
 
 # Slurm runs a copy of this script from a folder of its own; only the controller knows the original, and shows it with its arguments.
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1) || script=
+job=$(scontrol show job "$SLURM_JOB_ID") || job=
+script=$(sed -n 's/^ *Command=//p' <<<"$job" | head -n 1)
 [[ $script == /* ]] || script=$SLURM_SUBMIT_DIR/$script
 checkout=${script%%/slurm/train.sh*}
 [[ -f $checkout/mnist_dist/train.py ]] || checkout=$SLURM_SUBMIT_DIR
@@ -62,6 +63,8 @@ done
 
 # shellcheck source=launch/policy.sh
 source "$policy/policy.sh"
+[[ $job != *\ TimeLimit=00:0[0-3]:* ]] ||
+    say "the time limit is under 4 minutes: without sbatch --signal=USR1@30, or so, the signal to save comes 120 s before it"
 read -ra srun_options <<<"$SRUN_OPTIONS"
 [[ -z ${CHAIN:-} ]] || leave_if_done "$python" -P -m launch.chain "$CHAIN" "$@"
 run_training "$python" -P -m launch.training "$@"

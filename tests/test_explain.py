@@ -90,7 +90,7 @@ class WithFullDisk(Train):
 
 
 def tell(path):
-    answer = explain.explain(str(path))
+    (answer,) = explain.explain(str(path))
     return answer, explain.show(answer)
 
 
@@ -536,6 +536,46 @@ def test_a_chain_is_explained_by_the_job_that_did_something(slurm, tmp_path):
     assert f"{AGAIN} --chain=3 " in text
 
 
+def test_the_number_of_an_array_tells_of_each_of_its_runs(slurm, tmp_path, capsys):
+    for index, why in enumerate(("failed: the loss is nan at step 7", "stopped by SIGTERM, saved", f"failed: {GONE}")):
+        folder = make_run(tmp_path / f"runs/sweep/{index}", why)
+        note = json.loads((folder / "slurm/job.json").read_text())
+        (folder / "slurm/job.json").write_text(json.dumps(note | {"job": f"12_{index}" if index < 2 else "120_0"}))
+    slurm(sacct=None, scontrol=None)
+    answers = explain.explain("12")
+    assert [(answer.run, answer.job, answer.end) for answer in answers] == [
+        ("runs/sweep/0", "12_0", "NaN"),
+        ("runs/sweep/1", "12_1", "stopped"),
+    ]
+    assert explain.main(["12"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "runs/sweep/0: the numbers of the training are not finite: the loss is nan at step 7",
+        "runs/sweep/1: told to end, and saved",
+        "job 12 has 2 runs; give one of them, or its own job, for more",
+    ]
+    assert explain.main(["12", "--json"]) == 0
+    assert [answer["job"] for answer in json.loads(capsys.readouterr().out)] == ["12_0", "12_1"]
+    assert [(answer.run, answer.job) for answer in explain.explain("12_1")] == [("runs/sweep/1", "12_1")]
+
+
+def test_a_job_that_left_no_log_is_not_to_be_looked_up_there(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x")
+    (folder / "starts.jsonl").unlink()
+    slurm(sacct=None, scontrol=None)
+    answer, text = tell(folder)
+    assert answer.end == "not started"
+    assert "note: it left no log: it was cancelled while it waited" in text
+    assert [line for line in text.splitlines() if line.startswith("  now:")] == [f"  now: {answer.now[0]}"]
+    assert answer.now[0].startswith("python -m launch.submit ")
+
+
+def test_the_labels_of_srun_hide_no_message(slurm, tmp_path):
+    log = "".join(f" {rank}: {line}\n" for rank, line in enumerate(f"[rank {rank}] error: {GONE}" for rank in range(4)))
+    slurm(sacct=None, scontrol=FAILED)
+    answer, text = tell(make_run(tmp_path / "runs/x", log=BEGUN + log))
+    assert (answer.end, answer.first) == ("rank gone", "rank 3 on host n2"), text
+
+
 def test_the_request_of_somebody_elses_job_is_not_proposed(slurm, tmp_path, monkeypatch):
     folder = make_run(tmp_path / "runs/x", f"failed: {GONE}")
     slurm(sacct=None, scontrol=None)
@@ -649,6 +689,11 @@ def test_the_users_mistakes_end_with_two(slurm, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "empty is no run folder" in refuse("empty")
     assert "RUN|JOB" in refuse()
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho 'Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
+    assert "of job 12, and scontrol failed with 1: Unable to contact slurm controller (connect failure); give" in refuse("12")
+    for words in ("slurm_load_jobs error: Invalid job id specified", "Job 12 not found"):
+        (tmp_path / "bin/scontrol").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 1\n")
+        assert "Slurm does not know it (any more)" in refuse("12")
     slurm(sinfo=None, sbatch=None, sacct=None, scontrol=None, squeue=None)
     assert "there is no Slurm here" in refuse("12")
 

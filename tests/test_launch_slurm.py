@@ -160,7 +160,7 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     # A killed run repeats what came after its last checkpoint; one that is cancelled repeats nothing.
     again = Launched(cluster, tmp_path, f"{job} {SLOW}", "lost")
     again.wait_start(2)
-    assert again.starts[1] in (10, 20, 30)
+    assert again.starts[1] in range(10, 150, 10)
     answer = launch(cluster, tmp_path, "jobs", "cancel lost")
     assert f"saved at step {again.saved[-1]}" in answer.stdout, answer
     assert again.show("JobState") == "CANCELLED"

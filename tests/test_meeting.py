@@ -15,12 +15,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from processes import TINY, Train, TrainTask, find_free_port, run_ranks, start_ranks
 
+from launch.endings import find_kind
 from mnist_dist import board, distributed, rendezvous
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.machine import count_open_files, raise_file_limit
@@ -379,6 +381,43 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_pa
     if rank != 0:
         end = json.loads((folder / "ends.jsonl").read_text())
         assert ("was silent for 3 s" in end["why"], end["lasting"]) == (True, False)
+
+
+@dataclass(frozen=True)
+class PauseAt(TrainTask):
+    """A rank for which the other waits until a file is there."""
+
+    go: Path
+
+    def make_task(self):
+        go = self.go
+
+        class Pausing(Mnist):
+            def draw(self, seed, step, size):
+                while step == 4 and os.environ["RANK"] == "1" and not go.exists():
+                    time.sleep(0.01)
+                return super().draw(seed, step, size)
+
+        return Pausing
+
+
+def test_a_job_that_was_suspended_for_too_long_says_so(tmp_path):
+    folder, go = tmp_path / "run", tmp_path / "go"
+    ranks = start_ranks(tmp_path, PauseAt([*TINY, "--run_dir", str(folder), "--timeout_s", "4"], go), 2)
+    ranks[0].wait_for(lambda: "step 4/" in ranks[0].text)
+    time.sleep(0.5)  # now rank zero waits
+    for rank in ranks:
+        rank.kill(signal.SIGSTOP)
+    time.sleep(8)
+    go.touch()
+    for rank in ranks:
+        rank.kill(signal.SIGCONT)
+    assert [rank.wait(30) for rank in ranks] == [1, 1]
+    words = rf"rank \d on host {HOST} stood still for [6-9] s \(the job was suspended, or its host\), and the connections "
+    for rank in ranks:
+        assert re.search(words + "between the ranks outlast 4 s; see --timeout_s", rank.text), rank.text
+        assert "Traceback" not in rank.text
+    assert find_kind(json.loads((folder / "ends.jsonl").read_text())["why"]) == "suspended"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cluster import ROOT
 from test_launch import wait_for
 
 from launch import cluster as slurm
-from launch import prove
+from launch import prove, steps
 from launch.drill import (
     KILLED,
     REQUEUED,
@@ -27,6 +27,7 @@ from launch.drill import (
 from launch.prove import ORDER, Page, compare_pages, describe_finding
 from launch.request import Request
 from launch.steps import Check, Checks, Ranks, find_last_words
+from mnist_dist.errors import RunError
 from mnist_dist.finding import Finding
 
 # Stands for a program of checks: rank zero answers, or does what its first word says.
@@ -97,6 +98,27 @@ def test_the_last_words_are_those_of_the_program():
     assert find_last_words(log) == "[rank 1] error: disk full"
     assert find_last_words("one\n\x1b[31mtwo\n") == "\\x1b[31mtwo"
     assert find_last_words("") == ""
+    assert find_last_words("srun: error: x\nsrun: bye\n") == "srun: error: x"  # nobody else has said anything
+
+
+def test_a_step_that_slurm_could_not_start_is_tried_again(tmp_path, fake, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    silence = "srun: error: Unable to confirm allocation for job 1: Unable to contact slurm controller (connect failure)"
+    srun = f'[ -e {tmp_path}/up ] || {{ touch {tmp_path}/up; echo "{silence}"; echo "srun: Check SLURM_JOB_ID"; exit 1; }}\nexec "$@"\n'
+    (tmp_path / "bin/srun").write_text("#!/bin/sh\n" + srun)
+    (tmp_path / "bin/srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(steps, "_RETRY_S", 0.01)
+
+    def run(name):
+        (findings,) = Checks(make_folder(tmp_path / name), Ranks(1, ()), (fake("speed=ok"),), drills=False).run()
+        return findings[0].word, findings[0].measured
+
+    assert run("away") == ("ok", "2 ranks")
+    (tmp_path / "up").unlink()
+    monkeypatch.setattr(steps, "_SILENCE_S", 0.0)
+    assert run("away for long") == ("WRONG", f"ended with 1 and no answer: {silence}")
 
 
 # The page
@@ -203,6 +225,44 @@ def test_a_job_that_leaves_nothing_could_not_test(tmp_path, monkeypatch, capsys,
     assert message in capsys.readouterr().err
     assert cancelled[0] == ("scancel", "8")
     assert json.loads((folder / "prove.json").read_text())["status"] == 2
+
+
+def test_a_silent_controller_says_nothing_of_a_job_and_ends_the_page_after_a_while(tmp_path, monkeypatch, capsys):
+    answers = []
+
+    def show_job(number):
+        answer = answers.pop(0) if answers else None
+        if answer is None:
+            raise RunError("scontrol failed with 1: no contact")
+        return {"JobState": answer}
+
+    monkeypatch.setattr(slurm, "show_job", show_job)
+    job = prove.Watched("7", "the checks")
+    answers += ["RUNNING", None, None, "RUNNING", "COMPLETED"]
+    assert [job.look() for _ in range(5)] == [False, False, False, False, True]
+    assert capsys.readouterr().err.splitlines() == [
+        "job 7 (the checks): running on ",
+        "job 7 (the checks): not known now (scontrol failed with 1: no contact); Slurm is asked again",
+        "job 7 (the checks): running on ",
+        "job 7 (the checks): completed",
+    ]
+    cancels = []
+
+    def run_slurm(*words):
+        cancels.append(words)
+        raise RunError("scancel failed with 1: no contact")
+
+    monkeypatch.setattr(prove, "compare_with_cluster", lambda request: None)
+    monkeypatch.setattr(prove, "_submit", lambda _, executor, work, what, jobs: jobs.append(prove.Watched("7", what)) or jobs[-1])
+    monkeypatch.setattr(slurm, "run_slurm", run_slurm)
+    for name, value in {"_SILENCE_S": 0.05, "_CANCEL_S": 0.05, "_POLL_S": 0.01}.items():
+        monkeypatch.setattr(prove, name, value)
+    assert prove.main(["--folder", str(tmp_path / "prove")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"could not test: Slurm has not answered for .*: scontrol failed with 1: no contact", error)
+    assert "these jobs may still wait or run: 7, 7; look at squeue, and end them with scancel" in error
+    assert set(cancels) == {("scancel", "7", "7")}  # not the one that kills, before the first was heard
+    assert len(list((tmp_path / "prove").glob("work-*"))) == 1
 
 
 @pytest.mark.parametrize(
