@@ -181,7 +181,7 @@ def judge_signal(folder: Path, size: int, *, sent_at: float | None = None, limit
         values["before_limit_s"] = round(limit_at - last, 1)
         measured += f", {limit_at - last:.0f} s before the time limit ({SIGNAL_DELAY_S} s were asked for)"
     if not heard and not ready:
-        return Finding("signal", "WRONG", "the ranks did not come so far that a signal was due", "look at the log of the job", values)
+        return Finding("signal", "WRONG", "the ranks never were ready for the signal", "look at the log of the job", values)
     if not heard:
         step = "no run saves before its time limit here: ask whether sbatch --signal is heeded, and set --checkpoint_every"
         return Finding("signal", "WRONG", measured, step, values)
@@ -244,7 +244,7 @@ def judge_kill(folder: Path, size: int, *, log: str, ended_at: float | None, sta
     victim = size - 1
     note = read_notes(folder, "kill", size).get(victim)
     if note is None:
-        return Finding("kill", "WRONG", "the run did not come so far that a rank could be killed", "look at the log kill.log")
+        return Finding("kill", "WRONG", "no rank was ready to be killed", "look at the log kill.log")
     who = f"rank {victim} on {note['host']} was killed"
     if ended_at is None:
         return Finding("kill", "WRONG", f"{who}, and the others did not end", "set --timeout_s; look at the log kill.log")

@@ -52,7 +52,6 @@ from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import is_named_before
 
 _RANKS_NAMED = 100_000
-_DAY_S = 86_400.0
 
 # What each kind of end means.
 _MEANINGS = {

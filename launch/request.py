@@ -126,6 +126,11 @@ class Request(Options):
         """Processes of the whole job."""
         return self.nodes * self.tasks
 
+    def describe_size(self) -> str:
+        """Its processes and nodes, in words."""
+        processes = f"{self.world_size} process{'es' * (self.world_size > 1)}"
+        return processes if self.cluster == "local" else f"{processes} on {self.nodes} node{'s' * (self.nodes > 1)}"
+
 
 def list_words(request: Request) -> list[str]:
     """The command line that makes a request."""

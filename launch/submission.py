@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +224,7 @@ def describe_refusal(error: Exception) -> str:
     return f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}"
 
 
-def run_locally(
-    request: Request, configs: Sequence[Config], parallel: int = 1, group: str = "", report: Callable[[str], None] = print
-) -> dict[str, int]:
+def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, group: str = "") -> dict[str, int]:
     """Run each of `configs` on this machine, `parallel` at a time, and wait. The exit status of each, by run folder.
 
     As in a cluster, a run that saves before its time limit is started again. Ctrl-C and TERM stop and save all of them.
@@ -245,7 +243,7 @@ def run_locally(
         try:
             while waiting and len(active) < parallel:
                 config, restarts = waiting.popleft()
-                active[config.run_dir] = (config, restarts, _start_locally(request, config, report))
+                active[config.run_dir] = (config, restarts, _start_locally(request, config))
             for run_dir, (config, restarts, job) in list(active.items()):
                 if not job.done():
                     continue
@@ -259,14 +257,14 @@ def run_locally(
         except KeyboardInterrupt:
             stopping = True
             waiting.clear()
-            report("saving and stopping")
+            print("saving and stopping")
             for _, _, job in active.values():
                 if job._process is not None and job._process.poll() is None:
                     job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
     return statuses
 
 
-def _start_locally(request: Request, config: Config, report: Callable[[str], None]) -> LocalJob[None]:
+def _start_locally(request: Request, config: Config) -> LocalJob[None]:
     folder = Path(config.run_dir) / "slurm"
     # Ctrl-C on the terminal reaches every process; submitit's controller would kill the ranks a second later, while they save.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -278,7 +276,7 @@ def _start_locally(request: Request, config: Config, report: Callable[[str], Non
     _make_private(folder, job.job_id)
     log = folder / f"{job.job_id}_0_log.out"
     write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log), "request": note_request(request)})
-    report(f"{config.run_dir}: started here, {request.world_size} processes; log: {log}")
+    print(f"{config.run_dir}: started here, {request.describe_size()}; log: {log}")
     return job
 
 

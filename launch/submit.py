@@ -77,9 +77,9 @@ def _submit(arguments: Sequence[str] | None) -> int:
         print(f"{run.path}: {run.state} after step {run.step}{best}")
         return status
     [[job, *more]] = submit_to_slurm(request, [config], folder, chain=wanted.chain)
-    print(f"submitted job {job}: {request.world_size} processes on {request.nodes} nodes; log: {folder / f'{job}.log'}")
+    print(f"submitted job {job}: {request.describe_size()}; log: {folder / f'{job}.log'}")
     if more:
-        print(f"its chain goes on with {' '.join(more)}, which end at once when nothing is left to do")
+        print(f"its chain goes on with {', '.join(more)}; each ends at once if nothing is left to do")
     show_start(job)
     print(f"to watch it: {shlex.join(['python', '-m', 'launch.jobs', 'follow', str(run.path)])}")
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mnist_dist.errors import RunError
+from mnist_dist.errors import RunError, first_line
 from mnist_dist.files import write_atomically
 from mnist_dist.program import make_printable
 from mnist_dist.record import STACK_NAME, make_timestamp
@@ -68,7 +68,7 @@ class Board:
 
     def blame_self(self, error: Exception) -> None:
         """Tell the others that this rank fails, and why."""
-        text = f"{self.name([self._rank])} failed: {type(error).__name__}: {_first_line(error)}"
+        text = f"{self.name([self._rank])} failed: {type(error).__name__}: {first_line(error)}"
 
         def blame() -> None:
             store = self._connect()
@@ -108,7 +108,7 @@ class Board:
             if silent:
                 self._write_stacks({self._rank: self._describe_stacks()})
             return self._name_lost([0], silent) + (self._mention_stacks() if silent else "")
-        return f"another rank is gone and left no reason, or it is this: {_first_line(error)}"
+        return f"another rank is gone and left no reason, or it is this: {first_line(error)}"
 
     def _linger(self, store: Any, expected: set[int]) -> None:
         """Rank zero has the board in its memory: let the others read before it ends."""
@@ -159,7 +159,7 @@ class Board:
             )
         else:
             # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
-            return _decide(store, f"the connection to another rank broke, though all answer: {_first_line(error)}", [])
+            return _decide(store, f"the connection to another rank broke, though all answer: {first_line(error)}", [])
         return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
 
     def _describe_stillness(self) -> str:
@@ -272,10 +272,6 @@ def _decide(store: Any, text: str, stacks_of: list[int]) -> str:
     """Put up why the run fails, unless that is known already; what is known."""
     verdict = store.compare_set("verdict", "", json.dumps({"text": text, "stacks_of": stacks_of}))
     return str(json.loads(verdict)["text"])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _in_time(work: Callable[[], object], seconds: float) -> None:

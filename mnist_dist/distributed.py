@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from mnist_dist.board import Board
 from mnist_dist.config import Config
-from mnist_dist.errors import RunError, UserError, is_loss
+from mnist_dist.errors import RunError, UserError, first_line, is_loss
 from mnist_dist.machine import (
     check_graph,
     choose_device,
@@ -29,7 +29,7 @@ from mnist_dist.machine import (
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.rendezvous import Place, describe_run, find_interface, meet
+from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet
 from mnist_dist.world import World
 
 T = TypeVar("T")
@@ -330,11 +330,7 @@ def explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
     except Exception as error:
         if not is_loss(error):
             raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"rank {world.rank} of {world.size} could not join the others at {world.address}:{world.port} within "
-            f"{timeout.total_seconds():g} s: {first_line}"
-        ) from error
+        raise RunError(describe_missed_meeting(world, timeout.total_seconds(), first_line(error))) from error
 
 
 def _make_accelerator(world: World, device: str, precision: str, timeout: timedelta) -> Accelerator:
@@ -350,13 +346,12 @@ def _make_accelerator(world: World, device: str, precision: str, timeout: timede
     except Exception as error:
         if is_loss(error):
             raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         # Accelerate reads some forty variables, and each fails in its own way on a value that it does not know.
         variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
         if not variables:
             raise
         raise UserError(
-            f"Accelerate cannot start ({first_line}); of its variables the environment has "
+            f"Accelerate cannot start ({first_line(error)}); of its variables the environment has "
             f"{', '.join(f'{name}={os.environ[name][:40]!r}' for name in variables)}: correct or unset them"
         ) from error
 
@@ -379,8 +374,7 @@ def _watchdog(world: World, timeout_s: float) -> Iterator[None]:
 
 def _give_up(world: World, timeout_s: float) -> None:
     with contextlib.suppress(OSError):
-        message = f"[rank {world.rank}] error: rank {world.rank} of {world.size} could not join the others within {timeout_s:g} s\n"
-        os.write(2, message.encode())
+        os.write(2, f"[rank {world.rank}] error: {describe_missed_meeting(world, timeout_s)}\n".encode())
     os._exit(RunError.exit_code)
 
 

@@ -18,6 +18,11 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, in one line: the name of its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class NotFiniteError(RunError):
     """A number of the training is not finite. It would be so again after a start from the same checkpoint."""
 

@@ -66,7 +66,7 @@ def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, mov
         )
     if round(float(sums[0])) != count:
         if (in_all := sum(group.gather(done))) != count:
-            raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it rightly")
+            raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it correctly")
         raise RunError(
             f"task {task.name}: the first of tally's sums counted {sums[0]:.6g} {task.samples} in all, and {count} were evaluated; "
             "expected the number of samples in each batch"

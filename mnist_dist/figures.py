@@ -53,11 +53,11 @@ def render(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def render_pixels(pixels: "Tensor", zoom: int = _ZOOM) -> bytes:
+def render_pixels(pixels: "Tensor") -> bytes:
     """A PNG file of pixels uint8 [height, width] or [height, width, 3], enlarged; by Pillow alone, in milliseconds."""
     from PIL import Image
 
     image = Image.fromarray(pixels.cpu().numpy())
     buffer = io.BytesIO()
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(buffer, format="png")
+    image.resize((image.width * _ZOOM, image.height * _ZOOM), Image.Resampling.NEAREST).save(buffer, format="png")
     return buffer.getvalue()

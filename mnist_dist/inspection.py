@@ -213,7 +213,7 @@ class Inspection:
     def _judge_curve(self, group: Group, steps: list[Steps], means: list[float]) -> Finding:
         size, reference, reasons = self.config.batch_size, self.reference, list[str]()
         values: dict[str, Any] = {"steps": len(means), "world_size": group.size}
-        text = f"{len(means)} steps in a world of {group.size}"
+        text = f"{len(means)} steps on {group.size} process{'es' * (group.size > 1)}"
         if reference is not None:
             scales = [statistics.fmean(map(abs, row)) for row in reference.samples]
             differences = [
@@ -251,9 +251,11 @@ class Inspection:
             alike = len(first_ones) == group.size
             named |= set() if alike else {*first_ones}
             who = ("all ranks" if group.size > 1 else self._name([0])) if alike else self._name(first_ones)
-            reasons.append(f"{who} parted {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean")
+            reasons.append(
+                f"{who} went wrong {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean"
+            )
             if alike and step == 1:
-                next_steps.append("their samples, or what is drawn for them, are others than recorded: compare the data and the code")
+                next_steps.append("their samples, or what is drawn for them, are not those recorded: compare the data and the code")
         began_wrong = bool(odd or counts or any(one.parted == 1 for one in steps))  # and so is what was exchanged
         if not began_wrong and (exchange := self._describe_exchange()):
             reasons.append(exchange)

@@ -192,13 +192,13 @@ def save_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     return paths
 
 
-def draw_plots(run_dir: Path, device: torch.device | str = "cpu", task: str | None = None) -> list[Path]:
+def draw_plots(run_dir: Path, task: str | None = None) -> list[Path]:
     """Draw all pictures of a run into its folder `plots`; their paths. What an unfinished run cannot show yet is left out with a warning.
 
     Raises `UserError` where `run_dir` is no run folder, is damaged or allows no picture, `RunError` where they cannot be written.
     """
     run = open_run(run_dir, task)
-    drawing = draw_run(run, device)
+    drawing = draw_run(run)
     if not any(panel.figure is not None for panel in drawing.panels):
         raise UserError("\n".join(f"left out {sentence}" for sentence in drawing.left_out))
     for sentence in drawing.left_out:

@@ -226,9 +226,7 @@ def _check_state(subject: Subject) -> Found:
     if subject.state != there:
         differing = next(name for name in subject.state if subject.state[name] != there.get(name))
         cause = changed or "something that is neither a parameter nor a buffer changes in a step"
-        raise Broken(
-            f"{differing} is another in a process that continues from the state_dict: {cause}; keep it in a buffer (register_buffer)"
-        )
+        raise Broken(f"{differing} differs in a process that continues from the state_dict: {cause}; keep it in a buffer (register_buffer)")
     note = f"; {changed}: harmless while no step depends on it" if changed else ""
     return f"another process makes the same step from it{note}", {}
 

@@ -125,9 +125,11 @@ def meet(world: World, run: dict[str, str], timeout_s: float, publish: Callable[
     return _Visitor(world, run, timeout_s, find_port or (lambda _: world.port)).visit()
 
 
-def _explain_failure(world: World, timeout_s: float, reason: str) -> str:
+def describe_missed_meeting(world: World, timeout_s: float, reason: str = "") -> str:
+    """That this process did not come together with the others, and why if that is known."""
     where = f"{world.address}:{world.port}"
-    return f"rank {world.rank} of {world.size} could not join the others at {where} within {timeout_s:g} s: {reason}"
+    words = f"rank {world.rank} of {world.size} could not join the others at {where} within {timeout_s:g} s"
+    return f"{words}: {reason}" if reason else words
 
 
 def _unmap(address: str) -> str:
@@ -214,7 +216,7 @@ class _Host:
                 if waited_s > self._timeout_s:
                     reason = self._name_missing()
                     self._tell_all({"failed": reason})
-                    raise RunError(_explain_failure(self._world, self._timeout_s, reason))
+                    raise RunError(describe_missed_meeting(self._world, self._timeout_s, reason))
                 if waited_s > _WAITING_S and not said:
                     said = True
                     _log.info("waiting for the other ranks: %s", self._name_missing())
@@ -398,7 +400,7 @@ class _Visitor:
                 refused_since = unknown_since = None
                 reason = f"rank zero is not there ({error.strerror or error})"
             if time.monotonic() > self._end:
-                raise RunError(_explain_failure(self._world, self._timeout_s, reason))
+                raise RunError(describe_missed_meeting(self._world, self._timeout_s, reason))
             time.sleep(_PAUSE_S)
 
     def _call(self) -> Place:
@@ -424,7 +426,7 @@ class _Visitor:
                 # Rank zero ends the wait, and says who is missing; it may have begun it later than this rank.
                 answer = reader.read(self._timeout_s + _GREETING_S)
                 if "failed" in answer:
-                    raise RunError(_explain_failure(self._world, self._timeout_s, _show(answer["failed"])))
+                    raise RunError(describe_missed_meeting(self._world, self._timeout_s, _show(answer["failed"])))
                 own, store = (_unmap(name[0]) for name in (connection.getsockname(), connection.getpeername()))
                 hosts, is_local = tuple(_show(host, 64) for host in answer["hosts"]), answer["is_local"] is True
                 address = str(answer["address"]) if _is_loopback(own) or own == store else own

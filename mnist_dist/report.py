@@ -205,7 +205,7 @@ def _starts_table(run: Run) -> str:
     reasons = {end["start"]: end["why"] for end in run.ends}
     rows = []
     for number, start in enumerate(run.starts, start=1):
-        unknown = "not noted: killed, or a lost node" if number < len(run.starts) else "it goes on, or was killed"
+        unknown = "not noted: killed, or a lost node" if number < len(run.starts) else "still running, or killed"
         rows.append([*(start.get(name, "") for name in names), reasons.get(number, unknown)])
     return _table([*names, "ended"], rows)
 

@@ -19,7 +19,7 @@ import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import NotFiniteError, RunError, UserError, is_loss
+from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line, is_loss
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop
@@ -192,7 +192,7 @@ class RunFolder:
         changed = find_changed(str(before.get("source", start["source"])), start["source"])
         if changed:
             _log.warning(
-                "the code of task %s is another than at the last start: %s changed; what follows is computed with the new one",
+                "the code of task %s has changed since the last start (%s); the run goes on with the new code",
                 self.config.task.name,
                 ", ".join(changed),
             )
@@ -213,10 +213,10 @@ class RunFolder:
         elif self._stop:
             why, status = f"stopped by {self._stop.cause}, saved", self._stop.exit_code
         else:
+            if error is not None and is_loss(error) and self.group.size > 1:
+                error = RunError(self.group.explain(error))
             status = getattr(error, "exit_code", RunError.exit_code)
-            lost = error is not None and is_loss(error) and self.group.size > 1
-            lines = (self.group.explain(error) if lost and error is not None else str(error).strip()).splitlines()
-            why = f"failed: {(lines[0] if lines else type(error).__name__)[:300]}"
+            why = f"failed: {first_line(error or RunError())[:300]}"
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
             self._lock.check()

@@ -92,12 +92,6 @@ class NoTracker:
         `summary` is the result of a finished run, or None for a run that ends before: `stopped` by a signal and saved, or else failed.
         """
 
-    def __enter__(self) -> "NoTracker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finish(None)
-
 
 class WandbTracker(NoTracker):
     """Feeds the mirror's process and passes on what it says: how the run is mirrored in one line, and at most one warning."""
@@ -393,11 +387,9 @@ def open_tracker(
     run_dir: Path,
     config: Mapping[str, Any],
     *,
-    is_main: bool = True,
     project: str | None = None,
     facts: Mapping[str, Any] | None = None,
     job_type: str | None = None,
-    group: str | None = None,
     tags: Sequence[str] = (),
     notes: str | None = None,
     system_metrics: bool = False,
@@ -406,15 +398,13 @@ def open_tracker(
     """Begin or continue the mirror of the run in `run_dir`. Returns at once and never raises; what happens is logged.
 
     `auto` is online with a key and a server that answers, else offline; WANDB_MODE, `wandb offline` and `wandb disabled` may turn it to
-    offline or disabled. `facts` join the config there, and win: they say what came of "auto". Before job type, group, tags and notes W&B's
+    offline or disabled. `facts` join the config there, and win: they say what came of "auto". Before job type, tags and notes W&B's
     own variables have precedence (WANDB_JOB_TYPE, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES); the entity comes from WANDB_ENTITY alone, and
     the project from WANDB_PROJECT where `project` is None. `system_metrics` are W&B's own measurements of this process and its machine.
     `best` says of metrics whether their lowest or their highest value is the best, which W&B then shows beside the last one.
 
     One folder is one run on W&B, over all its starts. Under `wandb agent`, a new folder is the run that the agent made for it.
     """
-    if not is_main:
-        return NoTracker()
     if mode == "auto":
         mode = _find_mode()
     if mode == "disabled":
@@ -438,7 +428,7 @@ def open_tracker(
             environ |= {name: os.environ[name] for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH") if name in os.environ}
         elif ignored := [name for name in _IDENTITY_VARIABLES if os.environ.get(name)]:
             _log.info("this run folder is the run %s on W&B; not heeded: %s", run_id, ", ".join(ignored))
-        defaults = {"NAME": run_dir.name, "JOB_TYPE": job_type, "RUN_GROUP": group, "TAGS": ",".join(tags), "NOTES": notes, "ENTITY": None}
+        defaults = {"NAME": run_dir.name, "JOB_TYPE": job_type, "RUN_GROUP": None, "TAGS": ",".join(tags), "NOTES": notes, "ENTITY": None}
         start = {
             "mode": mode,
             "run_dir": str(run_dir),

@@ -269,7 +269,7 @@ def test_the_commands_for_a_cluster_work_there(cluster, tmp_path):
         environ = {**cluster, "PYTHONPATH": str(ROOT)}
         answers.append(subprocess.run(words, env=environ, cwd=tmp_path, text=True, capture_output=True, timeout=200))
         assert answers[-1].returncode == 0, answers[-1]
-    assert "ok    curve: 40 steps in a world of 4" in answers[0].stdout
+    assert "ok    curve: 40 steps on 4 processes" in answers[0].stdout
     assert "runs/smoke: finished, step 60 of 60" in answers[2].stdout
 
 
@@ -377,7 +377,7 @@ def test_modules_depend_on_their_own_layer_or_lower_ones():
     rows = list_rows(find_section(read("docs/design.md"), "How modules depend"))[1:]
     layers = {name: index for index, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row[1]) if name != "launch"}
     files = {path.stem: path for folder in ("mnist_dist", "launch") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
-    assert set(layers) == set(files) - {"mirror"}
+    assert set(layers) == set(files)
     for name, layer in layers.items():
         wrong = {imported for imported in read_imports(files[name]) & set(layers) if layers[imported] < layer}
         assert not wrong, f"{name} imports {wrong}"

@@ -498,8 +498,8 @@ def test_a_chain_is_queued_as_jobs_that_wait_for_each_other(fake_slurm, tmp_path
     (tmp_path / "bin/sbatch").write_text(count_up(9))
     assert submit.main(["--config", "smoke", "--run_dir", "runs/a", "--chain", "3"]) == 0
     out = capsys.readouterr().out
-    assert "submitted job 11: 1 processes" in out
-    assert "its chain goes on with 12 13" in out
+    assert "submitted job 11: 1 process on 1 node; log: " in out
+    assert "its chain goes on with 12, 13;" in out
     assert "Slurm expects it to start at 2030-01-02 03:04:05\n" in out
     scripts = [Path(f"runs/a/slurm/{job}_submission.sh").read_text() for job in (11, 12, 13)]
     assert not re.search("dependency|leave_if_done", scripts[0])
@@ -833,3 +833,15 @@ def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):
     (tmp_path / "runs/b").symlink_to(tmp_path / "scratch/b")
     (tmp_path / "runs/all").symlink_to(tmp_path)
     assert [path.name for path in find_runs(tmp_path / "runs")] == ["a", "b"]
+
+
+def test_follow_prints_a_log_once_though_slurm_falls_silent(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "mnist-dist-12.out"
+    log.write_text("one\n")
+    logs = [str(log), "", str(log), str(log)]  # as `scontrol` knows it, or not
+    monkeypatch.setattr(jobs, "locate_log", lambda run: logs.pop(0))
+    read = lambda path, _: RunState(path, "running" if logs[1:] else "finished", is_finished=not logs[1:], is_active=True)  # noqa: E731
+    monkeypatch.setattr(jobs, "read_state", read)
+    monkeypatch.setattr(jobs, "_POLL_S", 0.01)
+    assert jobs.follow(tmp_path) == 0
+    assert capsys.readouterr().out == f"one\n{tmp_path}: finished, step 0\n"

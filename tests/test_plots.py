@@ -451,7 +451,7 @@ def test_the_report_names_why_each_start_ended(run_dir):
     assert [row[-1] for row in rows[place + 1 : place + 4]] == [
         "stopped by Ctrl-C, saved",
         "not noted: killed, or a lost node",
-        "it goes on, or was killed",
+        "still running, or killed",
     ]
 
 

@@ -100,7 +100,7 @@ class Train:
         config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake", "precision": "auto"}
         start = time.perf_counter()
         facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
-        more = {"job_type": "train", "group": "ours", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
+        more = {"job_type": "train", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
         more |= {} if self.best is None else {"best": self.best}
         tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
@@ -491,7 +491,7 @@ def test_config_and_description_are_what_was_given_and_wandbs_own_variables_win(
     assert piece.config["versions"] == {"torch": "2"}
     assert piece.config["job_token"] == "(hidden)"
     (run,) = piece.find("run")
-    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["train", "ours", ["one", "two"], "on host"]
+    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["train", "", ["one", "two"], "on host"]
     (run, *_) = plays("stopped_by_a_signal").pieces[0].find("run")
     assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["my type", "my group", ["theirs"], "my note"]
 
@@ -935,12 +935,12 @@ def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_left_o
 
 
 def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
-    for mode, is_main in (("disabled", True), ("online", False)):
-        with open_tracker(mode, tmp_path / "run", {}, is_main=is_main) as tracker:
-            tracker.log({"step": 1})
-            tracker.log_images(1, {"images/none": tmp_path / "none.png"})
-            tracker.log_panels(1, [Panel("", "images/none", figure=b"none")])
-            assert type(tracker) is NoTracker
+    tracker = open_tracker("disabled", tmp_path / "run", {})
+    assert type(tracker) is NoTracker
+    tracker.log({"step": 1})
+    tracker.log_images(1, {"images/none": tmp_path / "none.png"})
+    tracker.log_panels(1, [Panel("", "images/none", figure=b"none")])
+    tracker.finish(None)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
     assert list(tmp_path.iterdir()) == []
@@ -1043,9 +1043,10 @@ def test_no_upload_is_advised_where_there_is_nothing_to_upload(tmp_path, monkeyp
     broken.write_text("#!/bin/sh\nexit 3")
     broken.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(broken))
-    with open_tracker("offline", tmp_path / "run", {}) as tracker:
-        time.sleep(0.5)
-        tracker.log({"step": 1})
+    tracker = open_tracker("offline", tmp_path / "run", {})
+    time.sleep(0.5)
+    tracker.log({"step": 1})
+    tracker.finish(None)
     assert [record.message for record in caplog.records] == ["W&B's process died; metrics.jsonl has everything"]
     assert not [*(tmp_path / "run" / "wandb").glob("mirror-tmp-*")]
 

@@ -168,7 +168,7 @@ def test_an_evaluation_that_counts_another_number_is_an_error():
         # The planted fault: half of the images belong to a rank that is not there.
         shares = list_batches(40, 2, range(1), None)
         reader = Reader(loaded.test, config, group, "test", shares)
-        with reader, pytest.raises(RunError, match="read 20 images, but the split has 40: its ranks do not share it rightly"):
+        with reader, pytest.raises(RunError, match="read 20 images, but the split has 40: its ranks do not share it correctly"):
             evaluate(config, build_model(config.task, 0), reader, group)
 
 

@@ -127,7 +127,7 @@ def test_two_ranks_compute_what_one_has_recorded(tmp_path, reference):
     findings, text = find_out(tmp_path, reference, "", expect=0)
     assert [finding.word for finding in findings.values()] == ["ok", "ok"]
     assert "9 batches on 2 ranks, the same bits on all" in findings["gradients"].measured
-    assert "21 steps in a world of 2" in findings["curve"].measured
+    assert "21 steps on 2 processes" in findings["curve"].measured
     assert findings["gradients"].values["difference"] < GRADIENT_TOLERANCE / 10
     assert findings["curve"].values["difference"] < CURVE_TOLERANCE / 10
     assert text.count("ok    curve") == 1
@@ -187,7 +187,7 @@ def test_sums_in_place_of_means_are_told_from_a_wrong_rank(tmp_path, reference):
     assert findings["gradients"].word == "ok"
     curve = findings["curve"]
     assert "is 2.0000 times the recorded one: is it a sum in place of a mean?" in curve.measured
-    assert "all ranks parted in step" in curve.measured
+    assert "all ranks went wrong in step" in curve.measured
     assert curve.values["ranks"] == []
 
 
@@ -270,7 +270,7 @@ def test_nothing_is_overwritten(reference, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_curve_that_ships_is_met_and_can_be_recorded_again(tmp_path):
     text = run_ranks(tmp_path, Verify(()), 2)
-    assert text.count("ok    gradients: 9 batches on 2 ranks") == text.count("ok    curve: 40 steps in a world of 2") == 1
+    assert text.count("ok    gradients: 9 batches on 2 ranks") == text.count("ok    curve: 40 steps on 2 processes") == 1
     run_ranks(tmp_path, Verify(("--record", str(tmp_path / "curve.json"))))
     here, there = read_reference(tmp_path / "curve.json"), read_reference(SHIPPED)
     assert max(abs(a - b) / b for a, b in zip(here.losses, there.losses, strict=True)) < CURVE_TOLERANCE / 10
