@@ -31,13 +31,13 @@ class Job:
     def show(self, name):
         return re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", self.id).stdout)[1]
 
-    def wait_for(self, text, times=1, timeout=120):
+    def wait_for(self, text, times=1, timeout=240):
         end = time.monotonic() + timeout
         while len(re.findall(text, self.log)) < times:
             assert time.monotonic() < end, f"no {text!r} in:\n{self.log}"
             time.sleep(0.5)
 
-    def wait_state(self, *states, timeout=120):
+    def wait_state(self, *states, timeout=240):
         end = time.monotonic() + timeout
         while (state := self.show("JobState")) not in states:
             assert time.monotonic() < end, f"{state}:\n{self.log}"

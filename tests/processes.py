@@ -36,7 +36,7 @@ class Rank:
     process: BaseProcess
     log: Path
 
-    def wait(self, timeout_s: float = 100) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """Its exit status, negative for a signal, as in `subprocess`."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -55,7 +55,7 @@ class Rank:
         """What it printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 300) -> None:
         """Wait until `condition()` holds while this process lives."""
         end = time.monotonic() + timeout_s
         while not condition():

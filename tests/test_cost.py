@@ -21,7 +21,6 @@ from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(tmp_path):
     warm_up, blocks = 10, 4
     config = configure(steps=warm_up + blocks * STEPS_AT_ONCE, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path))
@@ -107,7 +106,6 @@ def test_agreeing_on_stop_signals_costs_less_than_one_percent_of_a_step(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_tracking_costs_a_default_run_less_than_a_second_or_one_percent(tmp_path, monkeypatch):
     """What a whole run with as many rows as the default recipe writes spends on the mirror, against the time that recipe trains."""
     spent = []
@@ -164,7 +162,6 @@ class Large(Classification):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_fifty_million_parameters_are_saved_beside_the_training(tmp_path):
     (tmp_path / "large.py").write_text(LARGE)
     run = tmp_path / "run"

@@ -258,7 +258,6 @@ def test_a_command_that_is_wrong_is_found(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
 def test_the_commands_for_a_cluster_work_there(cluster, tmp_path):
     lines = find_section(read("README.md"), "On your cluster").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("    ")]

@@ -754,7 +754,6 @@ class Submitted(Job):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
 def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
     # A signal that does nothing, in the place of the one that would let it save before its limit.
     limited = Job(cluster, tmp_path, "--time=1 --no-requeue --signal=CONT@1", f"{SLOW} --run_dir limited", PYTHON=sys.executable)
@@ -818,7 +817,7 @@ def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
     held.wait_state("CANCELLED")
     assert ask(cluster, tmp_path, held.id)["says"] == "cancelled, before it started"
 
-    limited.wait_state("TIMEOUT", timeout=200)
+    limited.wait_state("TIMEOUT")
     for what in ("limited", limited.id):
         answer = ask(cluster, tmp_path, what)
         assert answer["run"].endswith("limited")
@@ -844,7 +843,6 @@ class Growing(Mnist):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(200)
 def test_a_real_task_that_the_kernel_kills_for_its_memory_is_explained(cluster, tmp_path, its_cgroup):
     (tmp_path / "growing.py").write_text(GROWING)
     job = submit({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, "grown", f"--nodes 2 --time 5 --task growing.py {SLOW}")

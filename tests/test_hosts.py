@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mnist_dist.finding import read_findings
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.hosts
 
 LONG = [*TINY, "--steps", "50000", "--log_every", "1"]
 

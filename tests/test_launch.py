@@ -56,7 +56,7 @@ def read_starts(folder):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition, timeout_s=40):
+def wait_for(condition, timeout_s=120):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end
@@ -299,7 +299,6 @@ def test_a_job_gets_the_very_config_that_was_checked():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(90)
 def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_path):
     folder = tmp_path / "runs/a b"
     command = ["launch.submit", "--cluster", "local", "--tasks_per_node", "2", *TINY, "--steps", "100000", "--run_dir", str(folder)]

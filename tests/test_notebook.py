@@ -31,7 +31,6 @@ def test_the_committed_outputs_are_those_of_one_run_from_top_to_bottom():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_notebook_runs_from_scratch(tmp_path):
     notebook = read()
     for cell in notebook.cells:

@@ -14,6 +14,7 @@ from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.digit import prepare_image
 from mnist_dist.weights import load_model
 
+pytestmark = pytest.mark.timeout(1800)  # the first test trains the model
 COUNT = 60  # pictures of each kind in the long trial
 REFUSED = "does not show one digit"
 
@@ -81,7 +82,7 @@ def test_an_upright_bar_is_a_digit_and_a_line_from_edge_to_edge_is_none(tmp_path
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     options = ["--config", "mnist", "--epochs", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
-    subprocess.run([sys.executable, "-m", "mnist_dist.train", *options], check=True, timeout=500)
+    subprocess.run([sys.executable, "-m", "mnist_dist.train", *options], check=True, timeout=1500)
     return load_model(folder)
 
 
@@ -106,7 +107,6 @@ def count_answers(kind, split, model, path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", CLEAN)
 def test_clean_pictures_are_read(tmp_path, test_split, model, kind):
     counts = count_answers(kind, test_split, model, tmp_path / "picture.png")
@@ -115,7 +115,6 @@ def test_clean_pictures_are_read(tmp_path, test_split, model, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", EVERYDAY)
 def test_everyday_pictures_are_read_or_refused(tmp_path, test_split, model, kind):
     counts = count_answers(kind, test_split, model, tmp_path / "picture.png")
@@ -124,7 +123,6 @@ def test_everyday_pictures_are_read_or_refused(tmp_path, test_split, model, kind
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", [*BLANK, *SEVERAL])
 def test_pictures_without_one_digit_are_refused(tmp_path, test_split, model, kind):
     counts = count_answers(kind, test_split, model, tmp_path / "picture.png")

@@ -401,7 +401,6 @@ def list_jobs(environ):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_ranks_here_are_all_well(tmp_path):
     answer, page = run_real(tmp_path / "prove", os.environ, "--cluster", "local", "--tasks_per_node", "2")
     words = {finding["check"]: finding["word"] for finding in page["findings"]}
@@ -440,7 +439,6 @@ def on_slurm(cluster, tmp_path, fake, monkeypatch):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 def test_a_site_that_forbids_requeue_is_named_and_the_run_goes_on(cluster, on_slurm):
     over = threading.Event()
 
@@ -470,7 +468,6 @@ def test_a_site_that_forbids_requeue_is_named_and_the_run_goes_on(cluster, on_sl
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 def test_a_signal_that_does_not_arrive_is_named(on_slurm, monkeypatch):
     make = prove.make_slurm_executor
 

@@ -365,7 +365,6 @@ def test_rank_zero_is_where_slurm_put_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", ["torchrun", "accelerate", "accelerate with mpirun", *MPI])
 def test_each_way_trains_with_as_many_as_it_was_asked_for(tmp_path, way, size):

@@ -29,7 +29,6 @@ def read_rows(folder):
 
 
 @pytest.mark.slow  # test_promises.py has shorter ones
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("optimizer", "steps", "tolerance"),
     [("muon", 10, 1e-3), ("sgd", 100, 1e-4)],
