@@ -76,6 +76,7 @@ def _export(options: argparse.Namespace) -> int:
     with explaining(task.name, "in export"):
         exported = task.export(trained.model, data)
     _check_example(task.name, exported)
+    exported = exported._replace(module=getattr(exported.module, "_orig_mod", exported.module))  # of torch.compile
     exported.module.eval().to(memory_format=torch.contiguous_format)  # the layout in which everybody else has weights
     by_default = "" if type(task).export is not Task.export else ", its first tensor (a task may have a method export of its own)"
     with explaining(task.name, f"as the model was called with the example of export{by_default}"), torch.no_grad():

@@ -25,7 +25,7 @@ from mnist_dist.model import build_model
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
-from mnist_dist.tier import Trace, check_gradients, check_losses, describe_flaw, find_first_difference, is_close, keeping
+from mnist_dist.tier import Trace, check_losses, describe_flaw, describe_unused, find_first_difference, find_unused, is_close, keeping
 from mnist_dist.weights import encode_weights
 from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
 from mnist_dist.world import World
@@ -165,22 +165,25 @@ def _check_repeat(subject: Subject) -> Found:
 def _check_gradients(subject: Subject) -> Found:
     config, model = subject.config.model_copy(update={"micro_batch": None}), subject.model
     config.check_world(2)
-    begun_s, tried = time.monotonic(), 0
+    begun_s, tried, seldom = time.monotonic(), 0, set[str]()
     for step in range(_TRIED_STEPS):
         for rank in range(2):
             [piece] = read_batch(config, subject.data, step, rank, 2)
             with keeping(model):
                 losses = subject.trace(piece).losses
                 check_losses(subject.task, losses, piece.size)
-                try:
-                    check_gradients(subject.task, model, losses)
-                except UserError as error:
-                    raise Broken(f"on rank {rank} of 2 in step {step + 1}: {error}") from None
+                unused = find_unused(subject.task, model, losses)
+            if unused and config.shards is None:
+                raise Broken(f"on rank {rank} of 2 in step {step + 1}: {describe_unused(subject.task, unused)}")
+            seldom |= set(unused)
             tried += 1
         if time.monotonic() - begun_s > _TRIED_S:
             break
     count = sum(parameter.requires_grad for parameter in model.parameters())
-    return f"each of {count} parameters gets one, in {tried} batches of {config.batch_size // 2}", {}
+    batches = f"in {tried} batches of {config.batch_size // 2}"
+    if seldom:
+        return f"{min(seldom)} did not always get one, {batches}, which is zero in a shard", {}
+    return f"each of {count} parameters gets one, {batches}", {}
 
 
 def _check_model(subject: Subject) -> Found:

@@ -25,7 +25,7 @@ from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import check_same, find_step
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_shape, find_tier, keeping
+from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,17 @@ class TrainingState:
         parameters = dict(self.bare_model.named_parameters())
         self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
+        if self.tier.unused:
+            if group.size > 1 and not config.shards:
+                raise UserError(describe_unused(config.task, self.tier.unused))
+            _log.warning("%s gets no gradient from the first samples", self.tier.unused[0])
         self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        # What must keep its shape: a checkpoint is of that shape, and so is what other processes or shards have.
+        saved = {*self.bare_model.state_dict()}
+        self._shapes = {
+            name: value.shape for name, value in self.bare_model.named_buffers() if name in saved or group.size > 1 or config.shards
+        }
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
         if config.shards:
@@ -85,7 +95,7 @@ class TrainingState:
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
         if self.model is not self.bare_model:
-            piece = send_to_device(self.probe.whole, self.group.device)
+            piece = send_to_device(copy_piece(self.probe.whole), self.group.device)
             name = self.config.task.name
             with keeping(self.bare_model, self._moved), explaining(name, "in a first pass of several processes", RunError):
                 self._compute_losses(self.model, piece).sum().backward()  # type: ignore[no-untyped-call]
@@ -97,7 +107,11 @@ class TrainingState:
         The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
         many of them it computes at once.
         """
+        versions = [parameter._version for parameter in self._frozen.values()]
         loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
+        if self.tree is not None or self.group.size > 1:
+            self._check_frozen(versions)
+        self._check_shapes()
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -120,6 +134,9 @@ class TrainingState:
             losses.append(loss.detach())
         if self.group.size > 1:
             self._check_gradients()
+        for parameter in self.trained:
+            if parameter.grad is None:  # as in a shard: the optimizer then has a state of each
+                parameter.grad = torch.zeros_like(parameter)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _check_gradients(self) -> None:
@@ -159,6 +176,7 @@ class TrainingState:
                     value.copy_(starts[name])
             self._seed(f"model on shard {shard}")
             gradients, loss = self.compute_gradients(parts[shard - tree.mine[0]], self.config.batch_size)
+            self._check_shapes()
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
@@ -182,10 +200,33 @@ class TrainingState:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
         return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
 
+    def _check_frozen(self, versions: list[int]) -> None:
+        """Raise `UserError` where a frozen parameter has moved that did not in the first passes, by what was counted before this step."""
+        for (name, parameter), version in zip(self._frozen.items(), versions, strict=True):
+            if parameter._version != version and name not in self._moved:
+                raise UserError(
+                    f"task {self.config.task.name}: the forward pass of step {self.step + 1} changes {name}, which nobody trains, and the "
+                    "first passes did not: each process or shard would change its own; let it change from the first pass on, keep it in a "
+                    "buffer (register_buffer), or train on one process, without shards"
+                )
+
+    def _check_shapes(self) -> None:
+        """Raise `UserError` where a pass has given a buffer another shape."""
+        for name, value in self.bare_model.named_buffers() if self._shapes else ():
+            if value.shape != (shape := self._shapes.get(name, value.shape)):
+                raise UserError(
+                    f"task {self.config.task.name}: in step {self.step + 1} the buffer {name} becomes {list(value.shape)}, and was "
+                    f"{list(shape)}: make it as large from the start as it may become, or keep what only grows out of the state "
+                    "(persistent=False) and train on one process, without shards"
+                )
+
     def _check_moved(self) -> None:
         """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
         if lost := [name for name in self.tier.moved if name not in self.bare_model.state_dict()]:
-            _log.warning("each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh", lost[0])
+            _log.warning(
+                "each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh, and each process has one",
+                lost[0],
+            )
         trained = [name for name in self._moved if self.bare_model.get_parameter(name).requires_grad]
         trained += [  # which change only once they are long enough
             f"{name}.weight (max_norm)"

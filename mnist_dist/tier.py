@@ -5,8 +5,9 @@ the model. Then a step is the same on any number of processes. *This world*: the
 it is the same only on as many processes as before.
 """
 
+import copy
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Tier(NamedTuple):
     name: str
     reason: str
     moved: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # parameters that got no gradient
 
     @property
     def is_any_world(self) -> bool:
@@ -59,7 +61,7 @@ class Trace(NamedTuple):
 def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     """Compute the losses of a few samples and of half of them, in training mode; the model stays as it was.
 
-    Raises `UserError` where the losses are not one finite number for each sample, a parameter gets no gradient, or `draw` does not repeat.
+    Raises `UserError` where the losses are not one finite number for each sample, no parameter gets a gradient, or `draw` does not repeat.
     """
     if not probe.draw_repeats:
         raise UserError(
@@ -71,12 +73,14 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         seed_generators(0)
         whole = trace(task, model, probe.whole)
         check_losses(task, whole.losses, probe.whole.size)
-        check_gradients(task, model, whole.losses)
+        unused = tuple(find_unused(task, model, whole.losses))
         changed = kept.list_changed()
         kept.put_back()
         seed_generators(0)
+        before = list_scalars(model)
         again = trace(task, model, probe.whole)
         kept.put_back()
+        changed += [name for name, value in list_scalars(model).items() if before.get(name) != value]
         if not is_close(whole.losses, again.losses):
             raise UserError(
                 f"task {task.name}: two passes over the same samples with the same weights and seeds have losses that differ: draw "
@@ -85,11 +89,11 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
         if whole.drew is not None or probe.collate_draws:
-            return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved)
+            return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved, unused)
         mixing = find_first_difference(whole, trace(task, model, probe.half))  # a batch of its own: it may be padded less
     if mixing is not None:
-        return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved)
-    return Tier(THIS_WORLD, f"each forward pass changes {moved[0]}", moved) if moved else Tier(ANY_WORLD, "")
+        return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved, unused)
+    return Tier(THIS_WORLD, f"each forward pass changes {moved[0]}", moved, unused) if moved else Tier(ANY_WORLD, "", (), unused)
 
 
 def describe_flaw(probe: Probe) -> str:
@@ -132,21 +136,29 @@ def check_losses(task: Task, losses: Any, count: int) -> None:
         raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
 
-def check_gradients(task: Task, model: nn.Module, losses: Tensor) -> None:
-    """Raise `UserError` where a parameter gets no gradient from the losses."""
+def find_unused(task: Task, model: nn.Module, losses: Tensor) -> list[str]:
+    """The parameters that get no gradient from the losses. Raises `UserError` where none gets one, or one that cannot be averaged."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError(f"task {task.name}: its model has no parameter to train")
     if not losses.requires_grad:
         raise UserError(f"task {task.name}: its losses do not depend on the model's parameters; are they detached?")
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
-    unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
-    if unused:
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        raise UserError(
-            f"task {task.name}: {', '.join(unused[:5])}{more} get no gradient from the losses, and several processes would wait for it: "
-            "use them, or freeze them with requires_grad_(False)"
-        )
+    with explaining(task.name, "in the backward pass of its losses"):
+        gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    for name, gradient in zip(trained, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise UserError(f"task {task.name}: {name} gets a sparse gradient; expected a dense one (an embedding with sparse=False)")
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+
+
+def describe_unused(task: Task, unused: Sequence[str]) -> str:
+    """That these parameters get no gradient, and what to do about it."""
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    return (
+        f"task {task.name}: {', '.join(unused[:5])}{more} {'get' if len(unused) > 1 else 'gets'} no gradient from the losses, and several "
+        "processes would wait for it: use it in each step, train with --shards, where a missing gradient is zero, or freeze it with "
+        "requires_grad_(False) if it is never used"
+    )
 
 
 def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
@@ -174,13 +186,22 @@ def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
             hooks.append(module.register_forward_pre_hook(lambda *_: note_draw(outside)))
             hooks.append(module.register_forward_hook(lambda _module, _inputs, output, what=what: note(what, output)))
     try:
+        own = copy_piece(piece)
         with explaining(task.name, "in losses"):
-            losses = task.losses(model, piece.samples, piece.drawn)
+            losses = task.losses(model, own.samples, own.drawn)
     finally:
         for hook in hooks:
             hook.remove()
     note_draw(outside)
     return Trace(losses, outputs, drew[0] if drew else None)
+
+
+def copy_piece(piece: Piece) -> Piece:
+    """The same samples once more: losses may write into what it is given, and in a training gets no batch twice."""
+    try:
+        return copy.deepcopy(piece)
+    except Exception:  # of a user's own kind that cannot be copied, and hardly is written into
+        return piece
 
 
 def find_first_difference(whole: Trace, part: Trace) -> str | None:
@@ -208,6 +229,16 @@ def is_close(one: Tensor, other: Tensor) -> bool:
         return False
     one, other = one.detach().double(), other.detach().double()
     return bool((one - other).abs().max() <= _TOLERANCE * one.abs().max().clamp(min=1e-6)) if one.numel() else True
+
+
+def list_scalars(model: nn.Module) -> dict[str, bool | int | float | str]:
+    """The numbers and texts among the attributes of a model, which no checkpoint holds, by their names in words."""
+    return {
+        f"the attribute {key} of {name or 'the model'} ({type(module).__name__})": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 def list_state(model: nn.Module) -> dict[str, Tensor]:

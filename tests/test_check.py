@@ -206,7 +206,7 @@ class Noise(nn.Module):
     ),
     "an unused parameter": (
         "gradients",
-        ["on rank 0 of 2 in step 1", "spare get no gradient"],
+        ["on rank 0 of 2 in step 1", "spare gets no gradient"],
         """
     def build_model(self):
         model = super().build_model()
@@ -294,7 +294,7 @@ class Own(Lazy):
     ),
     "a counter as an attribute": (
         "state",
-        ["the loss is another", "the attribute calls of the model (Counted) changes", "register_buffer"],
+        ["the loss differs", "the attribute calls of the model (Counted) changes", "register_buffer"],
         """
     def build_model(self):
         return Counted(super().build_model())
@@ -312,7 +312,7 @@ class Counted(nn.Module):
     ),
     "a buffer that is not saved": (
         "state",
-        ["the loss is another", "the buffer seen of 1 (Averaging) changes"],
+        ["the loss differs", "the buffer seen of 1 (Averaging) changes"],
         """
     def build_model(self):
         return nn.Sequential(nn.Linear(6, 8), Averaging(), nn.Linear(8, 1))
@@ -574,12 +574,18 @@ def test_a_task_that_cannot_be_loaded_is_one_message(check):
 
 
 def test_a_task_with_a_fault_elsewhere_fails_only_where_it_must(check):
-    """An unused parameter: the tier is not known, which is no failure; a run would refuse it, which is one."""
+    """An unused parameter: several processes would refuse it, which is a failure of what starts them alone."""
     status, answers, _ = check("losses,tier,evaluation", FAULTS["an unused parameter"][2])
     assert status == 1
     assert {name: answer["passed"] for name, answer in answers.items()} == {"losses": True, "tier": True, "evaluation": False}
-    assert "not known yet" in answers["tier"]["text"]
-    assert "spare get no gradient" in answers["evaluation"]["text"]
+    assert "any world" in answers["tier"]["text"]
+    assert "spare gets no gradient" in answers["evaluation"]["text"]
+
+
+def test_a_tier_that_is_not_known_is_no_failure(check):
+    _, answers, _ = check("tier", FAULTS["a draw without its seed"][2])
+    assert answers["tier"]["passed"]
+    assert "not known yet, for a run would refuse this task" in answers["tier"]["text"]
 
 
 def test_the_threads_of_this_process_are_given_back(check):

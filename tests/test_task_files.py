@@ -186,7 +186,27 @@ WRONG = [
     ("losses that are no tensor", [(BUILD, LOSSES.format("0.5"))], ["losses returned float"], 2),
     ("losses detached", [(BUILD, LOSSES.format("model(batch[0]).sum(1).detach()"))], ["do not depend on the model's parameters"], 2),
     ("losses that are not finite", [(BUILD, LOSSES.format("model(batch[0]).sum(1) / 0"))], ["expected finite numbers"], 2),
-    ("a parameter without a gradient", [(BUILD, LOSSES.format("model[0](batch[0]).sum(1)"))], ["2.weight, 2.bias get no gradient"], 2),
+    (
+        "an embedding with sparse gradients",
+        [
+            (SEQUENTIAL, "nn.Sequential(nn.Embedding(2, 2, sparse=True))"),
+            (BUILD, LOSSES.format("nn.functional.cross_entropy(model(batch[1]), batch[1], reduction='none')")),
+        ],
+        ["0.weight gets a sparse gradient; expected a dense one (an embedding with sparse=False)"],
+        2,
+    ),
+    (
+        "a checkpoint within the model that asks for more than a gradient",
+        [
+            (
+                BUILD,
+                LOSSES.format("model[2](torch.utils.checkpoint.checkpoint(model[1], model[0](batch[0]), use_reentrant=True)).sum(1)"),
+            ),
+            ("import torch\n", "import torch\nimport torch.utils.checkpoint\n"),
+        ],
+        ["failed in the backward pass of its losses", "use_reentrant=True"],
+        2,
+    ),
     (
         "extra state",
         [
@@ -446,6 +466,104 @@ def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tm
         assert "or train with --shards, where a missing gradient is zero" in text
 
 
+def test_what_gets_no_gradient_at_first_is_refused_on_several_processes_alone(tmp_path):
+    name = write(tmp_path / "unused.py", SANE, (BUILD, LOSSES.format("model[0](batch[0]).sum(1)")))
+    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "two")]), 2, expect=2)
+    assert "2.weight, 2.bias get no gradient from the losses, and several processes would wait for it" in text
+    assert "train with --shards, where a missing gradient is zero" in text
+    for optimizer in ("muon", "sgd", "adamw"):
+        run_dir = tmp_path / optimizer
+        arguments = ["--task", name, "--run_dir", str(run_dir), "--optimizer", optimizer, "--checkpoint_every", "2", *SHORT]
+        assert "2.weight gets no gradient from the first samples" in run_ranks(tmp_path, Train(arguments))
+        (run_dir / "result.json").unlink()
+        run_ranks(tmp_path, Train(arguments))  # its checkpoint is complete
+    bits = [(tmp_path / f"{size}/model.safetensors") for size in (1, 2)]
+    for size, path in enumerate(bits, start=1):
+        run_ranks(tmp_path, Train(["--task", name, *SHORT, "--shards", "2", "--run_dir", str(path.parent)]), size)
+    assert bits[0].read_bytes() == bits[1].read_bytes()
+
+
+LATE = """class Late(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.after, self.out = after, nn.Linear(3, 2)
+        self.average = nn.Parameter(self.out.weight.detach().clone(), requires_grad=False)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs):
+        if self.training:
+            self.passes += 1
+            if self.passes > self.after:
+                self.average.lerp_(self.out.weight.detach(), 0.1)
+        return self.out(inputs)
+
+
+class Mine"""
+
+
+def test_a_frozen_parameter_that_begins_to_move_later_is_refused_where_it_would_differ(tmp_path):
+    name = write(tmp_path / "late.py", SANE, (SEQUENTIAL, "Late(self.width - 1)"), ("class Mine", LATE))
+    words = "the forward pass of step 3 changes average, which nobody trains, and the first passes did not"
+    for folder, size, more in (("two", 2, ["--width", "3"]), ("shards", 1, ["--width", "3", "--shards", "3"])):
+        text = run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / folder)]), size, expect=2)
+        assert words in text, text
+    for folder, more in (("one", ["--width", "3"]), ("at once", ["--width", "1", "--shards", "3"])):
+        run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / folder)]))
+
+
+GROWING = """class Growing(nn.Module):
+    def __init__(self, persistent):
+        super().__init__()
+        self.persistent, self.out = persistent, nn.Linear(3, 2)
+        self.register_buffer("table", torch.zeros(4), persistent=persistent)
+
+    def forward(self, inputs):
+        if len(inputs) > len(self.table):
+            self.register_buffer("table", torch.zeros(len(inputs)), persistent=self.persistent)
+        return self.out(inputs)
+
+
+class Mine"""
+
+
+def test_a_buffer_that_grows_is_refused_where_its_shape_matters(tmp_path):
+    for kind in ("True", "False"):
+        name = write(tmp_path / f"growing_{kind}.py", SANE, (SEQUENTIAL, f"Growing({kind})"), ("class Mine", GROWING))
+        for size, more in ((1, []), (2, []), (1, ["--shards", "2"])):
+            run_dir = tmp_path / f"{kind} {size} {len(more)}"
+            matters = kind == "True" or size > 1 or bool(more)
+            text = run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(run_dir)]), size, expect=2 if matters else 0)
+            rows = 5 if size > 1 or more else 10
+            assert (f"in step 1 the buffer table becomes [{rows}], and was [4]: make it as large" in text) is matters, text
+
+
+def test_a_count_outside_of_the_state_is_a_warning(tmp_path):
+    counted = (
+        f"model = {SEQUENTIAL}\n        model.calls = 0\n        model.register_forward_hook(lambda m, *_: setattr(m, 'calls', {{}}))\n"
+    )
+    for counts, text in (("m.calls + 1", "this world"), ("1", "any world")):  # one that is set for good is none
+        name = write(tmp_path / "counts.py", SANE, (f"return {SEQUENTIAL}", f"{counted.format(counts)}        return model"))
+        said = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / text)]))
+        assert f"{text}: a step is the same" in said
+        words = "each forward pass changes the attribute calls of the model (Sequential), which is in no checkpoint"
+        assert (words in said) is (text == "this world")
+
+
+def test_losses_may_write_into_their_batch(tmp_path):
+    own = "nn.functional.cross_entropy(model(batch[0].add_(1.0)), batch[1], reduction='none')"
+    name = write(tmp_path / "writes.py", SANE, (BUILD, LOSSES.format(own)))
+    for size in (1, 2):
+        run_ranks(tmp_path, Train(["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / str(size))]), size)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+
+
+def test_a_compiled_model_is_exported_as_what_it_was_made_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    name = write(tmp_path / "compiled.py", SANE, (f"return {SEQUENTIAL}", f"return torch.compile({SEQUENTIAL}, backend='eager')"))
+    run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "model.pt2"), "--task", name]) == 0
+
+
 def test_what_is_drawn_is_laid_out_alike_on_any_number_of_processes(tmp_path):
     drawn = "    def draw(self, seed, step, size):\n        return torch.rand(size, generator=torch.manual_seed(step))\n\n"
     inputs = "batch[0] if drawn is None else batch[0] * drawn.pow(1.7).unsqueeze(1)"  # other bits where they lie apart
@@ -560,7 +678,7 @@ def test_the_code_of_a_task_is_part_of_the_run(tmp_path):
     (tmp_path / "beside.py").write_text("WIDTH = 9\n")
     text = run_ranks(tmp_path / "logs", Train(arguments))
     assert text.count("the code of task") == 1
-    assert "beside.py changed" in text
+    assert "has changed since the last start (beside.py)" in text
     assert find_changed("a.py 1, b.py 2", "a.py 1, b.py 3, c.py 4") == ["b.py", "c.py"]
 
 
