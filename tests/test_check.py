@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -580,6 +581,12 @@ def test_a_task_with_a_fault_elsewhere_fails_only_where_it_must(check):
     assert {name: answer["passed"] for name, answer in answers.items()} == {"losses": True, "tier": True, "evaluation": False}
     assert "any world" in answers["tier"]["text"]
     assert "spare gets no gradient" in answers["evaluation"]["text"]
+
+
+def test_a_parameter_that_is_seldom_reached_is_no_failure_with_shards(check):
+    status, answers, err = check("gradients", FAULTS["a parameter that some batches leave out"][2], "--shards", "2")
+    assert status == 0, (answers, err)
+    assert re.search(r"1\.bias did not always get one, in \d+ batches of \d+, which is zero in a shard", answers["gradients"]["text"])
 
 
 def test_a_tier_that_is_not_known_is_no_failure(check):
