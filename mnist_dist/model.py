@@ -23,20 +23,6 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
-        if isinstance(value, UninitializedParameter):
-            continue
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
-                f"task {task.name}: {name} of its model holds values that are not finite, as a mask may; keep it out of checkpoints: "
-                "register_buffer(..., persistent=False)"
-            )
-    for name, buffer in model.named_buffers():
-        if buffer.dtype not in _BUFFER_TYPES:
-            allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
-            raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(
@@ -47,6 +33,18 @@ def build_model(task: Task, seed: int) -> nn.Module:
                 f"task {task.name}: {name} of its model is {parameter.dtype} on {parameter.device}; expected torch.float32 on the CPU: "
                 "the training chooses device and precision"
             )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"task {task.name}: {name} of its model holds values that are not finite, as a mask may; keep it out of checkpoints: "
+                "register_buffer(..., persistent=False)"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.dtype not in _BUFFER_TYPES:
+            allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
+            raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     return model
 
 

@@ -169,6 +169,7 @@ WRONG = [
         2,
     ),
     ("a lazy layer", [("nn.Linear(3,", "nn.LazyLinear(")], ["has no shape yet", "0.weight"], 2),
+    ("a model without memory", [(SEQUENTIAL, SEQUENTIAL + ".to('meta')")], ["0.weight", "on meta; expected torch.float32 on the CPU"], 2),
     ("half precision", [(SEQUENTIAL, SEQUENTIAL + ".half()")], ["0.weight", "torch.float16", "expected torch.float32"], 2),
     ("the shapes do not fit", [("nn.Linear(3,", "nn.Linear(4,")], ["in losses", "RuntimeError", "shapes"], 2),
     (
