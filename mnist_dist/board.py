@@ -26,7 +26,7 @@ from mnist_dist.rendezvous import name_with_hosts
 _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
-_LISTENING_S = 30.0  # at most: what takes longer shows that this process stood still
+_TICK_S = 30.0  # at most: one that takes longer shows that this process stood still
 _LEAVING_S = 5.0
 _LEAVING_GPU_S = 2 * _LEAVING_S
 _STACK_BYTES = 16_384
@@ -45,9 +45,11 @@ class Board:
         self.folder: Path | None = None  # where the stacks go
         self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
         self._ear = connect()
-        self._listening_s = min(_LISTENING_S, timeout.total_seconds() / 4)
-        self._listens_since = time.monotonic()
+        self._tick_s = min(_TICK_S, timeout.total_seconds() / 4)
+        self._tick_begun = time.monotonic()
         self._still = (0.0, 0.0)  # for how many seconds this process once stood still, and when it went on
+        self._closed = threading.Event()
+        threading.Thread(target=self._tick, name="ticks", daemon=True).start()
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
         self._told = ""  # why the run fails, once the thread knows
@@ -62,6 +64,7 @@ class Board:
     def close(self, store: Any) -> None:
         """End the thread, by a connection that is no longer used: from here on this rank is gone."""
         self._closing = True
+        self._closed.set()
         if self._watcher.is_alive():
             _in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
             self._watcher.join(1.0)
@@ -165,9 +168,9 @@ class Board:
     def _describe_stillness(self) -> str:
         """That this process has just stood still for longer than the connections allow, in words; empty where it has not."""
         now, allowed_s = time.monotonic(), self._timeout.total_seconds()
-        perhaps = now - self._listens_since - self._listening_s, now  # the thread may not have noticed yet
-        still_s = max(seconds for seconds, until in (self._still, perhaps) if now - until < 2 * _LISTENING_S)
-        if still_s + self._listening_s < allowed_s:
+        perhaps = now - self._tick_begun - self._tick_s, now  # the thread may not have noticed yet
+        still_s = max(seconds for seconds, until in (self._still, perhaps) if now - until < 2 * _TICK_S)
+        if still_s + self._tick_s < allowed_s:
             return ""
         return (
             f"{self.name([self._rank])} stood still for {still_s:.0f} s (the job was suspended, or its host), "
@@ -185,17 +188,22 @@ class Board:
     def _mention_stacks(self) -> str:
         return "" if self.folder is None else f"; where the others were: {self.folder}"
 
-    # The thread.
+    # The threads.
+
+    def _tick(self) -> None:
+        """Notice when this process, and so this thread, stands still. Asks nobody: the others may stand still as well."""
+        is_closed = False
+        while not is_closed:
+            self._tick_begun = time.monotonic()
+            is_closed = self._closed.wait(self._tick_s)
+            now = time.monotonic()
+            if (still_s := now - self._tick_begun - self._tick_s) > 1:
+                self._still = still_s, now
 
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it rank zero
-            is_rung = False
-            while not is_rung:
-                self._listens_since = time.monotonic()
-                is_rung = self._hear(f"bell/{self._rank}", self._listening_s)
-                now = time.monotonic()
-                if (still_s := now - self._listens_since - self._listening_s) > 1:
-                    self._still = still_s, now
+            while not self._hear(f"bell/{self._rank}", 7 * 86_400):
+                pass
             if self._closing:
                 return
             answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
@@ -229,7 +237,7 @@ class Board:
 
     def _hear(self, key: str, seconds: float) -> bool:
         """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
-        end = time.monotonic() + seconds / 2
+        end = time.monotonic() + seconds - 1
         try:
             self._ear.wait([key], timedelta(seconds=seconds))
             return True

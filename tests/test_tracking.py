@@ -491,7 +491,7 @@ def test_config_and_description_are_what_was_given_and_wandbs_own_variables_win(
     assert piece.config["versions"] == {"torch": "2"}
     assert piece.config["job_token"] == "(hidden)"
     (run,) = piece.find("run")
-    assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["train", "", ["one", "two"], "on host"]
+    assert [run.get(name) for name in ("job_type", "run_group", "tags", "notes")] == ["train", None, ["one", "two"], "on host"]
     (run, *_) = plays("stopped_by_a_signal").pieces[0].find("run")
     assert [run[name] for name in ("job_type", "run_group", "tags", "notes")] == ["my type", "my group", ["theirs"], "my note"]
 
