@@ -163,6 +163,7 @@ def describe_unused(task: Task, unused: Sequence[str]) -> str:
 
 def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
     """The losses of some samples, and what each layer did on the way."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile the hooks as well
     outputs: list[tuple[str, Tensor]] = []
     drew: list[str] = []
     before = [read_generators()]

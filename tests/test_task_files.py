@@ -560,8 +560,10 @@ def test_losses_may_write_into_their_batch(tmp_path):
 
 def test_a_compiled_model_is_exported_as_what_it_was_made_of(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    name = write(tmp_path / "compiled.py", SANE, (f"return {SEQUENTIAL}", f"return torch.compile({SEQUENTIAL}, backend='eager')"))
-    run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    deep = "nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(12)], nn.Linear(3, 2))"
+    name = write(tmp_path / "compiled.py", SANE, (f"return {SEQUENTIAL}", f"return torch.compile({deep}, backend='eager')"))
+    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    assert "recompile" not in text  # the probe's hooks are not compiled
     assert export.main([str(tmp_path / "run"), str(tmp_path / "model.pt2"), "--task", name]) == 0
 
 
