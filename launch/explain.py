@@ -172,8 +172,9 @@ def explain(what: str) -> list[Explanation]:
     if found:
         return [_explain_run(path, job) for path, job in found]
     if account is None:
-        known = "Slurm does not know it (any more)" if cluster.is_slurm_here() else "there is no Slurm here"
+        known = "there is no Slurm here"
         if cluster.is_slurm_here():
+            known = "Slurm does not know it (any more)"
             try:
                 cluster.show_job(what)
             except RunError as error:

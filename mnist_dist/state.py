@@ -111,7 +111,6 @@ class TrainingState:
         loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
         if self.tree is not None or self.group.size > 1:
             self._check_frozen(versions)
-        self._check_shapes()
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -134,9 +133,11 @@ class TrainingState:
             losses.append(loss.detach())
         if self.group.size > 1:
             self._check_gradients()
-        for parameter in self.trained:
-            if parameter.grad is None:  # as in a shard: the optimizer then has a state of each
-                parameter.grad = torch.zeros_like(parameter)
+        else:
+            for parameter in self.trained:
+                if parameter.grad is None:  # as in a shard: the optimizer then has a state of each
+                    parameter.grad = torch.zeros_like(parameter)
+        self._check_shapes()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _check_gradients(self) -> None:

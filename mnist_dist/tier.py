@@ -89,11 +89,12 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
         if whole.drew is not None or probe.collate_draws:
-            return Tier(THIS_WORLD, f"{whole.drew or 'collate'} draws random numbers", moved, unused)
-        mixing = find_first_difference(whole, trace(task, model, probe.half))  # a batch of its own: it may be padded less
-    if mixing is not None:
-        return Tier(THIS_WORLD, f"in {mixing} the samples of a batch see each other", moved, unused)
-    return Tier(THIS_WORLD, f"each forward pass changes {moved[0]}", moved, unused) if moved else Tier(ANY_WORLD, "", (), unused)
+            reason = f"{whole.drew or 'collate'} draws random numbers"
+        elif mixing := find_first_difference(whole, trace(task, model, probe.half)):  # a batch of its own: it may be padded less
+            reason = f"in {mixing} the samples of a batch see each other"
+        else:
+            reason = f"each forward pass changes {moved[0]}" if moved else ""
+    return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
 
 
 def describe_flaw(probe: Probe) -> str:
