@@ -328,7 +328,7 @@ def test_a_row_tells_no_host_and_no_path():
 @pytest.mark.slow
 def test_two_checkouts_train_in_turn(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
-    assert commits.main(["--results", str(path), "--beside", str(common.ROOT), "--config", "smoke", "--rounds", "2", "--steps", "100"]) == 0
+    assert commits.main(["--results", str(path), "--beside", str(common.ROOT), "--config", "smoke", "--rounds", "1", "--steps", "100"]) == 0
     [row] = common.read_rows(path)
     assert all(one["this"] > 0 < one["other"] for one in row["rounds"])
     assert "| smoke" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def read_measures(folder):
 
 @pytest.mark.parametrize("recipe", QUICK, ids=ALL)
 def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_path, recipe):
-    arguments = [*COMMON, *recipe, "--shards", "8", "--steps", "6", "--test_size", "30"]
+    arguments = [*COMMON, *recipe, "--shards", "8", "--steps", "4", "--test_size", "30"]
     for world in (1, 3, 4):
         text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(world))]), world)
         assert "any world: the same bits on 1 to 8 processes" in text
@@ -103,7 +103,7 @@ def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_pat
 @pytest.mark.parametrize("recipe", ALL.values(), ids=ALL)
 def test_shards_give_the_same_bits_in_every_world_up_to_eight(tmp_path, recipe):
     for world in (1, 2, 3, 4, 5, 8):
-        run_ranks(tmp_path, Train([*COMMON, *recipe, "--shards", "8", "--steps", "40", "--run_dir", str(tmp_path / str(world))]), world)
+        run_ranks(tmp_path, Train([*COMMON, *recipe, "--shards", "8", "--steps", "6", "--run_dir", str(tmp_path / str(world))]), world)
         assert read_bytes(tmp_path / str(world)) == read_bytes(tmp_path / "1")
         assert read_rows(tmp_path / str(world)) == read_rows(tmp_path / "1")
         assert read_measures(tmp_path / str(world)) == read_measures(tmp_path / "1")
