@@ -23,7 +23,7 @@ from launch.runs import (
     read_state,
 )
 from mnist_dist.config import Config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, first_line
 from mnist_dist.files import is_marked, read_file, read_kernel_count, read_tail
 from mnist_dist.lock import LOCK_FILE, read_holder
 from mnist_dist.record import (
@@ -115,7 +115,7 @@ def gather_facts(path: Path, job: str) -> Facts:
         try:
             return reader() if os.path.lexists(path / name) else None
         except UserError as error:
-            damaged.append(str(error).splitlines()[0])
+            damaged.append(first_line(error))
             return None
 
     config = read(CONFIG_FILE, lambda: read_config(path))

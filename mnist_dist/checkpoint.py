@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mnist_dist.errors import NotFiniteError, RunError, UserError
+from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.record import find_step, list_newest_first
 
@@ -56,8 +56,7 @@ def decode(content: bytes) -> dict[str, Any]:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("format")
     except Exception as error:  # zipfile, pickle and torch raise nearly every kind
-        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
-        raise RunError(f"it is not a checkpoint of this program: {reason}") from error
+        raise RunError(f"it is not a checkpoint of this program: {first_line(error)[:200]}") from error
     if type(version) is not int or version != FORMAT:
         raise UserError(f"it has format {str(version)[:40]}, this version of mnist_dist reads {FORMAT}: use the version that wrote it")
     return state

@@ -32,7 +32,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, UserError, is_lost_worker
+from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
@@ -609,7 +609,7 @@ class Reader:
         if "timed out" in str(error) and self._is_waiting:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
         if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & numbers:
-            raise RunError(f"{what} died: {busy} ({str(error).splitlines()[0].rstrip(' .')}; out of memory?)") from error
+            raise RunError(f"{what} died: {busy} ({first_line(error).rstrip(' .')}; out of memory?)") from error
 
     def _describe_workers(self) -> str:
         gone = [

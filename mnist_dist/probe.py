@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mnist_dist.config import configure
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, first_line
 from mnist_dist.files import is_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
@@ -77,7 +77,7 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
         try:
             findings = survey(check, world, config, folder, out.made)
         except RunError as error:
-            out.give([_make_failure(check, str(error).splitlines()[0])])
+            out.give([_make_failure(check, first_line(error))])
             raise
         out.give(findings)
     return RunError.exit_code if any(finding.word == "WRONG" for finding in findings) else 0

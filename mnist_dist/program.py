@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from mnist_dist.errors import RunError, UserError, is_lost_worker
+from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.files import describe_error
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.world import find_world
@@ -80,7 +80,7 @@ def _name_mistakes(work: Callable[[], int]) -> int:
         if not is_lost_worker(error):
             raise
         with contextlib.suppress(OSError):
-            print(f"{_find_prefix()}error: a worker that reads data is lost: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{_find_prefix()}error: a worker that reads data is lost: {first_line(error)}", file=sys.stderr)
         return RunError.exit_code
 
 

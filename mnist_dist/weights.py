@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mnist_dist.checkpoint import is_finite
 from mnist_dist.config import Config, make_config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, first_line
 from mnist_dist.model import build_model
 from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, WEIGHTS_FILE, parse_object, read_named_config
@@ -66,7 +66,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
             _check_shapes(file, {name: content.get_slice(name).get_shape() for name in content.keys()}, expected)  # noqa: SIM118
             tensors = {name: content.get_tensor(name) for name in expected}
     except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is not a valid .safetensors file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} is not a valid .safetensors file: {first_line(error)}") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     for name, tensor in tensors.items():
