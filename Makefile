@@ -26,12 +26,12 @@ cost-test: .venv/.installed-dev
 
 # Two at a time, each on a cluster of its own: these wait for Slurm more than they compute.
 slurm-test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slurm -n 2 $(OPTIONS)
+	$(BIN)/python -m pytest -m slurm -n 3 $(OPTIONS)
 
 # The same on a newer Slurm, unpacked into a folder of its own.
 slurm-test-newer: .venv/.installed-dev
 	test -d .slurm || slurm/dev_cluster.sh fetch .slurm
-	PATH="$(CURDIR)/.slurm/bin:$$PATH" $(BIN)/python -m pytest -m slurm -n 2 $(OPTIONS)
+	PATH="$(CURDIR)/.slurm/bin:$$PATH" $(BIN)/python -m pytest -m slurm -n 3 $(OPTIONS)
 
 hosts-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m hosts $(OPTIONS)

@@ -30,13 +30,13 @@ _TEXTS = ("does not require grad", "to unpack")
 def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, moved: Collection[str] = ()) -> Evaluation:
     """What `model` makes of the split that `reader` was opened on, and at most 100 examples, those with the highest scores.
 
+    `model` is not DDP's: its forward pass would expect all ranks to have as many batches.
     Each batch finds the model as it was, and so does the caller: its buffers, and the parameters `moved`, which a forward pass may change.
     Each rank takes some parts of it; sums are reduced once, with shards along their tree, and the task divides them once. Raises `RunError`
     unless exactly the split was counted, `UserError` where the task's code does not keep to the contract.
     """
     task = config.task
     dealt_to, mine = deal(config, group.rank, group.size)
-    model = group.accelerator.unwrap_model(model)  # DDP's own forward would expect all ranks to have as many batches
     sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
     done = 0
     indices, scores, outputs = [], [], []
@@ -102,7 +102,7 @@ def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Grou
 
 def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: Collection[str]) -> None:
     """Raise `UserError` for a mistake in the task's code that the first evaluation would find, maybe after hours: on a few samples."""
-    task, model = config.task, group.accelerator.unwrap_model(model)
+    task = config.task
     count = min(_REHEARSED, len(split))
     [piece] = read(keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count)))
     with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, "tally"):

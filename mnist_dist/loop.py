@@ -84,7 +84,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         if turns is _take_no_turns:  # verify compares the data itself, and names a rank by its host
             _check_data(state, group)
 
-        rehearse(config, state.model, data.evaluated, group, state.tier.moved)
+        rehearse(config, state.bare_model, data.evaluated, group, state.tier.moved)
         saved = run.open(state.count_bytes(), lambda: bool(signals.received))
         recorded = state.restore(saved) if saved is not None else []
         facts = {"launcher": world.launcher, "world_size": group.size, "nodes": group.count_nodes(world), "device": group.device.type}
@@ -122,7 +122,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
             def evaluate_model() -> Evaluation:
                 state.share_buffers()
-                return evaluate(config, state.model, evaluated, group, state.tier.moved)
+                return evaluate(config, state.bare_model, evaluated, group, state.tier.moved)
 
             for batch in turns(batches, state):
                 if batch.step != state.step:

@@ -40,38 +40,6 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dtype = dtype  # not part of the state: it follows from the machine, as the precision of the model does
 
-    # torch's own versions of the next four import its compiler when they are first called: a start, or a checkpoint, waits for that 0.8 s.
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with options of their own or the usual ones."""
-        self.param_groups.append({**self.defaults, **param_group, "params": list(param_group["params"])})
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or set them to zero."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if set_to_none or parameter.grad is None:
-                    parameter.grad = None
-                else:
-                    parameter.grad.detach_().zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each parameter by its number, and the options of the groups, as torch's own version gives them."""
-        numbers: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(self._list_parameters())}
-        groups = [{**group, "params": [numbers[parameter] for parameter in group["params"]]} for group in self.param_groups]
-        return {"state": {numbers[parameter]: dict(state) for parameter, state in self.state.items()}, "param_groups": groups}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, each tensor on the device of its parameter."""
-        for number, parameter in enumerate(self._list_parameters()):
-            if number in state_dict["state"]:
-                self.state[parameter] = {name: value.to(parameter.device) for name, value in state_dict["state"][number].items()}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({**saved, "params": group["params"]})
-
-    def _list_parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. `closure` is not called."""

@@ -1,7 +1,8 @@
 """The optimizer, and the learning rate as a function of the step (no scheduler object: Accelerate's would step once for each process)."""
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = learning_rate
 
 
+def _leave_out_compiler(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """`kind` with the methods that its own ones wrap.
+
+    The wrappers import torch's compiler, which no step uses: a start would wait 0.8 s for it.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    bare = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), bare | {"step": torch.no_grad()(bare["step"])})
+
+
+_MUON, _SGD, _ADAMW = map(_leave_out_compiler, (Muon, torch.optim.SGD, torch.optim.AdamW))
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: Config, precision: str, device: torch.device | None = None
 ) -> torch.optim.Optimizer:
@@ -46,9 +60,9 @@ def build_optimizer(
     rate: Any = torch.tensor(config.learning_rate, device=device) if config.cuda_graph else config.learning_rate
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return Muon(parameters, rate, config.momentum, config.weight_decay, dtype)
+        return _MUON(parameters, rate, config.momentum, config.weight_decay, dtype)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        return _SGD(
             parameters,
             rate,
             momentum=config.momentum,
@@ -56,9 +70,7 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(
-        parameters, rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
-    )
+    return _ADAMW(parameters, rate, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph)
 
 
 def describe_state(parameters: Iterable[nn.Parameter], config: Config) -> dict[str, list[int]]:

@@ -1,7 +1,5 @@
 """Muon against torch's own optimizers, where they do the same."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -87,23 +85,3 @@ def test_matrices_together_become_what_each_becomes_alone():
     for matrix, result in zip(matrices, together, strict=True):
         assert result.shape == matrix.shape
         assert torch.allclose(result, orthogonalize([matrix], 0.1)[0], atol=1e-6)
-
-
-def test_the_state_is_what_torchs_own_code_gives_and_takes():
-    torch_state, torch_load = (inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in ("state_dict", "load_state_dict"))
-    parameters = [make_parameter(4, 4), make_parameter(4), make_parameter(3)]
-    optimizer = Muon(parameters, lr=0.1)
-    for parameter in parameters[:2]:  # the third is not used
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    saved, expected = optimizer.state_dict(), torch_state(optimizer)
-    assert saved["param_groups"] == expected["param_groups"]
-    assert {number: [*state] for number, state in saved["state"].items()} == {
-        number: [*state] for number, state in expected["state"].items()
-    }
-    here, there = (Muon([make_parameter(4, 4), make_parameter(4), make_parameter(3)], lr=0.5) for _ in range(2))
-    here.load_state_dict(saved)
-    torch_load(there, saved)
-    assert here.param_groups[0]["lr"] == there.param_groups[0]["lr"] == 0.1
-    for one, other in zip(here.state.values(), there.state.values(), strict=True):
-        assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -1,7 +1,10 @@
 """One training on any number of ranks: the same curve, the same counts, and no silent errors."""
 
+import copy
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,12 +15,14 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from mnist_dist import data as data_module
+from mnist_dist import optimization
 from mnist_dist.config import configure, make_config
 from mnist_dist.data import InMemory, Reader, list_batches, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
+from mnist_dist.muon import Muon
 from mnist_dist.optimization import build_optimizer, learning_rate_at
 from mnist_dist.options import read_options_file
 from mnist_dist.tasks.mnist import Mnist
@@ -247,19 +252,46 @@ def test_the_learning_rate_is_a_function_of_the_step():
         assert all(0 < learning_rate_at(config.replace(warmup=warmup), step) <= 0.5 for step in range(100))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
-def test_every_optimizer_learns(optimizer):
-    model = build_model(Mnist(), 0)
-    build = build_optimizer(model.parameters(), configure(optimizer=optimizer, learning_rate=0.01), "fp32")
-    images, labels = torch.zeros(4, 1, 28, 28), torch.tensor([1, 1, 1, 1])
+@pytest.mark.parametrize(
+    ("optimizer", "name", "kind"), [("muon", "_MUON", Muon), ("sgd", "_SGD", torch.optim.SGD), ("adamw", "_ADAMW", torch.optim.AdamW)]
+)
+def test_every_optimizer_learns_what_it_does_with_torchs_compiler(monkeypatch, optimizer, name, kind):
+    def follow(steps=5, saved=None):
+        model = build_model(Mnist(), 0)
+        built = build_optimizer(model.parameters(), configure(optimizer=optimizer, learning_rate=0.01), "fp32")
+        if saved is not None:
+            model.load_state_dict(saved[0])
+            built.load_state_dict(saved[1])
+        for _ in range(steps):
+            loss = torch.nn.functional.cross_entropy(model(torch.zeros(4, 1, 28, 28)), torch.tensor([1, 1, 1, 1]))
+            loss.backward()
+            built.step()
+            built.zero_grad()
+            losses.append(loss.item())
+        return copy.deepcopy((model.state_dict(), built.state_dict()))
+
     losses = []
-    for _ in range(5):
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        build.step()
-        build.zero_grad()
-        losses.append(loss.item())
+    middle = follow(2)
+    here = follow(3, middle)
     assert losses[-1] < losses[0]
+    monkeypatch.setattr(optimization, name, kind)
+    there = follow()
+    assert losses[:5] == losses[5:]
+    assert here[1]["param_groups"] == there[1]["param_groups"]
+    assert all(torch.equal(value, there[0][key]) for key, value in here[0].items())
+    for one, other in zip(here[1]["state"].values(), there[1]["state"].values(), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+# The compiler takes a third of a start.
+def test_a_training_on_one_process_does_not_import_torchs_compiler(tmp_path):
+    code = "import sys; from mnist_dist.train import main; codes = [main([*sys.argv[1:], *given]) for given in (%s)]; "
+    code = code % ", ".join(f"['--optimizer', '{name}', '--run_dir', '{tmp_path / name}']" for name in ("muon", "sgd", "adamw"))
+    code += "print(codes, {'torch._dynamo', 'sympy', 'torchvision', 'matplotlib', 'wandb'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, *TINY, "--checkpoint_every", "5", "--steps", "20"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0] set()"], done.stderr
 
 
 def test_training_twice_in_one_process_works_and_leaves_the_environment_alone(tmp_path):
