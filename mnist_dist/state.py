@@ -68,7 +68,7 @@ class TrainingState:
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
-            # The optimizer has no state yet that could be moved. To find that out, Accelerate would make torch import its compiler.
+            # The optimizer has no state yet that could be moved. To find that out, Accelerate would import half a second of torch.
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
