@@ -71,8 +71,6 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         lambda: read_request(given),
         lambda: combine(axes, fixed | {key: value for key, value in take_options(given).items() if key in options}, recipe, name),
     )
-    if sweep.table and request.dry_run:
-        raise UserError("--table queues nothing, and --dry_run shows what would be queued: leave one of them out")
     placed, _ = collect_mistakes(
         lambda: collect_mistakes(*(partial(place_config, config, request) for config in configs)),
         lambda: None if sweep.table else compare_with_cluster(request),

@@ -412,8 +412,6 @@ def test_an_option_is_swept_once_and_its_folder_is_found_as_everywhere(no_slurm,
     for words in (["seed=0", "seed=1,2"], ["lr=0.1", "learning_rate=0.2,0.3"]):
         assert sweep.main([*words, "--config", "smoke", "--dry_run"]) == 2
         assert "is swept twice" in capsys.readouterr().err
-    assert sweep.main(["seed=0,1", "--config", "smoke", "--table", "--dry_run"]) == 2
-    assert "--table queues nothing" in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text("sweep: {seed: [1]}\nfixed: {lr: 0.1, learning_rate: 0.2}\n")
     assert sweep.main(["s.yaml", "--dry_run"]) == 2
     assert "stands there twice" in capsys.readouterr().err
