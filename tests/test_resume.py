@@ -312,6 +312,7 @@ def test_a_second_live_job_in_the_folder_is_refused_and_a_dead_one_does_not_hold
 def test_a_moving_average_in_a_frozen_parameter_is_resumed_on_as_many_processes(tmp_path):
     task = str(Path(__file__).with_name("ragged_task.py"))
     arguments = ["--task", task, *CALM, "--steps", "8", "--batch_size", "6", "--precision", "fp32", "--test_size", "10"]
+    arguments += ["--report", "false", "--wandb", "disabled"]
     for size in (1, 2):
         run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / f"whole{size}")]), size)
         broken = [*arguments, "--run_dir", str(tmp_path / f"broken{size}")]
