@@ -72,7 +72,7 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     with join_group(world, config) as group:
         moved = find_moved(config.task, trained.model, lambda: Probe(data.train, config))
         # evaluation_mode: without DDP, which has no part in this.
-        model = group.accelerator.prepare_model(trained.model, evaluation_mode=True)
+        model = group.accelerator.prepare_model(trained.model, device_placement=True, evaluation_mode=True)
         split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]
         if split is None:
             raise UserError(f"split is holdout, but {options.run} has set no {config.task.samples} apart; allowed: test, train")

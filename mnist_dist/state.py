@@ -59,16 +59,16 @@ class TrainingState:
         }
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
+        # Told what is to be placed, Accelerate does not import torch's distributed tensors to find out, which takes half a second.
         if config.shards:
             # Its gradients are added up along the tree, not by DDP.
             self.tree = TreeSum(config.shards, group)
-            self.model = group.accelerator.prepare_model(self.bare_model, evaluation_mode=True)
+            self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
             averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
-            # The optimizer has no state yet that could be moved. To find that out, Accelerate would import half a second of torch.
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
