@@ -24,7 +24,7 @@ slow-test: .venv/.installed-dev
 cost-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/test_cost.py $(OPTIONS)
 
-# Two at a time, each on a cluster of its own: these wait for Slurm more than they compute.
+# Three at a time, each on a cluster of its own: these wait for Slurm more than they compute.
 slurm-test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slurm -n 3 $(OPTIONS)
 

@@ -15,7 +15,7 @@ from mnist_dist.tasks.mnist.digit import prepare_image
 from mnist_dist.weights import load_model
 
 pytestmark = pytest.mark.timeout(1800)  # the first test trains the model
-COUNT = 40  # pictures of each kind in the long trial
+COUNT = 60  # pictures of each kind in the long trial
 REFUSED = "does not show one digit"
 
 
@@ -81,7 +81,7 @@ def test_an_upright_bar_is_a_digit_and_a_line_from_edge_to_edge_is_none(tmp_path
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    options = ["--config", "fast", "--threads", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
+    options = ["--config", "mnist", "--epochs", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
     subprocess.run([sys.executable, "-m", "mnist_dist.train", *options], check=True, timeout=1500)
     return load_model(folder)
 
@@ -110,7 +110,7 @@ def count_answers(kind, split, model, path):
 @pytest.mark.parametrize("kind", CLEAN)
 def test_clean_pictures_are_read(tmp_path, test_split, model, kind):
     counts = count_answers(kind, test_split, model, tmp_path / "picture.png")
-    assert counts["right"] >= COUNT - 3, counts
+    assert counts["right"] >= COUNT - 4, counts
     assert counts["wrong"] <= 2, counts  # as many as among the images of MNIST themselves, some of which are hard
 
 

@@ -295,7 +295,7 @@ def test_programs_on_one_process_do_not_import_torchs_compiler(tmp_path):
         for number, way in enumerate(ways):
             folder = "{tmp_path}/run%d" % number
             assert train.main([*{TINY}, *way, "--checkpoint_every", "5", "--run_dir", folder]) == 0
-            assert evaluate.main([folder]) == 0
+        assert evaluate.main([folder]) == 0
         print({{"torch._dynamo", "torch.distributed.tensor", "sympy", "torchvision", "matplotlib", "wandb"}} & {{*sys.modules}})
     """)
     done = subprocess.run([sys.executable, tmp_path / "programs.py"], cwd=ROOT, text=True, capture_output=True, timeout=300)
