@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PydanticUserError, ValidationError
 
 from mnist_dist.errors import RunError, UserError, is_loss, is_lost_worker
 from mnist_dist.files import append_line, expand_path, read_file
@@ -139,10 +139,8 @@ def _check_fields(name: str, task: type[Task]) -> None:
             )
         if field.is_required():
             raise UserError(f"task {name}: its option {field_name} has no default; give it one")
-    try:
+    with explaining(name, "with its defaults"):
         task()
-    except ValueError as error:
-        raise UserError(f"task {name}: its defaults are not allowed by its own rules: {' '.join(str(error).split())[:300]}") from error
 
 
 def _list_files(module: ModuleType, imported: set[str]) -> Iterator[Path]:
@@ -203,9 +201,12 @@ def describe_exception(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     hint = ""
     if isinstance(error, ValidationError):  # its first line names nothing
-        lines = ["; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())]
+        lines = ["; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())]
         if any(one["type"] == "frozen_instance" for one in error.errors()):
             hint = " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
+    elif isinstance(error, PydanticUserError):
+        lines = lines[:1] and [lines[0].partition(". ")[0]]  # the rest is of pydantic's own settings
+        hint = " (an option is written `width: int = 3`; what is none, `width: ClassVar[int] = 3` with ClassVar of typing)"
     elif lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     elif lines and "does not require grad" in lines[0]:

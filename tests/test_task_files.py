@@ -102,7 +102,16 @@ WRONG = [
     ("an option without a default", [("    width: int", "    depth: int\n    width: int")], ["depth has no default"], 2),
     ("an option that clashes", [("    width: int", "    batch_size: int = 3\n    width: int")], ["batch_size", "every training has"], 2),
     ("an option that hides a method", [("    width: int", "    draw: int = 3\n    width: int")], ["draw"], 2),
-    ("a default that is not allowed", [("option(8,", "option(0,")], ["defaults are not allowed", "width"], 2),
+    ("a default that is not allowed", [("option(8,", "option(0,")], ["failed with its defaults", "width: Input should be"], 2),
+    ("an option without a type", [("    width: int", "    depth = 3\n    width: int")], ["`depth = 3` (", "ClassVar[int] = 3"], 2),
+    ("an option that is a module", [("    width: int", "    net: nn.Module = None\n    width: int")], ["Unable", "ClassVar[int] = 3"], 2),
+    (
+        "a constructor with an attribute",
+        [(LOAD, f"    def __init__(self):\n        super().__init__()\n        self.count = 60\n\n{LOAD}")],
+        ["in __init__", "count: ", "a task holds its options alone"],
+        2,
+    ),
+    ("a constructor that fails", [(LOAD, f"    def __init__(self, depth):\n        pass\n\n{LOAD}")], ["with its defaults", "depth"], 2),
     (
         "load fails",
         [("numbers = torch.arange(60.0)", "numbers = torch.load('/no/such/file')")],
