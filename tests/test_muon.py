@@ -19,15 +19,22 @@ def make_parameter(*shape):
     return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
-# torch computes in bfloat16, whose steps are 0.4 %; where both do, they round at other places.
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.01), (torch.bfloat16, 0.02)])
+def turn(matrix):
+    """The nearest matrix with orthonormal rows or columns."""
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (left @ right).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_a_matrix_moves_as_with_torchs_muon(shape, dtype, bound):
+def test_a_matrix_moves_as_with_torchs_muon(shape, dtype):
     here, there = make_parameter(*shape), make_parameter(*shape)
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    moved = follow(Muon([here], **options, dtype=dtype), here)
-    expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
-    assert float((moved - expected).abs().max()) < bound * float((moved - make_parameter(*shape).detach()).abs().max())
+    moved = follow(Muon([here], **options, dtype=dtype), here) - make_parameter(*shape).detach()
+    expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there) - make_parameter(*shape).detach()
+    # Each takes other polynomials, and both end within three tenths of the same update.
+    assert float(torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), 0)) > 0.98
+    assert 0.8 < float(moved.norm() / expected.norm()) < 1.3
 
 
 def test_a_vector_moves_as_with_torchs_adamw():
@@ -51,15 +58,31 @@ def test_a_kernel_moves_as_its_matrix_in_any_memory_format():
     assert torch.allclose(kernel.detach().flatten(1), matrix.detach(), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 288), (50, 4096), (32, 9), (10, 50)])
-def test_singular_values_become_about_one(shape):
-    values = torch.linalg.svdvals(orthogonalize([torch.randn(shape, generator=torch.Generator().manual_seed(3))])[0])
-    assert 0.6 < float(values.min()) < float(values.max()) < 1.25
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 0.02), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("shape", [(64, 288), (50, 4096), (32, 9), (10, 50), (300, 40), (1, 1), (1, 70)])
+def test_a_matrix_becomes_about_its_nearest_orthonormal_one(shape, dtype, slack):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    [result] = orthogonalize([matrix], 0.5)
+    assert result.dtype == dtype
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    parts = left.T @ result.double() @ right.T / 0.5
+    assert values.min() > 0.01 * values.max()  # else it would not be asked of it
+    assert float((parts - torch.eye(len(values))).abs().max()) < 0.27 + slack
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e8])
+def test_the_size_of_a_gradient_does_not_matter(scale):
+    matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(orthogonalize([matrix * scale])[0], orthogonalize([matrix])[0], atol=1e-4)
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert orthogonalize([torch.zeros(4, 6)])[0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 288), (50, 4096)])
-def test_small_singular_values_do_not_blow_up(shape, dtype):
+def test_small_singular_values_grow_and_do_not_blow_up(shape, dtype):
     generator = torch.Generator().manual_seed(4)
     left, right = (torch.linalg.qr(torch.randn(size, shape[0], generator=generator))[0] for size in shape)
     steep = (left * torch.logspace(0, -4, shape[0])) @ right.T
