@@ -81,7 +81,8 @@ def test_an_upright_bar_is_a_digit_and_a_line_from_edge_to_edge_is_none(tmp_path
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    options = ["--config", "mnist", "--epochs", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
+    # On one thread: another test runs beside this one.
+    options = ["--config", "mnist", "--epochs", "1", "--threads", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
     subprocess.run([sys.executable, "-m", "mnist_dist.train", *options], check=True, timeout=1500)
     return load_model(folder)
 
