@@ -33,6 +33,8 @@ def build_model(task: Task, seed: int) -> nn.Module:
                 f"task {task.name}: {name} of its model is {parameter.dtype} on {parameter.device}; expected torch.float32 on the CPU: "
                 "the training chooses device and precision"
             )
+        if torch.empty_like(parameter).stride() != parameter.stride():  # a view with gaps, which fused optimizers take for one without
+            parameter.data = parameter.data.clone()
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")

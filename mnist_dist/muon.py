@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# Odd polynomials of degree five, one after the other: of all such threes, they take the singular values between 0.01 and 1 closest to 1
-# (Amsel et al., "The Polar Express", arXiv 2505.16932, 2025). Smaller ones grow 78-fold. Each allows for values that rounding has made 1 %
-# too large, since beyond its interval a polynomial shoots up.
+# Odd polynomials of degree five, one after the other. They take singular values between 0.01 and 1 close to 1, and multiply smaller ones by
+# up to 78 (Amsel et al., "The Polar Express", arXiv 2505.16932, 2025). Each is the best for its interval made 1 % wider: rounding may push
+# values out, and there a polynomial shoots up.
 _ROUNDS = ((8.0172, -22.941, 16.6113), (3.6183, -2.6587, 0.5137), (2.6797, -1.9654, 0.4401))
 # A typical entry of an AdamW update is about 0.2 to 0.4 of the learning rate; this brings Muon's to the same size (Liu et al.), so that one
 # learning rate serves kernels of every shape, and the biases.
@@ -147,8 +147,8 @@ def _multiply(factors: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
 def _begin(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each x @ x.T of x divided by a norm that no singular value is above, what the first round multiplies that x by, and those norms.
 
-    The norm of (x @ x.T)^2, which this round needs anyway, is a closer bound than that of x: n equal singular values become n^(-1/8) by the
-    one, and n^(-1/2) by the other.
+    (x @ x.T)^2, which this round needs anyway, has a norm whose fourth root is a closer bound than the norm of x. Divided by the one,
+    n equal singular values become n^(-1/8), and n^(-1/2) by the other. An x of a norm below about 1e-12 becomes smaller, and zeros stay.
     """
     dtype, exact = grams.dtype, torch.promote_types(grams.dtype, torch.float32)
     traces = grams.diagonal(dim1=1, dim2=2).sum(-1, dtype=exact).view(-1, 1, 1) + 1e-14

@@ -204,9 +204,9 @@ def describe_exception(error: BaseException) -> str:
         lines = ["; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())]
         if any(one["type"] == "frozen_instance" for one in error.errors()):
             hint = " (a task holds its options alone: compute the value where it is needed, or give it to the data set or the model)"
-    elif isinstance(error, PydanticUserError):
-        lines = lines[:1] and [lines[0].partition(". ")[0]]  # the rest is of pydantic's own settings
-        hint = " (an option is written `width: int = 3`; what is none, `width: ClassVar[int] = 3` with ClassVar of typing)"
+    elif isinstance(error, PydanticUserError) and error.code in ("model-field-missing-annotation", "schema-for-unknown-type"):
+        lines = [re.split(r"\. (?:All model|Set `)", lines[0])[0]]  # the rest is of pydantic's own settings
+        hint = " (write an option as `width: int = 3`, and anything else as `width: ClassVar[int] = 3`, with ClassVar from typing)"
     elif lines and lines[0].startswith("'DistributedDataParallel' object"):
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     elif lines and "does not require grad" in lines[0]:

@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import torch
+from torch import nn
 
 from mnist_dist.model import build_model
+from mnist_dist.task import Task
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.model import PARAMETERS
 
@@ -38,3 +40,20 @@ def test_samples_do_not_see_each_other():
     images = torch.rand(4, 1, 28, 28)
     model = build_model(Mnist(), 0)
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]), rtol=1e-4, atol=1e-5)
+
+
+class WithGaps(Task):
+    """A model whose parameters are views of more memory, or of less, than they have numbers; the last is dense."""
+
+    def build_model(self):
+        values = torch.linspace(0.5, 1.5, 120)
+        views = values[:30].view(3, 10)[:, 0], values.view(4, 30)[:, ::3], values[:3].expand(5, 3), values.view(2, 3, 4, 5).transpose(1, 3)
+        return nn.ParameterList([nn.Parameter(view) for view in views])
+
+
+def test_a_parameter_with_gaps_gets_memory_of_its_own():
+    before, after = WithGaps().build_model(), build_model(WithGaps(), 0)
+    assert [parameter.untyped_storage().size() // 4 for parameter in after] == [3, 40, 15, 120]
+    assert [parameter.shape for parameter in after] == [parameter.shape for parameter in before]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert after[3].stride() == before[3].stride()

@@ -25,16 +25,16 @@ def turn(matrix):
     return (left @ right).float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_a_matrix_moves_as_with_torchs_muon(shape, dtype):
+def test_a_matrix_moves_as_with_torchs_muon(monkeypatch, shape):
+    # Each takes polynomials of its own: both get the exact matrix in their place.
+    monkeypatch.setattr("mnist_dist.muon.orthogonalize", lambda matrices, size: [turn(matrix) * size for matrix in matrices])
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda matrix, *_: turn(matrix))
     here, there = make_parameter(*shape), make_parameter(*shape)
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    moved = follow(Muon([here], **options, dtype=dtype), here) - make_parameter(*shape).detach()
-    expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there) - make_parameter(*shape).detach()
-    # Each takes other polynomials, and both end within three tenths of the same update.
-    assert float(torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), 0)) > 0.98
-    assert 0.8 < float(moved.norm() / expected.norm()) < 1.3
+    moved = follow(Muon([here], **options, dtype=torch.float32), here)
+    expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
+    assert torch.allclose(moved, expected, atol=1e-5)
 
 
 def test_a_vector_moves_as_with_torchs_adamw():
