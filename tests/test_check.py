@@ -612,12 +612,12 @@ def test_ended_by_a_signal_it_leaves_no_process_and_no_folder(tmp_path):
     command = [sys.executable, "-m", "mnist_dist.check", "--task", str(file), "--batch_size", "16", "--only", "tier,two_processes"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         assert program.stdout.readline().startswith("PASS tier")
-        end = time.monotonic() + 30
+        end = time.monotonic() + 100
         while not (marks := list(tmp_path.glob("mnist_dist_check_*/one/left*"))):
             assert time.monotonic() < end
             time.sleep(0.05)
         program.terminate()
-        assert program.wait(20) == 143
+        assert program.wait(100) == 143  # before its own deadline, which it would answer with 1, also beside a test of 64 ranks
         assert program.stderr.read() == ""
     assert not list(tmp_path.glob("mnist_dist_check_*"))
     folder = str(marks[0].parents[1]).encode()
