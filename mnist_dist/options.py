@@ -21,6 +21,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import expand_path, read_file
 
 _FILE_BYTES_MAX = 1 << 16  # what takes about a second to parse
+_DEPTH_MAX = 32  # levels of lists and mappings: a sweep has two
 _TEXT_MAX = 4096  # characters of one value: no path may be longer
 
 
@@ -244,6 +245,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        if len(self.states) > _DEPTH_MAX:  # each level takes longer to parse than the one before
+            raise yaml.YAMLError(f"lists and mappings are nested more than {_DEPTH_MAX} deep")
         if getattr(event, "tag", None) is not None:
             raise yaml.YAMLError(f"tags such as {event.tag[:40]} are not allowed")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > _TEXT_MAX:

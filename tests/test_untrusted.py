@@ -364,6 +364,7 @@ ODD_YAML = {
     "the same by sixties": "seed: 1" + ":59" * 2_000,
     "a time that is none": "run_dir: 2020-99-99",
     "deep": "seed: " + "[" * 30_000,
+    "deep mappings": "".join(" " * level + "a:\n" for level in range(300)),
     "many whole numbers as keys": "".join(f"{number}: 1\n" for number in range(7_000)),
     "keys that are lists": "? [1, 2]\n: 3",
     "aliases of aliases": "".join(["a: &a0 [x]\n", *(f"b{n}: &a{n + 1} [*a{n}, *a{n}, *a{n}, *a{n}]\n" for n in range(30))]),
