@@ -122,9 +122,10 @@ def assert_left(job, words):
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
-    slow = "--steps 150 --log_every 1 --evaluate_every 1 --test_size 600 --report false --wandb disabled"
+    # A step lasts from a tenth of a second to two, as the machine is: enough are left to stop amid them, few enough to wait for.
+    slow = "--steps 60 --log_every 1 --evaluate_every 1 --test_size 600 --report false --wandb disabled"
     first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
-    first.wait_for("step 20/")
+    first.wait_for("step 3/")
     assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]
     first.run("scancel", first.id)
     assert second.wait_state("COMPLETED", "FAILED") == "COMPLETED", second.log
