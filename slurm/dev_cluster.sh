@@ -147,7 +147,6 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
-KillWait=10
 JobRequeue=1
 # A finished job can be asked about for ten minutes.
 MinJobAge=600

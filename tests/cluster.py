@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "slurm/train.sh"
+SLOW_TASK = shlex.quote(str(ROOT / "tests/slow_task.py"))  # each step waits; none computes longer
 
 
 class Job:

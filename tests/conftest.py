@@ -20,6 +20,14 @@ for _number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(_number, lambda *_: None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """What a test computes by itself has one thread: beside other tests, two that wait for each other take many times as long."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def daemons():
     folder = f"/tmp/slurm-test-{os.getpid()}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Job
+from cluster import ROOT, SLOW_TASK, Job
 from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
 from launch import evidence, explain, jobs
@@ -726,7 +726,7 @@ def test_statuses_and_ranks_in_words():
 # The same on the development cluster, whose accounts are those of scontrol.
 
 SLOW = "--dataset synthetic --steps 100000 --batch_size 8 --threads 1 --optimizer sgd --test_size 200 --report false --wandb disabled"
-SLOW += " --log_every 1 --evaluate_every 1 --checkpoint_every 10"
+SLOW += f" --log_every 1 --checkpoint_every 10 --task {SLOW_TASK}"
 
 
 def ask(cluster, folder, what):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cluster import ROOT, Job
+from cluster import ROOT, SLOW_TASK, Job
 from processes import find_free_port
 from safetensors.torch import load_file
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slurm
 RECIPE = "--dataset synthetic --steps 150 --batch_size 8 --threads 1 --precision fp32 --optimizer sgd"
 RECIPE += " --momentum 0.9 --learning_rate 0.0005 --schedule constant"
 RECIPE += " --test_size 200 --report false --checkpoint_every 0 --wandb disabled"
-# An evaluation after each step slows the run down, so that faults can find it, and leaves its weights alone.
-SLOW = RECIPE + " --log_every 1 --evaluate_every 1"
+# The pauses slow the run down, so that faults can find it, and leave its weights alone.
+SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK}"
 
 
 class Launched(Job):
@@ -124,7 +124,7 @@ def test_submit_and_sbatch_train_as_one_process_does(cluster, tmp_path):
 
 
 def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
-    limited = Launched(cluster, tmp_path, f"--nodes 2 --time 10 --signal_delay_s 90 {SLOW} --test_size 600", "limited")
+    limited = Launched(cluster, tmp_path, f"--nodes 2 --time 10 --signal_delay_s 90 {SLOW} --pause_s 0.4", "limited")
     requeued = Launched(cluster, tmp_path, f"--nodes 2 --time 5 {SLOW}", "requeued")
     job = "--nodes 1 --tasks_per_node 2 --time 5"
     lost = Launched(cluster, tmp_path, f"{job} {SLOW} --checkpoint_every 10", "lost")

@@ -11,9 +11,10 @@ import sys
 import time
 
 import pytest
-from cluster import ROOT, Job
+from cluster import ROOT, SLOW_TASK, Job
 
 ENDLESS = "--dataset synthetic --steps 100000 --batch_size 32 --threads 1 --log_every 20 --checkpoint_every 0 --run_dir run"
+ENDLESS += f" --task {SLOW_TASK}"
 pytestmark = pytest.mark.slurm
 
 
@@ -122,8 +123,7 @@ def assert_left(job, words):
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
-    # A step lasts from a tenth of a second to two, as the machine is: enough are left to stop amid them, few enough to wait for.
-    slow = "--steps 60 --log_every 1 --evaluate_every 1 --test_size 600 --report false --wandb disabled"
+    slow = "--steps 60 --log_every 1 --pause_s 0.2 --report false --wandb disabled"
     first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
     first.wait_for("step 3/")
     assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]

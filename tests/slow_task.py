@@ -1,0 +1,18 @@
+"""A task whose steps take a while without computing, so that a fault finds the run amid them and other tests have the cores."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from mnist_dist.task import option
+from mnist_dist.tasks.mnist import Mnist
+
+
+class SlowDigits(Mnist):
+    pause_s: float = option(0.1, recipe=False)
+
+    def make_inputs(self, batch: Any, drawn: Any = None) -> tuple[Tensor, Tensor]:
+        if drawn is not None:  # a step of the training, no evaluation
+            time.sleep(self.pause_s)
+        return super().make_inputs(batch, drawn)
