@@ -845,7 +845,7 @@ class Growing(Mnist):
 @pytest.mark.slurm
 def test_a_real_task_that_the_kernel_kills_for_its_memory_is_explained(cluster, tmp_path, its_cgroup):
     (tmp_path / "growing.py").write_text(GROWING)
-    job = submit({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, "grown", f"--nodes 2 --time 5 --task growing.py {SLOW}")
+    job = submit({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, "grown", f"--nodes 2 --time 5 {SLOW} --task growing.py")
     job.wait_state("FAILED")
     answer = ask(cluster, tmp_path, job.id)
     assert (answer["end"], answer["status"]) == ("memory", 1), answer

@@ -21,7 +21,7 @@ RECIPE = "--dataset synthetic --steps 150 --batch_size 8 --threads 1 --precision
 RECIPE += " --momentum 0.9 --learning_rate 0.0005 --schedule constant"
 RECIPE += " --test_size 200 --report false --checkpoint_every 0 --wandb disabled"
 # The pauses slow the run down, so that faults can find it, and leave its weights alone.
-SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK}"
+SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK} --pause_s 0.4"
 
 
 class Launched(Job):
@@ -124,7 +124,7 @@ def test_submit_and_sbatch_train_as_one_process_does(cluster, tmp_path):
 
 
 def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
-    limited = Launched(cluster, tmp_path, f"--nodes 2 --time 10 --signal_delay_s 90 {SLOW} --pause_s 0.4", "limited")
+    limited = Launched(cluster, tmp_path, f"--nodes 2 --time 10 --signal_delay_s 90 {SLOW}", "limited")
     requeued = Launched(cluster, tmp_path, f"--nodes 2 --time 5 {SLOW}", "requeued")
     job = "--nodes 1 --tasks_per_node 2 --time 5"
     lost = Launched(cluster, tmp_path, f"{job} {SLOW} --checkpoint_every 10", "lost")

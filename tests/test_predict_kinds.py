@@ -82,7 +82,7 @@ def test_an_upright_bar_is_a_digit_and_a_line_from_edge_to_edge_is_none(tmp_path
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     # On one thread: another test runs beside this one.
-    options = ["--config", "mnist", "--epochs", "1", "--threads", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
+    options = ["--config", "fast", "--threads", "1", "--run_dir", str(folder), "--wandb", "disabled", "--report", "false"]
     subprocess.run([sys.executable, "-m", "mnist_dist.train", *options], check=True, timeout=1500)
     return load_model(folder)
 

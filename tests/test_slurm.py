@@ -119,7 +119,7 @@ def assert_left(job, words):
     assert words in job.log
     assert "launch: job" not in job.log
     times = [datetime.datetime.fromisoformat(job.show(name)) for name in ("StartTime", "EndTime")]
-    assert (times[1] - times[0]).total_seconds() < 10  # of which Python takes one, where a machine is idle
+    assert (times[1] - times[0]).total_seconds() < 60  # of which Python takes one, where a machine is idle
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
