@@ -190,7 +190,7 @@ class Seeded:
         try:
             return _Sent.of(filled)
         except Exception as error:
-            return self._fail(f"a batch of the {self.what} data cannot be sent by a worker: {describe_exception(error)}")
+            return self._fail(f"a batch of the {locate(self.split, self.what)[0]} cannot be sent by a worker: {describe_exception(error)}")
 
     def fill(self, batch: Batch) -> Batch | _Failure:
         """The batch with its samples, or why there are none."""
@@ -214,9 +214,9 @@ class Seeded:
                     made.append(self.task.collate(samples[done : done + piece.size]))
                     done += piece.size
             except (Exception, SystemExit) as error:
-                numbers = batch.indices[done : done + batch.pieces[len(made)].size].tolist()
+                data, numbers = locate(self.split, self.what, batch.indices[done : done + batch.pieces[len(made)].size].tolist())
                 shown = ", ".join(map(str, numbers[:_SHOWN])) + (f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else "")
-                one = f"sample{'s' * (len(numbers) > 1)} {shown} of the {self.what} data"
+                one = f"sample{'s' * (len(numbers) > 1)} {shown} of the {data}"
                 return self._fail(f"{one} cannot be made a batch: {describe_exception(error)}")
             return batch.fill(made)
         finally:
@@ -237,7 +237,7 @@ class Seeded:
                 seed(its_seed)
                 read.append(split[index])
         except (Exception, SystemExit) as error:
-            samples = f"sample {index} of the {self.what} data cannot be read: {describe_exception(error)}"
+            samples = f"{name_sample(self.split, self.what, index)} cannot be read: {describe_exception(error)}"
         if places not in (None, read_places()):  # the first ones that draw from numpy or random are read once more, under their seeds
             self.draws_elsewhere = True
             return self._read(indices, seeds, at)
@@ -317,7 +317,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
     sizes = (_count(task, data.train, "training"), _count(task, data.test, "test"))
     config = config.with_sizes(sizes)
     train, holdout = _hold_out(data.train, config.train_size or sizes[0], config.holdout)
-    data = Data(train, take_samples(data.test, range(config.test_size or sizes[1])), holdout)
+    data = Data(train, take_samples(data.test, range(config.test_size or sizes[1]), "test"), holdout)
     if config.workers and all(map(is_in_memory, (data.train, data.evaluated))):
         raise UserError(
             f"workers is {config.workers}, but task {task.name} keeps its data in memory, where no worker has any work: leave it out"
@@ -355,20 +355,44 @@ def _count(task: Task, split: Any, what: str) -> int:
 def _hold_out(split: Dataset[Any], size: int, count: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The first `size` samples without `count` of them, evenly spread and the same for every seed, and those samples."""
     if not count:
-        return take_samples(split, range(size)), None
+        return take_samples(split, range(size), "training"), None
     held = torch.zeros(size, dtype=torch.bool)
     held[torch.arange(count) * size // count] = True
-    return tuple(take_samples(split, which.nonzero().flatten().tolist()) for which in (~held, held))  # type: ignore[return-value]
+    return tuple(take_samples(split, which.nonzero().flatten().tolist(), "training") for which in (~held, held))  # type: ignore[return-value]
 
 
-def take_samples(split: Dataset[Any], places: Sequence[int]) -> Dataset[Any]:
-    """Some samples of a split; a range begins with the first."""
+class _Taken(Subset[Any]):
+    """Some samples of a split, which know of which: where a task's data come from, for messages."""
+
+    def __init__(self, split: Dataset[Any], places: Sequence[int], what: str) -> None:
+        super().__init__(split, places)
+        self.what = what
+
+
+def take_samples(split: Dataset[Any], places: Sequence[int], what: str = "") -> Dataset[Any]:
+    """Some samples of a split, by default of one that was taken from another; a range begins with the first."""
     if len(places) == len(split):  # type: ignore[arg-type]
         return split
     if is_in_memory(split):
         which = slice(len(places)) if isinstance(places, range) else torch.tensor(places)
         return TensorDataset(*(tensor[which] for tensor in split.tensors))
-    return Subset(split, places)
+    return _Taken(split, places, what)
+
+
+def locate(split: Any, what: str, indices: Sequence[int] = ()) -> tuple[str, list[int]]:
+    """What the data are called that a split is of, and where its samples lie in what the task's `load` returned.
+
+    A user knows a sample by that place alone: --holdout takes samples out of the training data, and the others move up.
+    """
+    while isinstance(split, _Taken):
+        what, indices, split = split.what or what, [split.indices[index] for index in indices], split.dataset
+    return f"{what} data", list(indices)
+
+
+def name_sample(split: Any, what: str, index: int) -> str:
+    """How messages name a sample of a split, by its place in what the task's `load` returned."""
+    data, [place] = locate(split, what, [index])
+    return f"sample {place} of the {data}"
 
 
 def fingerprint(data: Data, task: Task) -> str:
@@ -407,7 +431,8 @@ class Probe:
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
         self._drawn = None if drawn is None else drawn[:_PROBED].clone()
         self.half = self.take(range(_PROBED // 2))
-        self.changed = () if self._is_unchanged() else tuple(place % len(self._kept) for place in self.half.places)
+        places = [place % len(self._kept) for place in self.half.places]
+        self.changed = () if self._is_unchanged() else tuple(locate(split, "training", places)[1])
         self.whole = self.take(range(_PROBED))
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
@@ -539,7 +564,7 @@ class Reader:
 
     def __init__(self, split: Dataset[Any], config: Config, group: Group, what: str, batches: Iterable[Batch]) -> None:
         self.device = group.device
-        self.task, self.what = config.task, what
+        self.task, self.split, self.what = config.task, split, what
         self.timeout_s = config.timeout_s
         # Of each worker its process, and the sample that it is at, or -1. Memory that the processes share.
         self.workers = torch.full((0 if is_in_memory(split) else config.workers, 2), -1, dtype=torch.int64)
@@ -605,7 +630,7 @@ class Reader:
         # torch raises these wherever this process happens to be when a worker is lost.
         if error is None or not (is_cut_off or is_lost_worker(error)):
             return
-        what = f"task {self.task.name}: a worker that reads the {self.what} data"
+        what = f"task {self.task.name}: a worker that reads the {locate(self.split, self.what)[0]}"
         if "timed out" in str(error) and self._is_waiting:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
         if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & numbers:
@@ -613,7 +638,7 @@ class Reader:
 
     def _describe_workers(self) -> str:
         gone = [
-            f"worker {number} of {len(self.workers)} (process {pid}) was at sample {sample}"
+            f"worker {number} of {len(self.workers)} (process {pid}) was at sample {locate(self.split, self.what, [sample])[1][0]}"
             for number, (pid, sample) in enumerate(self.workers.tolist())
             if sample >= 0
         ]

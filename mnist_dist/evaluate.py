@@ -79,7 +79,7 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
         # In the batches of the run, it gives the same bits.
         shards = trained.config.shards if (trained.config.shards or 0) >= group.size else None
         config = config.model_copy(update={"shards": shards, "micro_batch": trained.config.micro_batch})
-        with open_evaluation(split, config, group) as reader:
+        with open_evaluation(split, config, group, "training" if split is data.train else "test") as reader:
             evaluation = evaluate(config, model, reader, group, moved)
         facts = {"task": config.task.name, "precision": group.precision, "device": group.device.type, "world_size": group.size}
         if "dataset" in config.task.facts:

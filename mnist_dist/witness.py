@@ -23,7 +23,20 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, Piece, Probe, Seeded, StepSampler, add_drawn, is_in_memory, keep_split, list_tensors, load_data, read
+from mnist_dist.data import (
+    Batch,
+    Piece,
+    Probe,
+    Seeded,
+    StepSampler,
+    add_drawn,
+    is_in_memory,
+    keep_split,
+    list_tensors,
+    load_data,
+    name_sample,
+    read,
+)
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -85,7 +98,7 @@ def digest_data(config: Config, data: Data, backwards: bool = False) -> dict[str
     """Digests of samples by their names, such as `sample 7 of the training data`, and of the facts; read from the last if `backwards`."""
     found = {f"the fact {name}": digest(value) for name, value in config.task.facts.items()}
     for what, split in (("training", data.train), ("test", data.evaluated)):
-        found |= {f"sample {index} of the {what} data": text for index, text in _digest_split(split, config, what, backwards).items()}
+        found |= {name_sample(split, what, index): text for index, text in _digest_split(split, config, what, backwards).items()}
     return found
 
 

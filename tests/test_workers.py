@@ -114,6 +114,16 @@ def test_an_error_in_a_sample_names_its_index_and_the_line(tmp_path, fault, word
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("index", [72, 71], ids=["held out", "trained on"])
+@pytest.mark.parametrize(("fault", "words"), [("raises", "sample {} of the training data cannot be read"), ("dies", "was at sample {}")])
+def test_a_sample_has_the_number_that_it_has_in_what_load_returned(tmp_path, fault, words, index):
+    """With samples held out, and so few trained on, that all have another place."""
+    arguments = [*NOISY, "--holdout", "10", "--train_size", "90", "--workers", "1", "--fault", fault, "--fault_at", str(index)]
+    text = run_ranks(tmp_path, Train([*arguments, "--steps", "8", "--run_dir", str(tmp_path / "run")]), expect=1)
+    assert words.format(index) in text
+    assert "a worker that reads the training data" in text or fault == "raises"
+
+
 @pytest.mark.parametrize(("fault", "words"), [("dies", "died"), ("hangs", "gave no samples for 2 s")])
 def test_a_worker_that_dies_or_hangs_is_named(tmp_path, fault, words):
     arguments = [*NOISY, "--workers", "2", "--fault", fault, "--fault_at", "71", "--timeout_s", "2", "--run_dir", str(tmp_path / "run")]
