@@ -215,13 +215,12 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     if mask.sum() == mask[rim : height - rim, rim : width - rim].sum():
         return signal  # nothing comes near the edge
     lines = np.zeros_like(mask)
-    for angle in range(180):
+    for angle, chords in enumerate(_measure_chords(width, height, size)):
         turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
         turn[:, 2] += (size - width) / 2, (size - height) / 2
-        turned, all_of_it = (cv2.warpAffine(one, turn, (size, size)) for one in (mask, np.full_like(mask, 255)))
+        turned = cv2.warpAffine(mask, turn, (size, size))
         turned = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, np.ones((1, max(3, rim))))  # joins dots
-        chords = all_of_it.sum(axis=1) / 255
-        filled = turned.sum(axis=1) / 255 / np.maximum(chords, 1)
+        filled = cv2.reduce(turned, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0] / 255 / np.maximum(chords, 1)
         bounds = np.flatnonzero(np.diff((filled > 0.95) & (chords > 0.8 * min(height, width)), prepend=False, append=False))
         for first, end in bounds.reshape(-1, 2).tolist():
             # A stroke that fills the picture is wider than a line: some of it lies beside these rows.
@@ -236,6 +235,19 @@ def _erase_lines(signal: Floats, threshold: float) -> Floats:
     level = float(np.percentile(values, 80))
     lines[signal > level + max(0.25, (1 - level) / 2)] = 0
     return cv2.inpaint((signal.clip(0, 1) * 255).astype(np.uint8), lines, 3, cv2.INPAINT_TELEA).astype(np.float32) / 255
+
+
+def _measure_chords(width: int, height: int, size: int) -> Floats:
+    """How much of each row of a square of side `size` a picture in its middle covers, turned by 0 to 179 degrees [180, size]."""
+    angle = np.radians(np.arange(180))[:, None]
+    row = np.arange(size) - (size - 1) / 2
+    begin, end = np.full((180, size), -np.inf), np.full((180, size), np.inf)
+    # Along the row, one coordinate of the picture grows with the cosine and the other with the sine.
+    for length, along, across in ((width, np.cos(angle), -np.sin(angle)), (height, np.sin(angle), np.cos(angle))):
+        along = np.where(np.abs(along) < 1e-9, 1e-9, along)
+        bounds = np.sort([(side * length / 2 - across * row) / along for side in (-1, 1)], axis=0)
+        begin, end = np.maximum(begin, bounds[0]), np.minimum(end, bounds[1])
+    return np.maximum(end - begin, 0)
 
 
 def _choose_parts(mask: Mask) -> Mask:
