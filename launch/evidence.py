@@ -55,7 +55,7 @@ _KERNEL_TIMEOUT_S = 5
 _BEGINS = re.compile(r"(?:\[rank 0\] )?(.{1,1000}) from step \d{1,18} of \d{1,18}: ")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Facts:
     """What a run folder, the logs and Slurm tell of one start of a run."""
 
@@ -145,9 +145,23 @@ def gather_facts(path: Path, job: str) -> Facts:
     has_begun &= not begun or any(begun) or not is_complete
     status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
     return Facts(
-        path, state, config, starts, number, end, job, status if is_count(status) else None, account, log_path, logs, has_begun, damaged,
-        _find_original(path), rows[-1] if rows else {}, unanswered,
-    )  # fmt: skip
+        path=path,
+        state=state,
+        config=config,
+        starts=starts,
+        number=number,
+        end=end,
+        job=job,
+        status=status if is_count(status) else None,
+        account=account,
+        log_path=log_path,
+        logs=logs,
+        has_begun=has_begun,
+        damaged=damaged,
+        copy_of=_find_original(path),
+        last_row=rows[-1] if rows else {},
+        unanswered=unanswered,
+    )
 
 
 def _find_original(path: Path) -> str:
