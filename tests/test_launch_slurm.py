@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slurm
 RECIPE = "--dataset synthetic --steps 150 --batch_size 8 --threads 1 --precision fp32 --optimizer sgd"
 RECIPE += " --momentum 0.9 --learning_rate 0.0005 --schedule constant"
 RECIPE += " --test_size 200 --report false --checkpoint_every 0 --wandb disabled"
-# The pauses slow the run down, so that faults can find it, and leave its weights alone.
-SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK} --pause_s 0.4"
+# The pauses slow the run down until there is a file `quick`, so that faults can find it. They leave its weights alone.
+SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK} --pause_s 1 --until quick"
 
 
 class Launched(Job):
@@ -140,8 +140,6 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
 
     lifted = ThreadPoolExecutor(1).submit(lift_limit)
     assert limited.show("NodeList") == requeued.show("NodeList")  # two jobs on the same nodes, at the same time
-    assert "is in use by job" in launch(cluster, tmp_path, "submit", f"{job} {SLOW} --run_dir lost").stderr
-
     following = subprocess.Popen(
         [sys.executable, "-m", "launch.jobs", "follow", str(requeued.path)],
         env={**cluster, "PYTHONPATH": str(ROOT)},
@@ -149,6 +147,7 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
         stdout=subprocess.PIPE,
     )
     requeued.run("scontrol", "requeue", requeued.id)
+    assert "is in use by job" in launch(cluster, tmp_path, "submit", f"{job} {SLOW} --run_dir lost").stderr
     lost.wait_until(lambda: lost.steps[-1] > 10)
     pid = lost.run("scontrol", "listpids", f"{lost.id}.0", lost.show("NodeList")).stdout.splitlines()[1].split()[0]
     os.kill(int(pid), 9)
@@ -167,6 +166,8 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     again.submit(f"{job} {SLOW}")
 
     lifted.result()
+    requeued.wait_until(lambda: len(requeued.starts) == 2)
+    (tmp_path / "quick").touch()
     assert "Exited with exit code 85" in limited.log
     limited.wait_start(2)
     for one in (limited, requeued):
@@ -208,6 +209,7 @@ def test_preemption_a_lost_node_and_a_new_controller(cluster, tmp_path, weights_
     job.wait_until(lambda: job.steps[-1] > before + 2)  # it runs on without one
     subprocess.run(["slurmctld"], env={**cluster, "PATH": cluster["PATH"] + ":/usr/sbin:/sbin"}, check=True)
     job.wait_until(lambda: "is UP" in job.run("scontrol", "ping").stdout)
+    (tmp_path / "quick").touch()
     job.assert_nothing_lost(weights_of_two)
     assert len(job.starts) == 3
 

@@ -123,11 +123,12 @@ def assert_left(job, words):
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
-    slow = "--steps 60 --log_every 1 --pause_s 0.2 --report false --wandb disabled"
+    slow = "--steps 60 --log_every 1 --pause_s 1 --until quick --report false --wandb disabled"
     first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
     first.wait_for("step 3/")
     assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]
     first.run("scancel", first.id)
+    (tmp_path / "quick").touch()
     assert second.wait_state("COMPLETED", "FAILED") == "COMPLETED", second.log
     assert starts(tmp_path) == [0, saved(first)[0]]
     assert_left(third, "run is finished: this job of its chain has nothing to do")
