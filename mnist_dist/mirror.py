@@ -76,7 +76,7 @@ class Mirror:
         self._messages.append(message)
         try:
             self._send(message)
-        except ConnectionError:
+        except _HelperDiedError:
             self._begin()
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Mirror:
         try:
             try:
                 self._finish()
-            except ConnectionError:
+            except _HelperDiedError:
                 self._begin()
                 self._finish()
         except TimeoutError:
@@ -97,14 +97,15 @@ class Mirror:
 
     def _finish(self) -> None:
         last = self._messages[-1] if self._messages else {}
-        if last.get("finish") is not None:
-            self._run.finish(exit_code=0)
-        elif self._is_stopped_from_the_page:
-            self._run.finish(exit_code=_KILLED)
-        else:
-            if last.get("stopped"):
-                self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
-            self._run.finish(exit_code=1)
+        with _noticing_death():
+            if last.get("finish") is not None:
+                self._run.finish(exit_code=0)
+            elif self._is_stopped_from_the_page:
+                self._run.finish(exit_code=_KILLED)
+            else:
+                if last.get("stopped"):
+                    self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
+                self._run.finish(exit_code=1)
 
     def _stop(self) -> None:
         # Called in a thread of W&B's when someone presses stop on the page of the run.
@@ -203,32 +204,36 @@ class Mirror:
         if step is not None and step < self._known_step:  # not <=: the server's summary may be one row ahead of its history
             return
         try:
-            if "row" in message:
-                self._run.log(message["row"])
-            elif "images" in message:
-                self._run.log({"step": step} | {name: wandb.Image(path) for name, path in message["images"].items()})
-            elif "tables" in message:
-                try:
-                    with self._waiting_for_the_server():
-                        self._run.log({"step": step} | _draw_tables(message))
-                except Exception:
-                    drawn = _draw_tables(message)
-                    for name, table in _find_tables(drawn):  # bound before, they are files of the run and no artifacts
-                        table.bind_to_run(self._run, name, self._run.step)
-                    self._run.log({"step": step} | drawn)
-                    raise
-            elif "model" in message:
-                # The name carries the run's id: runs of one project do not mix their models.
-                artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
-                artifact.add_file(message["model"])
-                with self._waiting_for_the_server():
-                    self._run.log_artifact(artifact)
-            elif message["finish"] is not None:
-                self._run.summary.update({f"result/{name}": value for name, value in message["finish"].items()})
-        except ConnectionError:  # the helper process died
+            with _noticing_death():
+                self._log(message, step)
+        except _HelperDiedError:
             raise
         except Exception as error:  # this message cannot be sent, but the next one can
             self._tell(f"W&B did not take something that was logged ({_shorten(error)})", warning=True)
+
+    def _log(self, message: Message, step: int | None) -> None:
+        if "row" in message:
+            self._run.log(message["row"])
+        elif "images" in message:
+            self._run.log({"step": step} | {name: wandb.Image(path) for name, path in message["images"].items()})
+        elif "tables" in message:
+            try:
+                with self._waiting_for_the_server():
+                    self._run.log({"step": step} | _draw_tables(message))
+            except Exception:
+                drawn = _draw_tables(message)
+                for name, table in _find_tables(drawn):  # bound before, they are files of the run and no artifacts
+                    table.bind_to_run(self._run, name, self._run.step)
+                self._run.log({"step": step} | drawn)
+                raise
+        elif "model" in message:
+            # The name carries the run's id: runs of one project do not mix their models.
+            artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
+            artifact.add_file(message["model"])
+            with self._waiting_for_the_server():
+                self._run.log_artifact(artifact)
+        elif message["finish"] is not None:
+            self._run.summary.update({f"result/{name}": value for name, value in message["finish"].items()})
 
     @contextlib.contextmanager
     def _waiting_for_the_server(self) -> Iterator[None]:
@@ -288,6 +293,21 @@ def _find_current_folder() -> str:
         return os.getcwd()
     except OSError:  # it was deleted
         return os.environ["HOME"]
+
+
+class _HelperDiedError(Exception):
+    """W&B's own helper process is not there any more."""
+
+
+@contextlib.contextmanager
+def _noticing_death() -> Iterator[None]:
+    """W&B says in three ways that its helper died: when it sends, when it asks, and when it waits for an answer. Here they are one."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    try:
+        yield
+    except (ConnectionError, MailboxClosedError, HandleAbandonedError) as error:
+        raise _HelperDiedError("its helper process died") from error
 
 
 class _TookTooLongError(BaseException):

@@ -599,6 +599,43 @@ def helper_killed_offline(play):
     play.end()
 
 
+def play_death(question, **changes):
+    """The helper dies while the mirror waits for the server's answer to `question`, or just before the mirror asks it anything."""
+
+    def act(play: Play) -> None:
+        play.server.mode = f"hang at {question or 'everything'}"
+        play.start(last=20, **changes)
+        play.wait_for_upload(20)
+        helper = play.helper
+        if question:
+            play.go()
+            play.rank.wait_for(lambda: any(question.encode() in body for body in play.server.bodies))
+        helper.kill()
+        play.rank.wait_for(lambda: has_ended(helper))
+        play.server.mode = "good"
+        play.end()
+
+    return act
+
+
+DEATHS = {
+    "before a table": play_death(None),
+    "in a table": play_death("CreateArtifact"),
+    "before the end": play_death(None, result=None),
+    "in the end": play_death('"complete":true', result=None),
+}
+PLAYS |= {f"helper killed {moment}": act for moment, act in DEATHS.items()}
+
+
+@pytest.mark.parametrize("moment", DEATHS)
+def test_a_dead_helper_is_replaced_whatever_it_is_asked_next(plays, moment):
+    play = plays(f"helper killed {moment}")
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] in ([*range(1, 21)], [*range(1, 21), 20])
+    assert bool(play.server.artifacts) is ("table" in moment)
+    assert play.logs.count("W&B's helper process died and is started again") == 1
+    assert play.warnings == 0, play.logs
+
+
 @play
 def everything_signalled_online(play):
     play.start()
