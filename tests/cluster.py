@@ -24,6 +24,14 @@ class Job:
         answer = self.run("scontrol", "update", f"JobId={self.id}", *(f"{name}={value}" for name, value in settings.items()))
         assert answer.returncode == 0, answer
 
+    def bring_limit_near(self):
+        """Set a time limit one to two minutes from now: the signal 90 s before it is due at once and comes within 30 s, amid the steps.
+
+        However long the start took, that is; a limit that has passed ends the job without the signal.
+        """
+        hours, minutes, _ = map(int, self.show("RunTime").split(":"))
+        self.update(TimeLimit=60 * hours + minutes + 2)
+
     @property
     def log(self):
         path = self.folder / f"mnist-dist-{self.id}.out"

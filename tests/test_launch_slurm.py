@@ -131,8 +131,7 @@ def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     for one in (limited, requeued, lost):
         one.wait_start(1)
     assert [one.show("JobState") for one in (limited, requeued, lost)] == ["RUNNING"] * 3
-    # Only now: its signal is due at once and comes within 30 s, amid its steps however fast or slow the machine is.
-    limited.update(TimeLimit=2)
+    limited.bring_limit_near()
 
     def lift_limit():  # as soon as it is requeued, however long the rest takes: its next start would be stopped as well
         limited.wait_for("launch: requeued")

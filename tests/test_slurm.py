@@ -37,8 +37,7 @@ def test_two_nodes_of_two_tasks(cluster, tmp_path):
 def test_time_limit_saves_requeues_and_continues(cluster, tmp_path):
     job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1 --time=10 --signal=USR1@90", ENDLESS)
     job.wait_for("step 20/")
-    # Only now: the signal is due at once and comes within 30 s, amid the steps however fast or slow the machine is.
-    job.update(TimeLimit=2)
+    job.bring_limit_near()
     job.wait_for("launch: requeued")
     job.update(TimeLimit=10)
     job.wait_for("from step", 2)
