@@ -18,7 +18,7 @@ class Job:
         self.id = subprocess.run(command, env=self.environ, cwd=folder, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
     def run(self, *command):
-        return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=30)
+        return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=60)
 
     def update(self, **settings):
         answer = self.run("scontrol", "update", f"JobId={self.id}", *(f"{name}={value}" for name, value in settings.items()))

@@ -731,14 +731,14 @@ SLOW += f" --log_every 1 --checkpoint_every 10 --task {SLOW_TASK}"
 
 def ask(cluster, folder, what):
     command = [sys.executable, "-m", "launch.explain", str(what), "--json"]
-    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=60)
+    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=120)
     assert answer.returncode == 0, answer
     return json.loads(answer.stdout)
 
 
 def submit(cluster, folder, name, options):
     command = [sys.executable, "-m", "launch.submit", *shlex.split(options), "--run_dir", name]
-    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=60)
+    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=120)
     assert answer.returncode == 0, answer
     return Submitted(cluster, folder, re.search(r"submitted job (\d+)", answer.stdout)[1], folder / name)
 
@@ -756,12 +756,13 @@ class Submitted(Job):
 @pytest.mark.slurm
 def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
     # A signal that does nothing, in the place of the one that would let it save before its limit.
-    limited = Job(cluster, tmp_path, "--time=1 --no-requeue --signal=CONT@1", f"{SLOW} --run_dir limited", PYTHON=sys.executable)
-    kept = Job(cluster, tmp_path, "--time=5 --no-requeue", f"{SLOW} --run_dir kept", PYTHON=sys.executable)
-    cancelled = submit(cluster, tmp_path, "cancelled", f"--nodes 2 --time 5 {SLOW}")
-    lost = submit(cluster, tmp_path, "lost", f"--nodes 2 --time 5 {SLOW}")
-    for job in (cancelled, lost, kept):
+    limited = Job(cluster, tmp_path, "--time=10 --no-requeue --signal=CONT@1", f"{SLOW} --run_dir limited", PYTHON=sys.executable)
+    kept = Job(cluster, tmp_path, "--time=10 --no-requeue", f"{SLOW} --run_dir kept", PYTHON=sys.executable)
+    cancelled = submit(cluster, tmp_path, "cancelled", f"--nodes 2 --time 10 {SLOW}")
+    lost = submit(cluster, tmp_path, "lost", f"--nodes 2 --time 10 {SLOW}")
+    for job in (cancelled, lost, kept, limited):
         job.wait_for(r"step \d+0/")
+    limited.bring_limit_near()
     assert ask(cluster, tmp_path, "cancelled")["end"] == "running"
     assert ask(cluster, tmp_path, lost.id)["end"] == "running"
 

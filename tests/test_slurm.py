@@ -122,8 +122,8 @@ def assert_left(job, words):
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster, tmp_path):
-    slow = "--steps 60 --log_every 1 --pause_s 1 --until quick --report false --wandb disabled"
-    first, second, third = submit_chain(cluster, tmp_path, ENDLESS.replace("--steps 100000", slow).replace("--log_every 20", ""))
+    slow = "--steps 60 --log_every 1 --pause_s 2 --until quick --report false --wandb disabled"
+    first, second, third = submit_chain(cluster, tmp_path, f"{ENDLESS} {slow}")
     first.wait_for("step 3/")
     assert [job.show("JobState") for job in (first, second, third)] == ["RUNNING", "PENDING", "PENDING"]
     first.run("scancel", first.id)
@@ -182,7 +182,7 @@ def test_lost_rank_ends_the_job(cluster, tmp_path):
     job.wait_for("step 20/")
     pid = job.run("scontrol", "listpids", f"{job.id}.0", "127.0.0.2").stdout.splitlines()[1].split()[0]
     os.kill(int(pid), 9)
-    job.wait_state("FAILED", timeout=60)
+    job.wait_state("FAILED")
     assert job.show("ExitCode") == "137:0"
     assert starts(tmp_path) == [0]
 
