@@ -123,6 +123,7 @@ def test_submit_and_sbatch_train_as_one_process_does(cluster, tmp_path):
     assert "steps: 150 there, 151 asked for" in launch(environ, folder, "submit", f"{recipe} --run_dir 'runs/x=1,y' --steps 151").stderr
 
 
+@pytest.mark.timeout(1200)
 def test_signals_and_a_lost_rank(cluster, tmp_path, weights_of_two):
     limited = Launched(cluster, tmp_path, f"--nodes 2 --time 10 --signal_delay_s 90 {SLOW}", "limited")
     requeued = Launched(cluster, tmp_path, f"--nodes 2 --time 10 {SLOW}", "requeued")

@@ -411,9 +411,9 @@ def test_two_ranks_here_are_all_well(tmp_path):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_sane_cluster_is_all_well(cluster, tmp_path):
-    answer, page = run_real(tmp_path / "prove", cluster, "--nodes", "2", "--tasks_per_node", "2", timeout=800)
+    answer, page = run_real(tmp_path / "prove", cluster, "--nodes", "2", "--tasks_per_node", "2", timeout=1400)
     words = {finding["check"]: finding["word"] for finding in page["findings"]}
     assert answer.returncode == 0, answer
     assert set(words) == set(ORDER)
