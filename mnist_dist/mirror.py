@@ -39,6 +39,21 @@ _SETTING_OF_VARIABLE = {
 }
 
 
+class _HelperDiedError(Exception):
+    """W&B's own helper process is not there any more."""
+
+
+@contextlib.contextmanager
+def _noticing_death() -> Iterator[None]:
+    """W&B says in three ways that its helper died: when it sends, when it asks, and when it waits for an answer. Here they are one."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    try:
+        yield
+    except (ConnectionError, MailboxClosedError, HandleAbandonedError) as error:
+        raise _HelperDiedError("its helper process died") from error
+
+
 class Mirror:
     """The run as W&B has it. Keeps all messages of this start, to send them again where W&B's own helper process died."""
 
@@ -95,17 +110,17 @@ class Mirror:
             self._tell("W&B could not write all of this run to the run folder (is the disk full?)", warning=True)
         wandb.teardown()
 
+    @_noticing_death()
     def _finish(self) -> None:
         last = self._messages[-1] if self._messages else {}
-        with _noticing_death():
-            if last.get("finish") is not None:
-                self._run.finish(exit_code=0)
-            elif self._is_stopped_from_the_page:
-                self._run.finish(exit_code=_KILLED)
-            else:
-                if last.get("stopped"):
-                    self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
-                self._run.finish(exit_code=1)
+        if last.get("finish") is not None:
+            self._run.finish(exit_code=0)
+        elif self._is_stopped_from_the_page:
+            self._run.finish(exit_code=_KILLED)
+        else:
+            if last.get("stopped"):
+                self._run.mark_preempting()  # with another exit code than 0 the run is then not failed, but preempted
+            self._run.finish(exit_code=1)
 
     def _stop(self) -> None:
         # Called in a thread of W&B's when someone presses stop on the page of the run.
@@ -204,13 +219,13 @@ class Mirror:
         if step is not None and step < self._known_step:  # not <=: the server's summary may be one row ahead of its history
             return
         try:
-            with _noticing_death():
-                self._log(message, step)
+            self._log(message, step)
         except _HelperDiedError:
             raise
         except Exception as error:  # this message cannot be sent, but the next one can
             self._tell(f"W&B did not take something that was logged ({_shorten(error)})", warning=True)
 
+    @_noticing_death()
     def _log(self, message: Message, step: int | None) -> None:
         if "row" in message:
             self._run.log(message["row"])
@@ -293,21 +308,6 @@ def _find_current_folder() -> str:
         return os.getcwd()
     except OSError:  # it was deleted
         return os.environ["HOME"]
-
-
-class _HelperDiedError(Exception):
-    """W&B's own helper process is not there any more."""
-
-
-@contextlib.contextmanager
-def _noticing_death() -> Iterator[None]:
-    """W&B says in three ways that its helper died: when it sends, when it asks, and when it waits for an answer. Here they are one."""
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
-
-    try:
-        yield
-    except (ConnectionError, MailboxClosedError, HandleAbandonedError) as error:
-        raise _HelperDiedError("its helper process died") from error
 
 
 class _TookTooLongError(BaseException):

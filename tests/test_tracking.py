@@ -603,7 +603,8 @@ def play_death(question, **changes):
     """The helper dies while the mirror waits for the server's answer to `question`, or just before the mirror asks it anything."""
 
     def act(play: Play) -> None:
-        play.server.mode = f"hang at {question or 'everything'}"
+        if question:
+            play.server.mode = f"hang at {question}"
         play.start(last=20, **changes)
         play.wait_for_upload(20)
         helper = play.helper
