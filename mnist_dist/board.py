@@ -53,7 +53,6 @@ class Board:
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
         self._told = ""  # why the run fails, once the thread knows
-        self._closing = False
         self._watcher = threading.Thread(target=self._watch, name="board", daemon=True)
         self._watcher.start()
 
@@ -63,7 +62,6 @@ class Board:
 
     def close(self, store: Any) -> None:
         """End the thread, by a connection that is no longer used: from here on this rank is gone."""
-        self._closing = True
         self._closed.set()
         if self._watcher.is_alive():
             _in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
@@ -204,7 +202,7 @@ class Board:
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it rank zero
             while not self._hear(f"bell/{self._rank}", 7 * 86_400):
                 pass
-            if self._closing:
+            if self._closed.is_set():
                 return
             answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
             self._ear.set(f"alive/{self._rank}", json.dumps(answer))
@@ -219,21 +217,21 @@ class Board:
             self.leave(self._told)
 
     def leave(self, reason: str) -> None:
-        """End the process, saying why, if it still waits for a rank that is gone.
+        """End the process, saying why, once it waits for a rank that is gone: it may do so already, or be busy and wait later.
 
         Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before. A kernel of
         NCCL waits for ever, and with it whoever waits for the GPU, wherever that is.
         """
         since, place, allowed_s = time.monotonic(), None, _LEAVING_GPU_S if self._on_gpu else _LEAVING_S
-        while not self._closing and (self._on_gpu or _is_in_collective(self._thread_of_run)):
-            now = _find_stop(self._thread_of_run) if self._on_gpu else "a collective"
+        find_wait = _find_stop if self._on_gpu else _find_collective
+        while not self._closed.wait(0.2):
+            now = find_wait(self._thread_of_run)
             if now != place or now is None:
                 since, place = time.monotonic(), now
             if time.monotonic() - since > allowed_s:
                 with contextlib.suppress(OSError):
                     os.write(2, f"[rank {self._rank}] error: {make_printable(reason)}\n".encode(errors="backslashreplace"))
                 os._exit(RunError.exit_code)
-            time.sleep(0.2)
 
     def _hear(self, key: str, seconds: float) -> bool:
         """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
@@ -272,8 +270,11 @@ class Board:
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether a collective has failed because nothing came, rather than because a connection broke."""
-    return re.search("[Tt]imed? ?out", str(error)) is not None
+    """Whether a collective has failed because nothing came, rather than because a connection broke.
+
+    Where a rank is gone, its host refuses a connection to it at once, and Gloo then says that it timed out.
+    """
+    return re.search("[Tt]imed? ?out(?!.*Connection refused)", str(error), re.DOTALL) is not None
 
 
 def _decide(store: Any, text: str, stacks_of: list[int]) -> str:
@@ -306,11 +307,12 @@ def _describe_frame(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
 
 
-def _is_in_collective(ident: int) -> bool:
-    """Whether a thread is where it may wait for other ranks, and has nothing to save: in torch's own code, or in what calls it."""
+def _find_collective(ident: int) -> str | None:
+    """Where a thread may wait for other ranks, and has nothing to save: in torch's own code, or in what calls it."""
     frame = sys._current_frames().get(ident)
     path = frame.f_code.co_filename if frame is not None else ""
-    return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
+    waits = "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
+    return "a collective" if waits else None
 
 
 def _find_stop(ident: int) -> tuple[Any, int] | None:

@@ -211,7 +211,7 @@ def _check_data(subject: Subject) -> Found:
 def _compare(what: str, here: dict[str, str], there: dict[str, str], when: str) -> None:
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differing:
-        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise Broken(f"{f'{what} ' if what else ''}{differing[0]}{more} differs {when}")
 
 

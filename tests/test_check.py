@@ -236,7 +236,7 @@ class Noise(nn.Module):
     ),
     "numpy in build_model": (
         "model",
-        ["the initial 0.weight and", "differs when it is built again", "torch's own generator"],
+        ["the initial 0.weight (and 1 more) differs when it is built again", "torch's own generator"],
         """
     def build_model(self):
         model = super().build_model()
@@ -271,7 +271,7 @@ class Counting(Lazy):
     ),
     "a random split": (
         "data",
-        ["sample 0 of the training data", "differs when the data are loaded again", "fixed seed"],
+        ["of the training data (and ", "differs when the data are loaded again", "fixed seed"],
         """
     def load(self):
         data = super().load()

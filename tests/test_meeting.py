@@ -422,14 +422,15 @@ def test_a_job_that_was_suspended_for_too_long_says_so(tmp_path):
 
 @dataclass(frozen=True)
 class FailWhereNoConnectionBreaks(Train):
-    """A rank that fails while the other waits for it in the store of torch, where only time would tell."""
+    """A rank that fails while the other waits for it in the store of torch, where only time would tell, or soon begins to."""
+
+    busy_s: float
 
     def __call__(self):
-        from mnist_dist import distributed
-
         def check(group):
             if group.rank == 1:
                 raise UserError("the planted fault")
+            time.sleep(self.busy_s)
             store = torch.distributed.distributed_c10d._get_default_store()
             torch.distributed.distributed_c10d._store_based_barrier(0, store, "never", 2, timedelta(seconds=100))
 
@@ -437,13 +438,35 @@ class FailWhereNoConnectionBreaks(Train):
         return super().__call__()
 
 
-def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(tmp_path):
-    ranks = start_ranks(tmp_path, FailWhereNoConnectionBreaks([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+@pytest.mark.parametrize("busy_s", [0, 4], ids=["it waits", "it is busy first"])
+def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(tmp_path, busy_s):
+    ranks = start_ranks(tmp_path, FailWhereNoConnectionBreaks([*TINY, "--run_dir", str(tmp_path / "run")], busy_s), 2)
     assert ranks[1].wait() == 2
     begun = time.monotonic()
     assert ranks[0].wait() == 1
     assert time.monotonic() - begun < 15
     assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} failed: UserError: the planted fault\n")
+
+
+@dataclass(frozen=True)
+class DieBeforeTheFirstWord(Train):
+    """A rank that is killed before the other has connected to it."""
+
+    def __call__(self):
+        def check(group):
+            if group.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(2)
+            torch.distributed.send(torch.zeros(1), 1)
+
+        distributed._check_settings = check
+        return super().__call__()
+
+
+def test_a_rank_that_was_killed_before_anybody_connected_to_it_is_gone_and_not_silent(tmp_path):
+    ranks = start_ranks(tmp_path, DieBeforeTheFirstWord([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+    assert [rank.wait() for rank in ranks] == [1, -signal.SIGKILL]
+    assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} is gone and left no reason (killed, or the node went down)\n")
 
 
 @dataclass(frozen=True)
