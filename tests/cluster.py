@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Job:
         self.id = subprocess.run(command, env=self.environ, cwd=folder, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
     def run(self, *command):
-        return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=60)
+        return subprocess.run(command, env=self.environ, text=True, capture_output=True, timeout=120)
 
     def update(self, **settings):
         answer = self.run("scontrol", "update", f"JobId={self.id}", *(f"{name}={value}" for name, value in settings.items()))
@@ -52,3 +53,28 @@ class Job:
             assert time.monotonic() < end, f"{state}:\n{self.log}"
             time.sleep(0.5)
         return state
+
+
+def launch(environ, folder, program, words, timeout=120):
+    """What one of the launchers answers, called in `folder`."""
+    command = [sys.executable, "-m", f"launch.{program}", *shlex.split(words)]
+    environ = {**environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, cwd=folder, text=True, capture_output=True, timeout=timeout)
+
+
+class Submitted(Job):
+    """A job of launch.submit."""
+
+    def __init__(self, environ, folder, options, run_dir="run"):
+        self.environ, self.folder, self.path = environ, folder, folder / run_dir
+        self.submit(options)
+
+    def submit(self, options):
+        answer = launch(self.environ, self.folder, "submit", f"{options} --run_dir {shlex.quote(str(self.path.relative_to(self.folder)))}")
+        assert answer.returncode == 0, answer
+        self.id = re.search(r"submitted job (\d+)", answer.stdout)[1]
+
+    @property
+    def log(self):
+        path = self.path / f"slurm/{self.id}.log"
+        return path.read_text() if path.exists() else ""

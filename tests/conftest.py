@@ -38,21 +38,21 @@ def daemons():
         environ.pop(name, None)
     script = str(ROOT / "slurm/dev_cluster.sh")
     try:
-        subprocess.run([script, "up"], env=environ, check=True, timeout=90)
-        subprocess.run([script, "status"], env=environ, check=True, timeout=30)
+        subprocess.run([script, "up"], env=environ, check=True, timeout=180)
+        subprocess.run([script, "status"], env=environ, check=True, timeout=60)
         yield environ
     finally:
         subprocess.run([script, "down"], env=environ, check=True, timeout=120)
     assert not Path(folder).exists()
-    assert subprocess.run([script, "status"], env=environ, timeout=30).returncode == 1
+    assert subprocess.run([script, "status"], env=environ, timeout=60).returncode == 1
 
 
 @pytest.fixture
 def cluster(daemons):
     """The environment of Slurm's commands. However a test ends, it leaves no job on the cluster: the next would wait for its nodes."""
     yield daemons
-    subprocess.run(["scancel", f"--user={os.getuid()}"], env=daemons, check=True, timeout=30)
+    subprocess.run(["scancel", f"--user={os.getuid()}"], env=daemons, check=True, timeout=60)
     end = time.monotonic() + 60
-    while jobs := subprocess.run(["squeue", "--noheader"], env=daemons, check=True, text=True, capture_output=True, timeout=30).stdout:
+    while jobs := subprocess.run(["squeue", "--noheader"], env=daemons, check=True, text=True, capture_output=True, timeout=60).stdout:
         assert time.monotonic() < end, jobs
         time.sleep(0.2)

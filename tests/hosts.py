@@ -84,4 +84,4 @@ def making_hosts(tag: str, count: int) -> Iterator[Hosts]:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=60)

@@ -9,14 +9,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, SLOW_TASK, Job
+from cluster import SLOW_TASK, Job, Submitted, launch
 from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
 from launch import evidence, explain, jobs
@@ -730,27 +729,9 @@ SLOW += f" --log_every 1 --checkpoint_every 10 --task {SLOW_TASK}"
 
 
 def ask(cluster, folder, what):
-    command = [sys.executable, "-m", "launch.explain", str(what), "--json"]
-    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=120)
+    answer = launch(cluster, folder, "explain", f"{what} --json")
     assert answer.returncode == 0, answer
     return json.loads(answer.stdout)
-
-
-def submit(cluster, folder, name, options):
-    command = [sys.executable, "-m", "launch.submit", *shlex.split(options), "--run_dir", name]
-    answer = subprocess.run(command, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True, capture_output=True, timeout=120)
-    assert answer.returncode == 0, answer
-    return Submitted(cluster, folder, re.search(r"submitted job (\d+)", answer.stdout)[1], folder / name)
-
-
-class Submitted(Job):
-    def __init__(self, environ, folder, number, path):
-        self.environ, self.folder, self.id, self.path = environ, folder, number, path
-
-    @property
-    def log(self):
-        path = self.path / f"slurm/{self.id}.log"
-        return path.read_text() if path.exists() else ""
 
 
 @pytest.mark.slurm
@@ -758,8 +739,8 @@ def test_the_ends_of_real_jobs_are_explained(cluster, tmp_path):
     # A signal that does nothing, in the place of the one that would let it save before its limit.
     limited = Job(cluster, tmp_path, "--time=10 --no-requeue --signal=CONT@1", f"{SLOW} --run_dir limited", PYTHON=sys.executable)
     kept = Job(cluster, tmp_path, "--time=10 --no-requeue", f"{SLOW} --run_dir kept", PYTHON=sys.executable)
-    cancelled = submit(cluster, tmp_path, "cancelled", f"--nodes 2 --time 10 {SLOW}")
-    lost = submit(cluster, tmp_path, "lost", f"--nodes 2 --time 10 {SLOW}")
+    cancelled = Submitted(cluster, tmp_path, f"--nodes 2 --time 10 {SLOW}", "cancelled")
+    lost = Submitted(cluster, tmp_path, f"--nodes 2 --time 10 {SLOW}", "lost")
     for job in (cancelled, lost, kept, limited):
         job.wait_for(r"step \d+0/")
     limited.bring_limit_near()
@@ -846,7 +827,7 @@ class Growing(Mnist):
 @pytest.mark.slurm
 def test_a_real_task_that_the_kernel_kills_for_its_memory_is_explained(cluster, tmp_path, its_cgroup):
     (tmp_path / "growing.py").write_text(GROWING)
-    job = submit({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, "grown", f"--nodes 2 --time 5 {SLOW} --task growing.py")
+    job = Submitted({**cluster, "ITS_CGROUP": its_cgroup}, tmp_path, f"--nodes 2 --time 5 {SLOW} --task growing.py", "grown")
     job.wait_state("FAILED")
     answer = ask(cluster, tmp_path, job.id)
     assert (answer["end"], answer["status"]) == ("memory", 1), answer

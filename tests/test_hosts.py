@@ -77,11 +77,11 @@ def test_a_killed_host_is_named_by_rank_and_host(hosts, tmp_path):
         ranks[rank].send_signal(signal.SIGKILL)
         begun = time.monotonic()
         codes, texts = finish([ranks[1 - rank]], 30)
-        assert time.monotonic() - begun < 12
+        assert time.monotonic() - begun < 25
         assert codes == [1]
         gone = f"error: rank {rank} on host {hosts.names[rank]} is gone and left no reason (killed, or the node went down)"
         assert texts[0].strip().endswith(gone), texts
-        ranks[rank].wait(20)
+        ranks[rank].wait(60)
 
 
 def test_who_did_not_come_is_named_with_the_hosts_that_did(hosts, tmp_path):
@@ -91,7 +91,7 @@ def test_who_did_not_come_is_named_with_the_hosts_that_did(hosts, tmp_path):
     assert codes == [1, 1, 1], texts
     came = f"rank 2 of 4 did not come; ranks 0-1 on host {hosts.names[0]}, rank 3 on host {hosts.names[1]} came"
     assert all(came in text for text in texts), texts
-    ranks[2].wait(20)
+    ranks[2].wait(60)
 
 
 def test_a_rank_zero_that_is_not_at_its_address_is_told(hosts, tmp_path):
@@ -119,7 +119,7 @@ def test_a_port_blocked_between_two_hosts_is_named_with_both_and_without_it_all_
         one, other = hosts.names[1:]
         # What one sends to the other goes to a card that is not there, as into a firewall that drops it.
         words = ["neigh", "replace", hosts.addresses[other], "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent"]
-        subprocess.run(["ip", "-n", one, *words], check=True, timeout=20)
+        subprocess.run(["ip", "-n", one, *words], check=True, timeout=60)
         begun = time.monotonic()
         codes, texts = probe(hosts, "exchange", "--answer", str(tmp_path / "blocked.json"), port=29_521)
         assert time.monotonic() - begun < 100

@@ -48,7 +48,7 @@ def no_slurm(monkeypatch, tmp_path):
 
 def run(*command, **variables):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([sys.executable, "-m", *map(str, command)], env=environ, text=True, capture_output=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", *map(str, command)], env=environ, text=True, capture_output=True, timeout=120)
 
 
 def read_starts(folder):
@@ -326,11 +326,11 @@ def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_pat
         answer = run("launch.jobs", "cancel", folder)
         saved = re.search(r"is stopped; saved at step (\d+)\. The same command", answer.stdout)
         assert saved, answer
-        assert process.wait(20) == 143
+        assert process.wait(60) == 143
         assert process.stdout.read().endswith(f"{folder}: stopped, saved after step {saved[1]}\n")
     finally:
         process.terminate()  # it hands this on to its ranks
-        process.wait(20)
+        process.wait(60)
     assert run("launch.jobs", "cancel", folder).returncode == 2
 
     again = [*command[:-1], str(folder), "--steps", str(int(saved[1]) + 5)]
@@ -600,7 +600,7 @@ def policy(tmp_path):
             srun() {{ echo "srun $*; ${{SLURM_NTASKS-none}} ${{RANK-none}} ${{SLURM_ARRAY_JOB_ID-none}}"; return {status}; }}"""
         environ = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", **variables}
         program = f"source {ROOT}/launch/policy.sh\n{stand_ins}\n{lines}"
-        return subprocess.run(["/bin/bash", "-c", program], env=environ, text=True, capture_output=True, timeout=20)
+        return subprocess.run(["/bin/bash", "-c", program], env=environ, text=True, capture_output=True, timeout=120)
 
     return run
 

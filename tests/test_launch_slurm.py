@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cluster import ROOT, SLOW_TASK, Job
+from cluster import ROOT, SLOW_TASK, Job, Submitted, launch
 from processes import find_free_port
 from safetensors.torch import load_file
 
@@ -24,22 +24,8 @@ RECIPE += " --test_size 200 --report false --checkpoint_every 0 --wandb disabled
 SLOW = RECIPE + f" --log_every 1 --task {SLOW_TASK} --pause_s 2 --until quick"
 
 
-class Launched(Job):
-    """A job of launch.submit."""
-
-    def __init__(self, environ, folder, options, run_dir="run"):
-        self.environ, self.folder, self.path = environ, folder, folder / run_dir
-        self.submit(options)
-
-    def submit(self, options):
-        answer = launch(self.environ, self.folder, "submit", f"{options} --run_dir {shlex.quote(str(self.path.relative_to(self.folder)))}")
-        assert answer.returncode == 0, answer
-        self.id = re.search(r"submitted job (\d+)", answer.stdout)[1]
-
-    @property
-    def log(self):
-        path = self.path / f"slurm/{self.id}.log"
-        return path.read_text() if path.exists() else ""
+class Launched(Submitted):
+    """A job of launch.submit, and what its run has recorded."""
 
     @property
     def steps(self):
@@ -75,12 +61,6 @@ class Launched(Job):
         assert self.starts == [0, *self.saved]  # no step was repeated
         here = load_file(self.path / "model.safetensors")
         assert all(torch.equal(value, here[name]) for name, value in weights.items())
-
-
-def launch(environ, folder, program, words, timeout=120):
-    command = [sys.executable, "-m", f"launch.{program}", *shlex.split(words)]
-    environ = {**environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environ, cwd=folder, text=True, capture_output=True, timeout=timeout)
 
 
 def weigh(folder, world):

@@ -116,7 +116,7 @@ def test_a_stranger_is_refused_and_the_run_goes_on_waiting(pool, monkeypatch, ca
             meet(worlds[1], strange, 20, None, None)
     with pytest.raises(UserError, match=f"port {worlds[0].port} on host {HOST} is taken by another program: set MASTER_PORT"):
         meet(worlds[0], {"job": "8"}, 20, None, None)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # and not the 20 s that they may wait
     [second] = start_meeting(pool, worlds[1:2])
     time.sleep(0.3)
     assert not second.done()
@@ -198,7 +198,7 @@ def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatc
         server.shutdown(socket.SHUT_RDWR)
     for connection in kept:
         connection.close()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # and not the 20 s that they may wait
 
 
 def test_a_port_that_is_not_allowed_is_not_said_to_be_taken(monkeypatch):
@@ -221,7 +221,7 @@ def test_who_did_not_come_is_named_on_every_rank_that_came(pool):
             f"rank {world.rank} of 6 could not join the others at 127.0.0.1:{world.port} within 1.5 s: "
             f"ranks 2-3, 5 of 6 did not come; ranks 0-1, 4 on host {HOST} came"
         )
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 10
 
 
 def test_a_rank_zero_that_does_not_come_is_named(monkeypatch):
@@ -269,7 +269,7 @@ def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):
     main.kill()
     main.wait()
     with pytest.raises(RunError, match=r"rank 1 of 3 was left by rank zero at 127\.0\.0\.1"):
-        other.result(5)
+        other.result(15)
 
 
 def test_what_tells_one_run_from_another():
@@ -362,7 +362,7 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_pa
     (folder / "stacks").mkdir(parents=True)
     ranks = start_ranks(tmp_path, HangAt([*TINY, "--run_dir", str(folder), "--timeout_s", "3"], rank), 3)
     others = [other for index, other in enumerate(ranks) if index != rank]
-    assert [other.wait(30) for other in others] == [1, 1]
+    assert [other.wait(60) for other in others] == [1, 1]
     assert ranks[rank].process.is_alive()
     line = hang_in_the_data.__code__.co_firstlineno + 1
     where = (
@@ -412,7 +412,7 @@ def test_a_job_that_was_suspended_for_too_long_says_so(tmp_path):
     go.touch()
     for rank in ranks:
         rank.kill(signal.SIGCONT)
-    assert [rank.wait(30) for rank in ranks] == [1, 1]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
     words = rf"rank \d on host {HOST} stood still for \d+ s \(the job was suspended, or its host\), and the connections "
     for rank in ranks:
         assert re.search(words + "between the ranks outlast 8 s; see --timeout_s", rank.text), rank.text

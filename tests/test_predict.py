@@ -256,12 +256,12 @@ REFUSED = {
 def test_what_is_no_picture_of_a_digit_is_refused_in_one_line(tmp_path, name):
     make, message = REFUSED[name]
     (tmp_path / name).write_bytes(make())
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
         prepare_image(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name))
     assert len(str(caught.value).splitlines()) == 1
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.timeout(20)

@@ -72,7 +72,7 @@ def run_checks(folder, *checks):
 def test_a_check_that_hangs_is_a_line_and_ends(tmp_path, fake):
     begun = time.monotonic()
     hung, after = run_checks(tmp_path / "work", fake("hang", 2), fake("speed=ok"))
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     assert (hung.check, hung.word) == ("hang", "WRONG")
     assert "no answer in 2 s" in hung.measured
     assert after.word == "ok"
@@ -189,7 +189,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     answers = f"{tmp_path}/prove/work-.*joined"
     wait_for(lambda: subprocess.run(["pgrep", "-f", answers], capture_output=True).stdout)
     program.send_signal(signal.SIGTERM)
-    _, error = program.communicate(timeout=30)
+    _, error = program.communicate(timeout=60)
     assert program.returncode == 130
     assert error.endswith("interrupted\n")
     assert not (tmp_path / "prove").exists()

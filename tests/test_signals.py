@@ -47,7 +47,7 @@ def test_a_signal_while_training_saves_and_stops_every_rank(tmp_path, number, to
     ranks[0].wait_for(lambda: count_rows(folder) >= 2)
     for rank in ranks[-1:] if to == "one" else ranks:
         rank.kill(number)
-    assert [rank.wait(10) for rank in ranks] == [CODES[number]] * len(ranks)
+    assert [rank.wait(60) for rank in ranks] == [CODES[number]] * len(ranks)
     [step] = saved_steps(folder)
     assert count_rows(folder) == step  # the checkpoint and the record end at the same step
     assert f"stopped by a signal after step {step} of 5000; saved {folder}" in ranks[0].text
@@ -65,7 +65,7 @@ def test_of_different_signals_the_strongest_wins_on_every_rank(tmp_path):
     ranks[1].kill(signal.SIGTERM)
     for rank in ranks:
         rank.kill(signal.SIGCONT)
-    codes = [rank.wait(10) for rank in ranks]
+    codes = [rank.wait(60) for rank in ranks]
     assert codes in ([143, 143], [85, 85])  # 85 where one rank was a step ahead
     assert Stop.INTERRUPT > Stop.TERMINATE > Stop.REQUEUE > Stop.NONE
 
@@ -77,10 +77,10 @@ def test_a_second_ctrl_c_stops_at_once_even_in_a_collective(tmp_path):
     ranks[1].kill(signal.SIGSTOP)  # rank zero now waits for it inside a collective
     time.sleep(0.3)
     ranks[0].kill(signal.SIGINT)
-    ranks[0].wait_for(lambda: "Ctrl-C again stops at once" in ranks[0].text, 5)
+    ranks[0].wait_for(lambda: "Ctrl-C again stops at once" in ranks[0].text)
     time.sleep(0.1)
     ranks[0].kill(signal.SIGINT)
-    assert ranks[0].wait(5) == 130  # the collective would wait for minutes
+    assert ranks[0].wait(60) == 130  # the collective would wait for minutes
     ranks[1].kill(signal.SIGKILL)
     ranks[1].wait()
 
@@ -93,7 +93,7 @@ def test_a_signal_during_start_up_ends_the_process_with_its_code_and_leaves_noth
     time.sleep(1)  # it imports torch now, for seconds
     started, used = os.times().children_user, psutil.Process(process.pid).cpu_times().user
     process.send_signal(number)
-    assert process.wait(20) == CODES[number]
+    assert process.wait(60) == CODES[number]
     assert os.times().children_user - started - used < 0.5  # of its own time: a busy machine makes the wall clock's longer
     assert process.stderr.read() == "stopped by a signal before the training began\n"
     assert not folder.exists()
@@ -143,7 +143,7 @@ def test_a_signal_at_another_time_waits_for_the_step_boundary(tmp_path, where):
     ranks[0].wait_for(marker.exists)
     time.sleep(0.2)
     ranks[1].kill(signal.SIGUSR1)
-    assert [rank.wait(20) for rank in ranks] == [85, 85]
+    assert [rank.wait(60) for rank in ranks] == [85, 85]
     assert count_rows(folder) == saved_steps(folder)[0]
 
 
@@ -153,7 +153,7 @@ def test_a_signal_after_the_last_step_does_not_keep_the_run_from_finishing(tmp_p
     ranks[0].wait_for(marker.exists)
     for rank in ranks:
         rank.kill(signal.SIGTERM)
-    assert [rank.wait(20) for rank in ranks] == [0, 0]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
     assert (folder / "result.json").exists()
 
 
@@ -185,8 +185,8 @@ def test_ctrl_c_saves_even_if_it_ended_the_reader_of_the_log_first(tmp_path):
     process.stdout.close()  # the reader of the log is gone
     time.sleep(0.2)
     os.kill(training, signal.SIGINT)
-    process.wait(20)
-    end = time.monotonic() + 20
+    process.wait(60)
+    end = time.monotonic() + 60
     while not saved_steps(folder):
         assert time.monotonic() < end, "nothing was saved"
         time.sleep(0.05)
@@ -312,14 +312,14 @@ def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path,
     ranks = start_ranks(tmp_path, FailAt([*LONG, "--run_dir", str(folder), "--timeout_s", "3"], how, rank), 3)
     begun = time.monotonic()
     others = [other for index, other in enumerate(ranks) if index != rank]
-    codes = [other.wait(20) for other in others]
+    codes = [other.wait(60) for other in others]
     elapsed_s = time.monotonic() - begun
     if how == "stopped":
         ranks[rank].kill(signal.SIGKILL)
-    code = ranks[rank].wait(20)
+    code = ranks[rank].wait(60)
     assert codes == [1, 1]
     assert code == {"raises": 1, "exits": 0, "killed": -9, "stopped": -9}[how]
-    assert elapsed_s < 15
+    assert elapsed_s < 30
     lost = f"rank {rank} on host {platform.node()}"
     silence = f"{lost} was silent for 3 s (stopped, or the node is out of reach); see --timeout_s; where the others were: {folder}/stacks"
     for other in others:
@@ -505,16 +505,16 @@ def test_a_closed_terminal_saves_and_stops_the_run_but_not_under_nohup(tmp_path)
     for folder, process in zip((plain, kept), processes, strict=True):
         wait_for_rows(folder, process)
         process.send_signal(signal.SIGHUP)
-    assert processes[0].wait(20) == 143
+    assert processes[0].wait(60) == 143
     assert saved_steps(plain) == [count_rows(plain)]
     rows = count_rows(kept)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while count_rows(kept) < rows + 20:
         assert processes[1].poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)  # it still heeds the others
-    assert processes[1].wait(20) == 143
+    assert processes[1].wait(60) == 143
 
 
 def test_torchrun_that_hands_on_a_closed_terminal_lets_the_ranks_save(tmp_path):
@@ -524,7 +524,7 @@ def test_torchrun_that_hands_on_a_closed_terminal_lets_the_ranks_save(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for_rows(folder, process)
     process.send_signal(signal.SIGHUP)
-    process.wait(40)
+    process.wait(60)
     assert saved_steps(folder) == [count_rows(folder)]
 
 
@@ -537,7 +537,7 @@ def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path):
             time.sleep(0.001)
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
-        _, text = process.communicate(timeout=20)
+        _, text = process.communicate(timeout=60)
         assert (process.returncode, text) == (130, "stopped by a signal before the training began\n"), delay_s
     assert not (tmp_path / "run").exists()
 

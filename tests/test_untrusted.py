@@ -307,7 +307,7 @@ def test_what_is_no_regular_file_of_a_sensible_size_is_named_and_never_waited_fo
         os.truncate(path, 1 << 40)
     start = time.monotonic()
     state = read_state(run_dir, [])
-    assert time.monotonic() - start < 10  # a fifo and a device never end
+    assert time.monotonic() - start < 30  # a fifo and a device never end
     if name not in ("lock", "checkpoints/step_00000011-0123456789abcdef.pt", "starts.jsonl") or kind != "huge":
         assert name.startswith(("lock", "checkpoints")) or f"damaged {name}" in state.state or kind == "huge"
     if name == "lock":
