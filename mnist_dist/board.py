@@ -44,7 +44,7 @@ class Board:
         """
         self.folder: Path | None = None  # where the stacks go
         self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
-        self._ear = connect()
+        self._ear, self._hears = connect(), True  # whether the store is within reach
         self._tick_s = min(_TICK_S, timeout.total_seconds() / 4)
         self._tick_begun = time.monotonic()
         self._still = (0.0, 0.0)  # for how many seconds this process once stood still, and when it went on
@@ -96,16 +96,16 @@ class Board:
         work = threading.Thread(target=self._investigate, args=(error, reached, box), daemon=True)
         work.start()
         end = time.monotonic() + _REACHING_S
-        while work.is_alive() and not reached.is_set() and not self._told and self._watcher.is_alive() and time.monotonic() < end:
+        while work.is_alive() and not reached.is_set() and not self._told and self._hears and time.monotonic() < end:
             time.sleep(0.01)
         if reached.is_set():
-            work.join(_VERDICT_S)
+            work.join(2 * _VERDICT_S)
         if self._told or box:
             return self._told or box[0]
         if text := self._describe_stillness():
             return text
         if self._rank != 0:  # which has the board in its memory, and does not answer
-            silent = is_timeout(error) and self._watcher.is_alive()
+            silent = is_timeout(error) and self._hears
             if silent:
                 self._write_stacks({self._rank: self._describe_stacks()})
             return self._name_lost([0], silent) + (self._mention_stacks() if silent else "")
@@ -138,10 +138,16 @@ class Board:
             if rung == str(self._rank).encode():
                 box.append(self._find_verdict(store, error))
             elif not box:
-                store.wait(["verdict"], timedelta(seconds=_VERDICT_S))
-                box.append(json.loads(store.get("verdict"))["text"])
+                box.append(self._await_verdict(store, _VERDICT_S, error)["text"])
             alive = {rank for rank in self._hosts if store.check([f"alive/{rank}"])} if self._rank == 0 else set()
             self._linger(store, alive)
+
+    def _await_verdict(self, store: Any, seconds: float, error: Exception) -> dict[str, Any]:
+        """The verdict that is put up; where none is in time, since the rank that was to find it is gone as well, this rank's own."""
+        if not self._hear(store, "verdict", seconds):
+            self._find_verdict(store, error)
+        verdict: dict[str, Any] = json.loads(store.get("verdict"))
+        return verdict
 
     def _find_verdict(self, store: Any, error: Exception) -> str:
         """What the answers of the others say. The rank that was the first to notice finds it for all."""
@@ -199,22 +205,37 @@ class Board:
                 self._still = still_s, now
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it rank zero
-            while not self._hear(f"bell/{self._rank}", 7 * 86_400):
-                pass
-            if self._closed.is_set():
+        while not self._closed.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._answer()
                 return
-            answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
-            self._ear.set(f"alive/{self._rank}", json.dumps(answer))
-            if not self._hear("verdict", 4 * _VERDICT_S):
-                return
-            verdict = json.loads(self._ear.get("verdict"))
-            self._told = verdict["text"]
-            if self._rank == 0 and verdict["stacks_of"]:
-                answers = self._ear.multi_get([f"alive/{rank}" for rank in verdict["stacks_of"]])
-                self._write_stacks({rank: json.loads(text)["stacks"] for rank, text in zip(verdict["stacks_of"], answers, strict=True)})
-            self._ear.add("told", 1)
-            self.leave(self._told)
+            self._hears = False
+            if not self._closed.is_set():
+                _in_time(self._connect_again, _VERDICT_S)
+            if not self._hears and self._rank != 0:  # the store is gone, and with it rank zero
+                self._told = self._told or self._name_lost([0], silent=False)
+                self.leave(self._told)
+            self._closed.wait(1)
+
+    def _connect_again(self) -> None:
+        self._ear = self._connect()
+        self._hears = True
+
+    def _answer(self) -> None:
+        """Wait for the bell, answer it, and end with the others. Raises RuntimeError where the store cannot be reached."""
+        while not self._hear(self._ear, f"bell/{self._rank}", 7 * 86_400):
+            pass
+        if self._closed.is_set():
+            return
+        answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
+        self._ear.set(f"alive/{self._rank}", json.dumps(answer))
+        verdict = self._await_verdict(self._ear, 4 * _VERDICT_S, RuntimeError("no rank said why"))
+        self._told = verdict["text"]
+        if self._rank == 0 and verdict["stacks_of"]:
+            answers = self._ear.multi_get([f"alive/{rank}" for rank in verdict["stacks_of"]])
+            self._write_stacks({rank: json.loads(text)["stacks"] for rank, text in zip(verdict["stacks_of"], answers, strict=True)})
+        self._ear.add("told", 1)
+        self.leave(self._told)
 
     def leave(self, reason: str) -> None:
         """End the process, saying why, once it waits for a rank that is gone: it may do so already, or be busy and wait later.
@@ -233,11 +254,11 @@ class Board:
                     os.write(2, f"[rank {self._rank}] error: {make_printable(reason)}\n".encode(errors="backslashreplace"))
                 os._exit(RunError.exit_code)
 
-    def _hear(self, key: str, seconds: float) -> bool:
+    def _hear(self, store: Any, key: str, seconds: float) -> bool:
         """Wait for a key; whether it came. Raises RuntimeError where the store is gone."""
         end = time.monotonic() + seconds - 1
         try:
-            self._ear.wait([key], timedelta(seconds=seconds))
+            store.wait([key], timedelta(seconds=seconds))
             return True
         except RuntimeError:
             if time.monotonic() < end:

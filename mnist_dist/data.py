@@ -656,7 +656,6 @@ def _has_dead_worker(iterator: Any) -> bool:
 def _begin_work(workers: Tensor, number: int) -> None:
     """Make this process a worker that ends with the process it reads for, and never before."""
     # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
-    signal.set_wakeup_fd(-1)
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)

@@ -263,6 +263,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                     _check_settings(group)
             with group.sharing_failures():
                 yield group
+            if board is not None:
+                board.close(store)  # before rank zero goes, and its store with it, as it may from here on
         finally:
             if group is not None:
                 group.leave()
@@ -288,7 +290,7 @@ def find_place(world: World, config: Config) -> Place:
     timeout = timedelta(seconds=config.timeout_s)
     with explaining_start(world, timeout):
         agent = dist.TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-        key = f"mnist_dist/greeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}/{next(_meetings)}"
+        key = f"mnist_dist/greeting/{next(_meetings)}"  # the same after a restart: agents count those differently
 
         def find_port(timeout_s: float) -> int:
             agent.wait([key], timedelta(seconds=timeout_s))

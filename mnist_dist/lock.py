@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Lock:
         self.run_dir = run_dir
         self._end_s = time.monotonic() + patience_s
         self._patience_s, self._is_asked_to_stop = patience_s, is_asked_to_stop
+        self._lost, self._checking = "", threading.Lock()  # rows come from the loop, checkpoints from a thread
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
             self._lock_soon(self._descriptors[0])
@@ -62,13 +64,18 @@ class Lock:
 
     def _take_file(self) -> None:
         path = self.run_dir / LOCK_FILE
-        self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
-        if not self._lock_soon(self._descriptors[-1]):
-            _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not self._lock_soon(descriptor):
+                _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptors.append(descriptor)
         holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
         with contextlib.suppress(OSError):  # the text only serves the message of another job, and who lists runs
-            os.ftruncate(self._descriptors[-1], 0)
-            os.pwrite(self._descriptors[-1], f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
 
     def _lock_soon(self, descriptor: int) -> bool:
         """Lock a file or folder; False where the file system cannot. Raises `UserError` or `RunError` if it stays locked.
@@ -100,21 +107,28 @@ class Lock:
     def check(self) -> None:
         """Notice that somebody removed the file of the lock, and take it again.
 
-        Raises `RunError` if another job was quicker, or if another folder is in the place of the one that was locked.
+        Raises `RunError` if another job was quicker, or if another folder is in the place of the one that was locked; and then each time.
         """
+        # Where the folder or its disk is gone, or the file server does not answer, what is to be written there will tell.
+        with self._checking, contextlib.suppress(OSError):
+            self._lost = self._lost or self._find_loss()
+        if self._lost:
+            raise RunError(self._lost)
+
+    def _find_loss(self) -> str:
+        """How this run has lost the folder, in words; empty where it has not, or could take it again. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             if not os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0])):
-                raise RunError(f"somebody has put another folder in the place of {self.run_dir}: this run stops and leaves that alone")
+                return f"somebody has put another folder in the place of {self.run_dir}: this run stops and leaves that alone"
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
-                return
+                return ""
         try:
             self._take_file()
-            _log.warning("somebody has removed the lock of %s: it is taken again", self.run_dir)
         except UserError as error:
-            raise RunError(f"somebody has removed the lock of {self.run_dir}, and this run stops: {error}") from error
-        except OSError:
-            pass  # the folder is gone, or its disk: what is to be written there will tell
+            return f"somebody has removed the lock of {self.run_dir}, and this run stops: {error}"
+        _log.warning("somebody has removed the lock of %s: it is taken again", self.run_dir)
+        return ""
 
     def release(self) -> None:
         """Give the folder back."""

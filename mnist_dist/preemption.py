@@ -61,6 +61,7 @@ class StopSignals:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        _keep_from_children()
         for number in _STOP_OF_SIGNAL:
             # Under nohup a closed terminal is no reason to stop. The other signals are always meant: batch scripts let them be ignored
             # until this program can heed them.
@@ -92,6 +93,23 @@ class StopSignals:
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
                     _say(b"\nSaving and stopping as soon as the step is done; Ctrl-C again stops at once.\n")
+
+
+def _keep_from_children() -> None:
+    """Let no process that is forked from this one write to its pipe: Ctrl-C goes to all of a terminal's job, and would count twice."""
+    mask = threading.local()
+
+    def hold_back() -> None:
+        mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def let_go() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask.before)
+
+    def cut_off() -> None:
+        signal.set_wakeup_fd(-1)
+        let_go()
+
+    os.register_at_fork(before=hold_back, after_in_parent=let_go, after_in_child=cut_off)
 
 
 def _say(text: bytes) -> None:

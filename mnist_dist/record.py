@@ -104,7 +104,12 @@ class Record:
     def sync(self) -> None:
         """Make all rows durable. Raises OSError."""
         self._flush()
-        os.fsync(self._descriptor)
+        with self._writing:
+            descriptor = os.dup(self._descriptor)  # the loop may replace it while this waits for the disk
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _flush(self, line: bytes = b"", step: int | None = None) -> None:
         with self._writing:

@@ -19,6 +19,7 @@ import secrets
 import selectors
 import socket
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -203,6 +204,11 @@ class _Host:
         self._came: dict[int, _Guest] = {}
         self._hosts = {0: platform.node()}
         self._warned: set[str] = set()
+        self._is_here = True
+        threading.Thread(target=self._look_for_address, daemon=True).start()  # a name server may take half a minute
+
+    def _look_for_address(self) -> None:
+        self._is_here = _is_here(self._world.address)
 
     def gather(self) -> Place:
         """Greet whoever comes until all ranks have come, and tell them where the store is."""
@@ -234,7 +240,7 @@ class _Host:
         for key, events in self._selector.select(timeout_s):
             if key.data is None:
                 self._welcome()
-            else:
+            elif key.data.socket.fileno() >= 0:  # it may have had to go for one that came
                 try:
                     self._attend(key.data, events)
                 except _BAD_MESSAGE:
@@ -323,7 +329,7 @@ class _Host:
         text += f"; {came} came"
         if nodes := os.environ.get("SLURM_STEP_NODELIST") if self._world.launcher == "srun" else None:
             text += f" (the job step has the hosts {_show(nodes, 200)})"
-        if not _is_here(self._world.address):
+        if not self._is_here:
             text += f"; no address of this host is MASTER_ADDR, {self._world.address}, where the others look for rank zero"
         return text
 
@@ -392,7 +398,7 @@ class _Visitor:
                     ) from None
             except _RefusalError as refusal:
                 # Another run may be about to have met, and then the port is free for this one.
-                unknown_since, refused_since = None, refused_since or begun
+                unknown_since, refused_since = None, refused_since or time.monotonic()  # rank zero may have been held up for one try
                 reason = str(refusal)
                 if time.monotonic() - refused_since >= PATIENCE_S:
                     raise UserError(f"port {self._port} on host {self._host} is taken: {reason}; set MASTER_PORT to a free one") from None

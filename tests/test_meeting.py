@@ -1,6 +1,7 @@
 """How the ranks of a run find each other, keep strangers out, and name who is missing, gone or silent."""
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -272,6 +273,73 @@ def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):
         other.result(15)
 
 
+def test_a_rank_zero_that_is_held_up_while_a_rank_arrives_is_not_taken_for_another_program(pool, monkeypatch):
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 3)
+    monkeypatch.setattr(rendezvous, "_GREETING_S", 3)
+    worlds = make_worlds(2)
+    with socket.create_server(("127.0.0.1", worlds[0].port)):  # as the kernel answers for it
+        [other] = start_meeting(pool, worlds[1:])
+        time.sleep(3.5)
+    [main] = start_meeting(pool, worlds[:1])
+    assert main.result().secret == other.result().secret
+    main.result().listener.close()
+
+
+def test_a_name_server_that_does_not_answer_holds_nobody_up(pool, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_WAITING_S", 0)
+    is_asked, answers = threading.Event(), threading.Event()
+
+    def ask(_):
+        is_asked.set()
+        return answers.wait(60)
+
+    monkeypatch.setattr(rendezvous, "_is_here", ask)
+    worlds = make_worlds(2)
+    [main] = start_meeting(pool, worlds[:1])
+    assert is_asked.wait(10)
+    [other] = start_meeting(pool, worlds[1:])
+    assert main.result(10).secret == other.result(10).secret
+    answers.set()
+    main.result().listener.close()
+
+
+def test_more_strangers_than_rank_zero_greets_at_once_do_no_harm(tmp_path):
+    worlds = make_worlds(2)
+    code = f"from mnist_dist.rendezvous import meet\nfrom mnist_dist.world import World\nmeet({worlds[0]!r}, {RUN!r}, 60, None, None)"
+    main = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: is_open(worlds[0].port))
+    with contextlib.ExitStack() as stack:
+        address = "127.0.0.1", worlds[0].port
+        strangers = [stack.enter_context(socket.create_connection(address)) for _ in range(rendezvous._STRANGERS + 2)]
+        for stranger in strangers:
+            read_until(stranger, b"\n")
+        main.send_signal(signal.SIGSTOP)  # it finds both at once: one more comes, and the oldest, who has to go for it, speaks
+        stack.enter_context(socket.create_connection(address))
+        strangers[0].sendall(b"x")
+        time.sleep(0.2)
+        main.send_signal(signal.SIGCONT)
+        with contextlib.suppress(ConnectionResetError):
+            assert strangers[0].recv(100) == b""
+    assert meet(worlds[1], RUN, 20, None, None).hosts == (HOST,) * 2
+    assert main.wait(60) == 0
+
+
+@dataclass(frozen=True)
+class JoinByAgent(Train):
+    """The agents of two nodes, of which one has counted a restart and the other has not."""
+
+    def __call__(self):
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"]}
+        return super().__call__()
+
+
+def test_ranks_meet_whose_agents_count_restarts_differently(tmp_path):
+    port = find_free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("mnist_dist/greeting/0", str(find_free_port()))  # of the round before
+    run_ranks(tmp_path, JoinByAgent([*TINY, "--run_dir", str(tmp_path / "run")]), 2, {"MASTER_PORT": str(port)})
+
+
 def test_what_tells_one_run_from_another():
     step = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
     world = replace(make_worlds(2)[0], launcher="srun")
@@ -448,25 +516,70 @@ def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(t
     assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} failed: UserError: the planted fault\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete", True),
+        ("[gloo/transport/tcp/pair.cc:144] timed out connecting: SO_ERROR: Connection timed out, remote=[10.0.0.2]:41000", True),
+        ("[gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:25483$0", False),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:12345", False),
+    ],
+)
+def test_a_refused_connection_is_no_silence(words, answer):
+    assert board.is_timeout(RuntimeError(words)) == answer
+
+
 @dataclass(frozen=True)
-class DieBeforeTheFirstWord(Train):
-    """A rank that is killed before the other has connected to it."""
+class RankZeroDiesBeforeTheFirstWord(Train):
+    """Rank zero, and with it the store, is killed while the others wait for its first word."""
 
     def __call__(self):
+        check_settings = distributed._check_settings
+
         def check(group):
-            if group.rank == 1:
+            if group.is_main:
+                time.sleep(1)
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(2)
-            torch.distributed.send(torch.zeros(1), 1)
+            check_settings(group)
 
         distributed._check_settings = check
         return super().__call__()
 
 
-def test_a_rank_that_was_killed_before_anybody_connected_to_it_is_gone_and_not_silent(tmp_path):
-    ranks = start_ranks(tmp_path, DieBeforeTheFirstWord([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
-    assert [rank.wait() for rank in ranks] == [1, -signal.SIGKILL]
-    assert ranks[0].text.endswith(f"[rank 0] error: rank 1 on host {HOST} is gone and left no reason (killed, or the node went down)\n")
+def test_a_rank_zero_that_was_killed_before_its_first_word_is_named_within_seconds(tmp_path):
+    ranks = start_ranks(tmp_path, RankZeroDiesBeforeTheFirstWord([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+    assert [rank.wait(100) for rank in ranks] == [-signal.SIGKILL, 1]
+    assert ranks[1].text.endswith(f"[rank 1] error: rank 0 on host {HOST} is gone and left no reason (killed, or the node went down)\n")
+
+
+@dataclass(frozen=True)
+class DieWithTheVerdict(Train):
+    """One rank is killed, and so is the one that noticed first and was to say so."""
+
+    def __call__(self):
+        begin_step, report_loss, rank, steps = Meter.begin_step, board.Board.report_loss, os.environ["RANK"], itertools.count(1)
+
+        def begin(meter):
+            if next(steps) == 4:
+                if rank == "3":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0 if rank == "2" else 1)
+            begin_step(meter)
+
+        def report(own):
+            report_loss(own)
+            if rank == "2":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Meter.begin_step, board.Board.report_loss = begin, report
+        return super().__call__()
+
+
+def test_when_the_rank_that_was_to_say_who_is_gone_is_lost_too_the_others_say_it(tmp_path):
+    ranks = start_ranks(tmp_path, DieWithTheVerdict([*TINY, "--batch_size", "8", "--run_dir", str(tmp_path / "run")]), 4)
+    assert [rank.wait() for rank in ranks] == [1, 1, -signal.SIGKILL, -signal.SIGKILL]
+    for rank in ranks[:2]:
+        assert re.search(rf"error: rank(s 2-)?(?(1)| )3 on host {HOST} (is|are) gone and left no reason", rank.text), rank.text
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from processes import TINY, StopAt, Train, TrainTask, find_free_port, run_ranks,
 
 from mnist_dist import checkpoint
 from mnist_dist.config import configure, parse_command_line
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.run_folder import Record, RunFolder
 from mnist_dist.tasks.mnist import Mnist
 
@@ -68,6 +68,27 @@ def test_of_different_signals_the_strongest_wins_on_every_rank(tmp_path):
     codes = [rank.wait(60) for rank in ranks]
     assert codes in ([143, 143], [85, 85])  # 85 where one rank was a step ahead
     assert Stop.INTERRUPT > Stop.TERMINATE > Stop.REQUEUE > Stop.NONE
+
+
+def fork_under_ctrl_c():
+    """One Ctrl-C for this process and for one that it has just forked, as for a worker that reads its data."""
+    signals = StopSignals().install()
+    signals.defer(announced=True)
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(worker, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    return 0 if signals.received == Stop.INTERRUPT else 1
+
+
+def test_a_ctrl_c_that_a_forked_process_gets_as_well_counts_once(tmp_path):
+    run_ranks(tmp_path, fork_under_ctrl_c)
 
 
 def test_a_second_ctrl_c_stops_at_once_even_in_a_collective(tmp_path):
