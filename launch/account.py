@@ -14,6 +14,7 @@ JOB_NAME = re.compile(r"\d{1,12}(_\d{1,9})?")  # 12, or 12_3 in an array
 _SEPARATOR = "\x1f"  # in no name of a folder or a job
 _FIELDS = "JobID,State,ExitCode,ElapsedRaw,TimelimitRaw,ReqMem,MaxRSS,NodeList,Reason,Start,WorkDir"
 _TEXT_MAX = 1 << 20
+_OUT_OF_MEMORY = 125  # stands in the place of a signal
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,19 @@ class Account:
     limit_s: float | None = None
     memory_mb: float | None = None  # the most that one task has used
     asked_mb: float | None = None
-    asked_for: str = ""  # a node, or a CPU
+    asked_for: str = ""  # a node, a CPU, or in all
     nodes: str = ""
     has_started: bool = True
     work_dir: str = ""
     log: str = ""
     command: str = ""
+    is_current: bool = False  # the controller still knows it
 
     @property
     def status(self) -> int | None:
         """The exit status of the job, as a shell shows it; None where it has none but zero."""
         status, signal = self.exit
-        return status or (128 + signal if signal else None)
+        return status or (128 + signal if 0 < signal < _OUT_OF_MEMORY else None)
 
     def describe(self) -> str:
         """In words: `job 12 is TIMEOUT: 1 min 13 s of 1 min 00 s, on n1`."""
@@ -51,7 +53,7 @@ class Account:
             words.append(f"time {format_duration(self.elapsed_s)}{limit}")
         if self.memory_mb is not None or self.asked_mb:
             used = "used is not known" if self.memory_mb is None else f"{self.memory_mb / 1024:.1f} GB of its largest task"
-            asked = f", asked for {self.asked_mb / 1024:.1f} GB a {self.asked_for}" if self.asked_mb else ""
+            asked = f", asked for {self.asked_mb / 1024:.1f} GB {self.asked_for}" if self.asked_mb else ""
             words.append(f"memory {used}{asked}")
         if self.nodes:
             words.append(f"on {self.nodes}")
@@ -70,8 +72,16 @@ def read_account(job: str) -> Account | None:
         return kept or recent
     # Accounts are a little late, and know no log; the controller knows no memory and not who cancelled.
     newest = recent if kept.state in ("PENDING", "RUNNING") else kept
+    if recent.asked_mb:
+        kept = replace(kept, asked_mb=recent.asked_mb, asked_for=recent.asked_for)
     return replace(
-        kept, state=newest.state, reason=kept.reason or recent.reason, log=recent.log, command=recent.command, work_dir=recent.work_dir
+        kept,
+        state=newest.state,
+        reason=kept.reason or recent.reason,
+        log=recent.log,
+        command=recent.command,
+        work_dir=recent.work_dir,
+        is_current=True,
     )
 
 
@@ -104,7 +114,7 @@ def _read_sacct(job: str) -> Account | None:
         limit_s=None if limit_min is None else limit_min * 60,
         memory_mb=max(used, default=None),
         asked_mb=_parse_memory(asked[1]) if asked else None,
-        asked_for="CPU" if asked and asked[2] == "c" else "node",
+        asked_for={"n": "a node", "c": "a CPU"}.get(asked[2], "in all") if asked else "",  # Slurm 21.08 and newer say only how much in all
         nodes="" if main["NodeList"].startswith("None") else main["NodeList"],
         has_started=main["Start"] not in ("Unknown", "None", ""),
         work_dir=main["WorkDir"],
@@ -129,12 +139,13 @@ def _read_scontrol(job: str) -> Account | None:
         elapsed_s=_parse_clock(values.get("RunTime", "")),
         limit_s=limit,
         asked_mb=_parse_memory(memory[1]) or None,
-        asked_for="CPU" if memory[0] == "MinMemoryCPU" else "node",
+        asked_for="a CPU" if memory[0] == "MinMemoryCPU" else "a node",
         nodes="" if (nodes := values.get("NodeList", "")) == "(null)" else nodes,
         has_started=values.get("StartTime") != "Unknown" and bool(nodes) and nodes != "(null)",
         work_dir=values.get("WorkDir", ""),
         log=values.get("StdOut", ""),
         command=values.get("Command", ""),
+        is_current=True,
     )
 
 

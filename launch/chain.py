@@ -14,7 +14,7 @@ from launch.runs import read_own_note
 from mnist_dist.config import parse_command_line
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.program import print_answer
-from mnist_dist.record import read_ends, read_result
+from mnist_dist.record import read_ends, read_result, read_starts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,9 +45,10 @@ def find_reason(run_dir: Path, jobs: Collection[str]) -> str | None:
         return None  # of before the chain: whoever submitted that has seen it
     if end.get("status") == UserError.exit_code:
         return f"has failed for good in job {end['job']}, by a mistake that its log names"
-    last = read_ends(run_dir)[-1:]
-    if end.get("status") == RunError.exit_code and last and last[0].get("lasting") is True:
-        return f"has failed for good in job {end['job']} ({last[0]['why']})"
+    starts, last = read_starts(run_dir), (read_ends(run_dir) or [{}])[-1]
+    of_job = last.get("start") == len(starts) > 0 and starts[-1].get("job") == end["job"]  # and no end that an earlier job recorded
+    if end.get("status") == RunError.exit_code and of_job and last.get("lasting") is True:
+        return f"has failed for good in job {end['job']} ({last['why']})"
     return None
 
 

@@ -73,7 +73,7 @@ def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
     """What a command of Slurm prints. Raises `RunError` where it fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise RunError(f"{command[0]} gives no answer: {error}") from error
     if answer.returncode:
         words = " ".join((answer.stderr or answer.stdout).split())
@@ -209,6 +209,11 @@ def show_job(job: str) -> dict[str, str]:
 def is_active_state(state: str) -> bool:
     """Whether a job in this state of Slurm waits or runs, or is about to."""
     return state in _ACTIVE
+
+
+def is_held(reason: str) -> bool:
+    """Whether a job that waits for this reason of Slurm, such as JobHeldUser or JobHoldMaxRequeue, waits until somebody releases it."""
+    return re.search("held|hold", reason, re.IGNORECASE) is not None
 
 
 def find_log(job: str) -> str:

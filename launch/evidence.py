@@ -17,6 +17,7 @@ from launch.runs import (
     RunState,
     find_noted_log,
     find_runs,
+    is_of_last_job,
     is_run,
     list_noted_jobs,
     read_own_note,
@@ -137,11 +138,14 @@ def gather_facts(path: Path, job: str) -> Facts:
     is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
+    # The queue holds this user's jobs alone, and may not answer; of an account without a controller a lost job runs for ever.
+    if account is not None and cluster.is_active_state(account.state) and (account.is_current or unanswered) and number == len(starts):
+        state = read_state(path, [*queue, cluster.Job(job, job.partition("_")[0], account.state, account.reason, account.nodes, 0)])
     log_path = find_noted_log(noted, job) or find_log(account, job)
     logs, is_complete = read_logs(log_path)
     end = next((end for end in reversed(ends) if end["start"] == number), {})
     begun = [log.has_begun for log in logs.values()]
-    has_begun = bool(starts) and (number < len(starts) or str(noted.get("time", "")) <= str(start.get("time", "")))
+    has_begun = bool(starts) and (number < len(starts) or is_of_last_job(start, noted))
     has_begun &= not begun or any(begun) or not is_complete
     status = ended.get("status") if ended and ended.get("job") in (job, *list_noted_jobs(noted)) and number == len(starts) else None
     return Facts(

@@ -101,6 +101,7 @@ _PENDING = {
     "PartitionNodeLimit": "it asks for more nodes than its partition allows, so it never starts",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "BadConstraints": "no node has what it asks for, so it never starts",
+    "JobHoldMaxRequeue": "Slurm holds it back: it was requeued too often",
 }
 
 
@@ -227,7 +228,8 @@ def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
     state, account, log = facts.state, facts.account, facts.log
     if state.is_finished:
         return "finished", []
-    if is_last and state.is_active:
+    is_cleared_up = state.state.startswith("completing") and facts.why.startswith("failed")  # which may take long where a node is down
+    if is_last and state.is_active and not is_cleared_up:
         return "waiting" if state.is_waiting else "silent" if state.silent_s else "running", _describe_before(facts)
     if any(message.startswith(str(facts.path / RESULT_FILE)) for message in facts.damaged):
         return "damaged", []
@@ -322,7 +324,7 @@ def _describe_details(facts: Facts, kind: str) -> str:
         left = f", {format_duration(state.left_s)} left" if state.left_s is not None and kind == "running" else ""
         return f"step {state.step}{f' of {state.total}' if state.total else ''}{row}{left}"
     if kind == "waiting":
-        match = re.search(r"\((\w+)", state.state)
+        match = re.search(r"\((.+?)\)", state.state)
         reason = match[1] if match else ""
         return f"{state.state}" + (f", {_describe_pending(reason)}" if reason else "")
     if kind == "cancelled":
@@ -350,6 +352,8 @@ def _describe_pending(reason: str) -> str:
     return _PENDING.get(reason) or (
         "a limit of its user, account or quality of service is reached"
         if reason.startswith(("QOS", "Assoc", "MaxJobs"))
+        else "Slurm holds it back until somebody releases it"
+        if cluster.is_held(reason)
         else "see man squeue"
     )
 
@@ -368,7 +372,8 @@ def _name_ranks(facts: Facts, answer: Explanation) -> None:
         return
     first = _find_first(facts.why, facts.errors)
     if not first and facts.has_begun and facts.world_size > 1:
-        first = facts.log.first_dead or ("rank 0" if kind in ("killed", "memory") and not facts.end else "")
+        of_slurm = facts.account is not None and facts.account.state in STRONG_STATES  # which may have ended all of them
+        first = facts.log.first_dead or ("rank 0" if kind in ("killed", "memory") and not facts.end and not of_slurm else "")
     answer.first = first
     numbers = _parse_ranks(first)
     rank = numbers[0] if numbers else 0
@@ -426,11 +431,9 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         follow = shlex.join([*jobs, "follow", run])
         if facts.state.is_suspended:
             return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
-        if kind == "waiting" and "JobHeldUser" in facts.state.state:
-            return [f"scontrol release {job}"]
-        if kind == "waiting" and "never starts" in answer.says:
-            return [f"scancel {job}", f"then ask for what the cluster has: {resume}"]
-        return [f"wait; {follow} shows its log" if kind == "running" else f"wait; squeue --start --job {job} shows when it may begin"]
+        if kind == "running":
+            return [f"wait; {follow} shows its log"]
+        return _advise_waiting(job, answer.says, f"then ask for what the cluster has: {resume}")
     if kind == "silent":
         return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
@@ -465,6 +468,15 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     return [*([first] if first else []), again]
 
 
+def _advise_waiting(job: str, says: str, again: str) -> list[str]:
+    """What to do about a job that waits, for the reason that is named in `says`."""
+    if "JobHeldAdmin" not in says and cluster.is_held(says):
+        return [f"scontrol release {job}"]
+    if "never starts" in says:
+        return [f"scancel {job}", again]
+    return [f"wait; squeue --start --job {job} shows when it may begin"]
+
+
 def _describe_saved(answer: Explanation) -> str:
     if answer.saved_step is None:
         return "the beginning: nothing was saved"
@@ -474,8 +486,12 @@ def _describe_saved(answer: Explanation) -> str:
 
 def _ask_memory(facts: Facts) -> str:
     asked = facts.account.asked_mb if facts.account else None
-    if asked and facts.account and facts.account.asked_for == "node":
-        return f", such as --memory_gb {max(1, round(asked / 1024 * 1.5)):g}"
+    request = read_request(facts.path)
+    asked_gb = request.memory_gb if request else None
+    if asked_gb is None and asked and facts.account and facts.account.asked_for == "a node":
+        asked_gb = asked / 1024
+    if asked_gb:
+        return f", such as --memory_gb {max(1, round(asked_gb * 1.5)):g}"
     used = facts.last_row.get("health/memory_gb")
     return f" (rank zero had used {used:.1f} GB at step {facts.last_row['step']})" if is_number(used) else ""
 
@@ -509,10 +525,11 @@ def _explain_job(account: Account) -> Explanation:
     answer = Explanation("", account.job, "", "", slurm=account.describe(), account=dataclasses.asdict(account), log=path)
     messages = [message for _, message in log.errors]
     said = next((kind for message in messages if (kind := find_kind(message))), "")
-    if account.state in ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED"):
-        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {_describe_pending(account.reason)}"
-        release = account.reason == "JobHeldUser"
-        answer.now = [f"scontrol release {account.job}" if release else f"squeue --start --job {account.job} shows when it may begin"]
+    if cluster.is_active_state(account.state) and account.state not in ("RUNNING", "COMPLETING"):
+        reason = f" ({account.reason})" if account.reason else ""
+        state = account.state.lower().replace("_", " ")
+        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}{reason}, {_describe_pending(account.reason)}"
+        answer.now = _advise_waiting(account.job, answer.says, "then ask for what the cluster has")
         return answer
     if account.state in ("RUNNING", "COMPLETING"):
         answer.end, answer.says = "running", _MEANINGS["running"] + (": Slurm clears up after it" if account.state == "COMPLETING" else "")

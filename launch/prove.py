@@ -286,6 +286,11 @@ class Watched:
         """Seconds since it was first seen to have ended."""
         return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
+    @property
+    def ended(self) -> str:
+        """How it is over, in words."""
+        return f"is {self.state}" if self.state.startswith("held") else f"ended ({self.state})"
+
     def look(self) -> bool:
         """Ask Slurm, and report in one line what is new. Whether it is over. Raises `RunError` where Slurm has been silent for too long."""
         try:
@@ -312,7 +317,8 @@ class Watched:
             line += f" on {shown.get('NodeList', '')}"
         if self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30]):
             self._say(line)
-        if self.state == "PENDING" and "held" in reason.lower():
+        if self.state == "PENDING" and cluster.is_held(reason):
+            self.state = f"held: {reason}"
             return True
         if cluster.is_active_state(self.state):
             self._ended_at = None
@@ -389,10 +395,8 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
         if not taken and driver.state == "COMPLETED":
             return f"job {driver.number} left nothing in {work}: expected a --folder that this machine and all nodes share"
         if not taken:
-            return f"job {driver.number} ended ({driver.state}) before the first check: {find_last_words(log) or 'its log is empty'}"
-        page.add(
-            [Finding(name, "WRONG", f"no answer: job {driver.number} ended ({driver.state})", find_last_words(log)) for name in missing]
-        )
+            return f"job {driver.number} {driver.ended} before the first check: {find_last_words(log) or 'its log is empty'}"
+        page.add([Finding(name, "WRONG", f"no answer: job {driver.number} {driver.ended}", find_last_words(log)) for name in missing])
         if "signal" in page.missing:
             _judge_site(page, work, site, drill, stopped, jobs)
     except RunError as error:

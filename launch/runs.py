@@ -206,7 +206,7 @@ def _describe_end(job: Job | None, status: int | None, is_noted: bool, started: 
 def _find_why(noted: Row, ended: Row, starts: list[Row], ends: list[Row]) -> tuple[str, int | None]:
     """Why a run that does not run is not finished, in a word or two, and its exit status; empty and None where neither is recorded."""
     status = ended.get("status") if is_count(ended.get("status")) else None
-    if not starts or str(noted.get("time", "")) > str(starts[-1].get("time", "")):  # its last job never came to train
+    if not starts or not is_of_last_job(starts[-1], noted):  # that never came to train
         return "mistake" if status == UserError.exit_code else "", status
     end = next((end for end in reversed(ends) if end["start"] == len(starts)), None)
     if end is None:  # older versions recorded none either
@@ -238,6 +238,11 @@ def find_saved_step(path: Path) -> int | None:
 def list_noted_jobs(noted: Row) -> list[str]:
     """The jobs in the note of a run's last submission: one, or those of a chain; an empty name where none is noted."""
     return str(noted.get("chain") or noted.get("job") or "").split(":")
+
+
+def is_of_last_job(start: Row, noted: Row) -> bool:
+    """Whether a start of a run is of the job that was noted last, or later: by its number, else by the clocks of two hosts."""
+    return (start.get("job") or None) in list_noted_jobs(noted) or str(noted.get("time", "")) <= str(start.get("time", ""))
 
 
 def find_noted_log(noted: Row, job: str) -> str:

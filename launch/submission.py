@@ -170,9 +170,7 @@ def submit_to_slurm(
     """
     made = _prepare_folders(configs, folder)
     names: list[list[str]] = [[] for _ in configs]
-    more: dict[str, Any] = {"request": note_request(request)}
-    if chain > 1:
-        more["time"] = make_timestamp()  # the first may begin before the last is queued
+    more: dict[str, Any] = {"request": note_request(request), "time": make_timestamp()}  # it may begin before all is written
     executors: list[_Executor] = []
     try:
         for _ in range(chain):
@@ -243,7 +241,8 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
         try:
             while waiting and len(active) < parallel:
                 config, restarts = waiting.popleft()
-                active[config.run_dir] = (config, restarts, _start_locally(request, config))
+                with _holding_back_stops():  # of a job that is not known here yet, nobody would be told to save
+                    active[config.run_dir] = (config, restarts, _start_locally(request, config))
             for run_dir, (config, restarts, job) in list(active.items()):
                 if not job.done():
                     continue
@@ -262,6 +261,22 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
                 if job._process is not None and job._process.poll() is None:
                     job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
     return statuses
+
+
+@contextlib.contextmanager
+def _holding_back_stops() -> Iterator[None]:
+    """Raise KeyboardInterrupt for the signals that come meanwhile, but only at the end."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in [number for number, handler in before.items() if handler != signal.SIG_IGN]:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _start_locally(request: Request, config: Config) -> LocalJob[None]:

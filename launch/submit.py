@@ -22,6 +22,7 @@ from launch.submission import make_slurm_executor, run_locally, submit_to_slurm,
 from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
+from mnist_dist.preemption import Stop
 from mnist_dist.program import print_answer, say
 from mnist_dist.record import check_folder
 
@@ -71,7 +72,7 @@ def _submit(arguments: Sequence[str] | None) -> int:
     if request.cluster == "local":
         if wanted.chain > 1:
             raise UserError("chain has no effect with cluster local, which has no Slurm: leave it out")
-        status = run_locally(request, [config])[config.run_dir]
+        status = run_locally(request, [config]).get(config.run_dir, Stop.INTERRUPT.exit_code)  # stopped before it began
         run = read_state(Path(config.run_dir), [])
         best = f", {describe_best(run)}" if run.is_finished else ""
         print(f"{run.path}: {run.state} after step {run.step}{best}")

@@ -124,8 +124,9 @@ write_config() {
 ClusterName=dev
 SlurmctldHost=${host%%.*}($address)
 SlurmctldPort=$PORT
-# The ports of a job follow from its number, so two clusters that are neighbours here begin with different ones.
-FirstJobId=$((PORT % 100 * 1000 + 1))
+# The ports of a job follow from its number, so two clusters that are neighbours here begin with different ones. So does one that was
+# put up again: run folders remember their jobs by number.
+FirstJobId=$((($(date +%s) / 60 % 600 * 100 + PORT % 100) * 1000 + 1))
 ${fetched:+PluginDir=$fetched/root/$PLUGINS}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)

@@ -20,7 +20,7 @@ from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
 from launch import evidence, explain, jobs
 from launch.endings import describe_status, find_first, read_log, shorten
-from launch.runs import find_noted_log
+from launch.runs import find_noted_log, read_state
 from mnist_dist.files import mark_folder
 from mnist_dist.tasks.mnist import Mnist
 
@@ -280,7 +280,7 @@ def slurm(monkeypatch, tmp_path):
     return make
 
 
-def account(state, *steps, code="1:0", memory="4G", nodes="n[1-2]", start="2026-11-26T07:43:15", reason="None", work_dir="/w"):
+def account(state, *steps, code="1:0", memory="4Gn", nodes="n[1-2]", start="2026-11-26T07:43:15", reason="None", work_dir="/w"):
     """What sacct prints of job 12 and of its steps, each a state, an exit code and the memory used."""
     rows = [["12", state, code, "185", "60", memory, "", nodes, reason, start, work_dir]]
     rows += [[f"12.{name}", *step[:2], "185", "", "", step[2], nodes, "", start, ""] for name, step in enumerate(steps)]
@@ -454,6 +454,16 @@ NEVER = {
     "held": (None, show_job("PENDING", "JobHeldUser", nodes="(null)"), "waiting", "scontrol release 12"),
     "never fits": (None, show_job("PENDING", "PartitionTimeLimit", nodes="(null)"), "waiting", "longer than its partition allows"),
     "waits": (None, show_job("PENDING", "Resources", nodes="(null)"), "waiting", "it waits for nodes"),
+    "held by Slurm": (None, show_job("PENDING", "JobHoldMaxRequeue", nodes="(null)"), "waiting", "scontrol release 12"),
+    "held after a bad start": (
+        None,
+        show_job("PENDING", "launch_failed_requeued_held", nodes="(null)"),
+        "waiting",
+        "scontrol release 12",
+    ),
+    "held by the site": (None, show_job("PENDING", "JobHeldAdmin", nodes="(null)"), "waiting", "squeue --start"),
+    "never may": (None, show_job("PENDING", "DependencyNeverSatisfied", nodes="(null)"), "waiting", "scancel 12"),
+    "a state of its own": (None, show_job("SPECIAL_EXIT", "None", nodes="(null)"), "waiting", "its job waits"),
     "cancelled before": (account("CANCELLED by 0", code="0:0", start="Unknown", nodes="None assigned"), None, "cancelled", "before"),
     "a mistake": (account("FAILED", code="2:0"), None, "mistake", "batch_size is 3, less than the 4 processes"),
     "no python": (account("FAILED", code="127:0"), None, "not started", "python: command not found"),
@@ -482,6 +492,58 @@ def test_a_job_that_never_trained_is_explained(slurm, tmp_path, name, where):
         answer, text = tell(what)
         assert answer.end == kind, text
         assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "kind"), [("RUNNING", "None", "running"), ("PENDING", "BeginTime", "waiting"), ("SUSPENDED", "None", "waiting")]
+)
+def test_somebody_elses_job_that_the_controller_knows_to_live_is_not_said_to_have_ended(slurm, tmp_path, state, reason, kind):
+    folder = make_run(tmp_path / "runs/x", "stopped by a signal to requeue, saved" if kind == "waiting" else None, 85)
+    slurm(sacct=None, scontrol=show_job(state, reason))  # the queue shows this user's jobs alone
+    answer, text = tell(folder)
+    assert answer.end == kind, text
+    assert "launch.submit" not in text
+
+
+def test_an_account_says_that_a_job_runs_and_is_believed_where_the_controller_is_silent(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x")
+    slurm(sacct=account("RUNNING", code="0:0"), scontrol=None)
+    assert tell(folder)[0].end == "killed"  # the controller has forgotten it, and the account was never told
+    slurm(sacct=account("RUNNING", code="0:0"), scontrol=None, squeue=None)
+    assert tell(folder)[0].end == "running"
+
+
+def test_an_end_is_explained_while_slurm_still_clears_up(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", f"failed: {GONE}", log=LOST)
+    slurm(sacct=None, scontrol=show_job("COMPLETING", code="1:0"), squeue="12|12|COMPLETING|None|n1|0|\n")
+    answer, text = tell(folder)
+    assert (answer.end, answer.first) == ("rank gone", "rank 3 on host n2"), text
+
+
+def test_the_memory_to_ask_for_is_that_of_a_node_whatever_the_account_counts(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", log=OOM)
+    sacct = account("OUT_OF_MEMORY", ("OUT_OF_MEMORY", "0:125", "4100000K"), code="0:125", memory="8G")
+    slurm(sacct=sacct, scontrol=show_job("OUT_OF_MEMORY", code="0:125"))
+    answer, text = tell(folder)
+    assert "asked for 4.0 GB a node" in text, text
+    assert "--memory_gb 6," in text
+    slurm(sacct=sacct, scontrol=None)
+    answer, text = tell(folder)
+    assert "asked for 8.0 GB in all" in text, text
+    assert "--memory_gb" not in text.replace(AGAIN, "")
+    assert (answer.end, answer.status, answer.first) == ("memory", None, "rank 3 on host n2"), text
+    assert "253" not in text
+    (folder / "slurm/12.log").write_text(BEGUN)  # as of a job that was ended as a whole
+    assert tell(folder)[0].first == ""
+
+
+def test_a_start_counts_as_its_jobs_where_the_clock_of_the_other_host_is_ahead(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", f"failed: {GONE}", log=LOST)
+    note = json.loads((folder / "slurm/job.json").read_text())
+    (folder / "slurm/job.json").write_text(json.dumps(note | {"time": "2026-11-26T07:45:00+00:00"}))
+    slurm(sacct=None, scontrol=None)
+    assert read_state(folder, []).why == "rank 3 gone"
+    assert tell(folder)[0].ended == "2026-11-26T07:46:20+00:00"
 
 
 def test_a_job_leads_to_its_run_by_its_log_or_its_command(slurm, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from processes import TINY
 from submitit.core.utils import JobPaths
 
-from launch import chain, cluster, explain, jobs, submit, sweep
+from launch import chain, cluster, explain, jobs, submission, submit, sweep
 from launch.request import Request, list_arguments
 from launch.runs import RunState, find_runs, find_saved_step, read_state
 from launch.training import Training, write_note
@@ -26,6 +26,7 @@ from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
+from mnist_dist.options import make_options
 from mnist_dist.world import find_world
 
 ROOT = Path(__file__).parents[1]
@@ -298,6 +299,40 @@ def test_a_job_gets_the_very_config_that_was_checked():
     assert list_arguments(make_config({})) == ()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_job_on_this_machine_is_started_leaves_none_behind(tmp_path, monkeypatch, number):
+    events = []
+
+    class Process:
+        def poll(self):
+            return 143 if "told" in events else None
+
+        def send_signal(self, _):
+            events.append("told")
+
+    class Started:
+        job_id, _process = "1", Process()
+
+        def done(self):
+            return "told" in events
+
+    def start(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        events.append("started")
+        return Started()
+
+    monkeypatch.setattr(submission, "_start_locally", start)
+    monkeypatch.setattr(submission, "_prepare_environment", lambda *_: None)
+    before = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert submission.run_locally(make_options(Request, {}), [make_config({"run_dir": str(tmp_path / "run")})])
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    assert events == ["started", "told"]
+
+
 @pytest.mark.slow
 def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_path):
     folder = tmp_path / "runs/a b"
@@ -547,11 +582,13 @@ def test_an_estimate_of_the_start_never_delays(fake_slurm, tmp_path):
         ({"job": "11", "status": 2}, {}, None),  # before the chain
         ({"job": "13", "status": 1}, {"why": "failed: the loss is nan", "lasting": True}, "in job 13 (failed: the loss is nan)"),
         ({"job": "13", "status": 143}, {"why": "failed: the loss is nan", "lasting": True}, None),
+        ({"job": "12", "status": 1}, {"why": "failed: the loss is nan", "lasting": True}, None),  # of job 13: 12 did not come to train
     ],
 )
 def test_a_job_of_a_chain_leaves_where_nothing_is_left_to_do(tmp_path, capsys, end, last, reason):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/end.json").write_text(json.dumps(end))
+    (tmp_path / "starts.jsonl").write_text(json.dumps({"time": "2026-11-26T07:44:00+00:00", "step": 0, "job": "13"}) + "\n")
     (tmp_path / "ends.jsonl").write_text(json.dumps({"step": 3, "start": 1} | last) + "\n" if last else "")
     assert chain.main(["12:13", f"--run_dir={tmp_path}"]) == (1 if reason is None else 0)
     assert (reason or "") in capsys.readouterr().out

@@ -554,7 +554,7 @@ def test_a_rank_zero_that_was_killed_before_its_first_word_is_named_within_secon
 
 @dataclass(frozen=True)
 class DieWithTheVerdict(Train):
-    """One rank is killed, and so is the one that noticed first and was to say so."""
+    """One rank is killed, and so is the one that noticed first and was to tell the others."""
 
     def __call__(self):
         begin_step, report_loss, rank, steps = Meter.begin_step, board.Board.report_loss, os.environ["RANK"], itertools.count(1)
