@@ -211,6 +211,11 @@ def is_active_state(state: str) -> bool:
     return state in _ACTIVE
 
 
+def describe_state(state: str, reason: str = "") -> str:
+    """A state of Slurm in words, with why the job waits: `pending (Resources)`."""
+    return state.lower().replace("_", " ") + (f" ({reason})" if reason not in ("", "None") else "")
+
+
 def is_held(reason: str) -> bool:
     """Whether a job that waits for this reason of Slurm, such as JobHeldUser or JobHoldMaxRequeue, waits until somebody releases it."""
     return re.search("held|hold", reason, re.IGNORECASE) is not None

@@ -139,7 +139,8 @@ def gather_facts(path: Path, job: str) -> Facts:
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
     # The queue holds this user's jobs alone, and may not answer; of an account without a controller a lost job runs for ever.
-    if account is not None and cluster.is_active_state(account.state) and (account.is_current or unanswered) and number == len(starts):
+    is_unseen = number == len(starts) and not state.is_in_queue
+    if is_unseen and account is not None and cluster.is_active_state(account.state) and (account.is_current or unanswered):
         state = read_state(path, [*queue, cluster.Job(job, job.partition("_")[0], account.state, account.reason, account.nodes, 0)])
     log_path = find_noted_log(noted, job) or find_log(account, job)
     logs, is_complete = read_logs(log_path)

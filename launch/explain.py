@@ -526,9 +526,8 @@ def _explain_job(account: Account) -> Explanation:
     messages = [message for _, message in log.errors]
     said = next((kind for message in messages if (kind := find_kind(message))), "")
     if cluster.is_active_state(account.state) and account.state not in ("RUNNING", "COMPLETING"):
-        reason = f" ({account.reason})" if account.reason else ""
-        state = account.state.lower().replace("_", " ")
-        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}{reason}, {_describe_pending(account.reason)}"
+        state = cluster.describe_state(account.state, account.reason)
+        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}, {_describe_pending(account.reason)}"
         answer.now = _advise_waiting(account.job, answer.says, "then ask for what the cluster has")
         return answer
     if account.state in ("RUNNING", "COMPLETING"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.cluster import Job
+from launch.cluster import Job, describe_state
 from launch.endings import STRONG_STATES, shorten
 from launch.request import Request
 from mnist_dist.config import Config, make_config
@@ -170,9 +170,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     pid = find_process(path, holder)
     if job is not None and job.is_active:
         waits = not job.runs
-        state = job.state.lower().replace("_", " ")
-        if waits and job.reason and job.reason != "None":
-            state += f" ({job.reason})"
+        state = describe_state(job.state, job.reason if waits else "")
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
         values |= {"is_waiting": waits, "is_suspended": job.state in ("SUSPENDED", "STOPPED")}

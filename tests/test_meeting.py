@@ -97,6 +97,14 @@ def is_open(port):
     return False
 
 
+def start_rank_zero(world):
+    """A process that waits for the others at its port."""
+    code = f"from mnist_dist.rendezvous import meet\nfrom mnist_dist.world import World\nmeet({world!r}, {RUN!r}, 60, None, None)"
+    main = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: is_open(world.port))
+    return main
+
+
 def read_until(connection, words):
     received = b""
     while words not in received:
@@ -262,9 +270,7 @@ def test_a_rank_that_came_and_left_is_named_and_may_come_again(pool):
 
 def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):
     worlds = make_worlds(3)
-    code = f"from mnist_dist.rendezvous import meet\nfrom mnist_dist.world import World\nmeet({worlds[0]!r}, {RUN!r}, 60, None, None)"
-    main = subprocess.Popen([sys.executable, "-c", code])
-    wait_until(lambda: is_open(worlds[0].port))
+    main = start_rank_zero(worlds[0])
     [other] = start_meeting(pool, worlds[1:2])
     time.sleep(0.5)
     main.kill()
@@ -305,9 +311,7 @@ def test_a_name_server_that_does_not_answer_holds_nobody_up(pool, monkeypatch):
 
 def test_more_strangers_than_rank_zero_greets_at_once_do_no_harm(tmp_path):
     worlds = make_worlds(2)
-    code = f"from mnist_dist.rendezvous import meet\nfrom mnist_dist.world import World\nmeet({worlds[0]!r}, {RUN!r}, 60, None, None)"
-    main = subprocess.Popen([sys.executable, "-c", code])
-    wait_until(lambda: is_open(worlds[0].port))
+    main = start_rank_zero(worlds[0])
     with contextlib.ExitStack() as stack:
         address = "127.0.0.1", worlds[0].port
         strangers = [stack.enter_context(socket.create_connection(address)) for _ in range(rendezvous._STRANGERS + 2)]
