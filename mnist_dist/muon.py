@@ -23,13 +23,15 @@ _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
 # Matrices with at most so many rows are padded to this: one product of several is as quick as that of one.
 _SMALL = 64
+# Matrices with at most so many rows, or columns, keep all of their digits: they need fewer products then, and each is quick anyway.
+_EXACT = 128
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for parameters of two dimensions or more, AdamW for the others; weight decay is decoupled in both.
 
-    `dtype` is that of the orthogonalisation; the parameters and all of the state keep their own. Every rank computes the same update from
-    the same gradient, so nothing more is exchanged than with SGD.
+    `dtype` is that of the orthogonalisation of matrices with more than 128 rows and columns; smaller ones, the parameters and all of the
+    state keep their own. Every rank computes the same update from the same gradient, so nothing more is exchanged than with SGD.
     """
 
     def __init__(
@@ -69,11 +71,15 @@ class Muon(torch.optim.Optimizer):
         # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
         # its columns does not matter to what becomes of a matrix.
         ahead = [each.movedim(1, -1) for each in torch._foreach_lerp(gradients, averages, group["momentum"])]
-        updates = orthogonalize([each.flatten(1).to(self._dtype) for each in ahead], group["lr"])
+        updates = orthogonalize([self._convert(each.flatten(1)) for each in ahead], group["lr"])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for parameter, update, shaped in zip(parameters, updates, ahead, strict=True):
             size = _UPDATE_SIZE * max(update.shape) ** 0.5
             parameter.sub_(update.view(shaped.shape).movedim(-1, 1), alpha=size)
+
+    def _convert(self, matrix: Tensor) -> Tensor:
+        """In the dtype of its orthogonalisation."""
+        return matrix.to(self._dtype) if min(matrix.shape) > _EXACT else matrix
 
     def _update_vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """By AdamW."""
@@ -114,20 +120,22 @@ def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> lis
         batches.setdefault(max(len(x), _SMALL), []).append(place)
     for side, places in batches.items():
         xs = [wide[place] for place in places]
-        grams, factors, norms = _begin(_multiply_by_own(xs, side))
+        grams = _multiply_by_own(xs, side)
+        scales: Tensor | float = _normalize(grams)
+        factors = _find_factors(grams, _ROUNDS[0])
         rounds: Sequence[tuple[float, float, float]] = _ROUNDS[1:]
         # With all rounds at once x is in two products only. Where numbers have few digits, those of x @ x.T hide small singular values: the
         # first round lifts them, and x @ x.T is made anew.
         if torch.finfo(grams.dtype).bits <= 16:
-            xs = _multiply(factors / norms, xs)
-            grams, norms = _multiply_by_own(xs, side), torch.ones_like(norms)
+            xs = _multiply(factors * scales, xs)
+            grams, scales = _multiply_by_own(xs, side), 1.0
             factors, rounds = _find_factors(grams, rounds[0]), rounds[1:]
         whole = factors
         for coefficients in rounds:
             grams = factors @ grams @ factors
             factors = _find_factors(grams, coefficients)
             whole = factors @ whole
-        for place, x in zip(places, _multiply(whole * (size / norms), xs), strict=True):
+        for place, x in zip(places, _multiply(whole * (scales * size), xs), strict=True):
             wide[place] = x
     return [x.T if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(wide, matrices, strict=True)]
 
@@ -141,24 +149,20 @@ def _multiply_by_own(xs: Sequence[Tensor], side: int) -> Tensor:
 
 
 def _multiply(factors: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
-    return [factor[: len(x), : len(x)] @ x for factor, x in zip(factors.to(xs[0].dtype), xs, strict=True)]
+    return [factor[: len(x), : len(x)] @ x for factor, x in zip(factors, xs, strict=True)]
 
 
-def _begin(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each x @ x.T of x divided by a norm that no singular value is above, what the first round multiplies that x by, and those norms.
+def _normalize(grams: Tensor) -> Tensor:
+    """Divide each x @ x.T, in place, so that no singular value of x is above 1; return what x is to be multiplied by for that.
 
-    (x @ x.T)^2, which this round needs anyway, has a norm whose fourth root is a closer bound than the norm of x. Divided by the one,
-    n equal singular values become n^(-1/8), and n^(-1/2) by the other. An x of a norm below about 1e-12 becomes smaller, and zeros stay.
+    (x @ x.T)^2 has a norm whose fourth root is a closer bound than the norm of x. Divided by the one, n equal singular values become
+    n^(-1/8), and n^(-1/2) by the other. An x of a norm below about 1e-7 becomes smaller, and zeros stay.
     """
-    dtype, exact = grams.dtype, torch.promote_types(grams.dtype, torch.float32)
-    traces = grams.diagonal(dim1=1, dim2=2).sum(-1, dtype=exact).view(-1, 1, 1) + 1e-14
-    grams = (grams / traces).to(dtype)  # or the squares of small ones would be zero
-    squares = grams @ grams
-    bounds = torch.linalg.matrix_norm(squares, keepdim=True, dtype=exact).sqrt() + 1e-7
-    a, b, c = _ROUNDS[0]
-    factors = torch.addcmul(squares * (c / bounds.square()), grams, b / bounds)
-    factors.diagonal(dim1=1, dim2=2).add_(a)
-    return (grams / bounds).to(dtype), factors.to(dtype), (traces * bounds).sqrt()
+    norms = torch.linalg.vector_norm(grams, dim=(1, 2), keepdim=True).clamp_(min=1e-14)
+    grams.div_(norms)  # or the squares of small ones would be zero
+    bounds = torch.linalg.vector_norm(grams @ grams, dim=(1, 2), keepdim=True).sqrt_().clamp_(min=1e-7)
+    grams.div_(bounds)
+    return norms.mul_(bounds).rsqrt_()
 
 
 def _find_factors(grams: Tensor, coefficients: tuple[float, float, float]) -> Tensor:

@@ -26,7 +26,7 @@ def turn(matrix):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (150, 140)])
 def test_a_matrix_moves_as_with_torchs_muon(monkeypatch, shape, dtype, bound):
     # Each takes polynomials of its own: both get the exact matrix in their place.
     monkeypatch.setattr("mnist_dist.muon.orthogonalize", lambda matrices, size: [turn(matrix) * size for matrix in matrices])
@@ -36,6 +36,14 @@ def test_a_matrix_moves_as_with_torchs_muon(monkeypatch, shape, dtype, bound):
     moved = follow(Muon([here], **options, dtype=dtype), here)
     expected = follow(torch.optim.Muon([there], **options, adjust_lr_fn="match_rms_adamw"), there)
     assert float((moved - expected).abs().max()) < bound * float((moved - make_parameter(*shape).detach()).abs().max())
+
+
+@pytest.mark.parametrize(("shape", "same"), [((128, 300), True), ((300, 12), True), ((129, 130), False)])
+def test_a_small_matrix_keeps_all_digits(shape, same):
+    exact, rounded = make_parameter(*shape), make_parameter(*shape)
+    follow(Muon([exact], lr=0.02, dtype=torch.float32), exact)
+    follow(Muon([rounded], lr=0.02, dtype=torch.bfloat16), rounded)
+    assert torch.equal(exact, rounded) == same
 
 
 def test_a_vector_moves_as_with_torchs_adamw():
