@@ -324,9 +324,7 @@ def _describe_details(facts: Facts, kind: str) -> str:
         left = f", {format_duration(state.left_s)} left" if state.left_s is not None and kind == "running" else ""
         return f"step {state.step}{f' of {state.total}' if state.total else ''}{row}{left}"
     if kind == "waiting":
-        match = re.search(r"\((.+?)\)", state.state)
-        reason = match[1] if match else ""
-        return f"{state.state}" + (f", {_describe_pending(reason)}" if reason else "")
+        return state.state + (f", {_describe_pending(state.reason)}" if state.reason not in ("", "None") else "")
     if kind == "cancelled":
         by = f"by {account.cancelled_by}" if account and account.cancelled_by else "by whom is only in Slurm's accounts (sacct)"
         return by + _describe_saving(facts)
@@ -433,7 +431,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
             return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
         if kind == "running":
             return [f"wait; {follow} shows its log"]
-        return _advise_waiting(job, answer.says, f"then ask for what the cluster has: {resume}")
+        return _advise_waiting(job, facts.state.reason, f"then ask for what the cluster has: {resume}")
     if kind == "silent":
         return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
@@ -468,11 +466,11 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     return [*([first] if first else []), again]
 
 
-def _advise_waiting(job: str, says: str, again: str) -> list[str]:
-    """What to do about a job that waits, for the reason that is named in `says`."""
-    if "JobHeldAdmin" not in says and cluster.is_held(says):
+def _advise_waiting(job: str, reason: str, again: str) -> list[str]:
+    """What to do about a job that waits for this reason of Slurm."""
+    if reason != "JobHeldAdmin" and cluster.is_held(reason):
         return [f"scontrol release {job}"]
-    if "never starts" in says:
+    if "never starts" in _describe_pending(reason):
         return [f"scancel {job}", again]
     return [f"wait; squeue --start --job {job} shows when it may begin"]
 
@@ -528,7 +526,7 @@ def _explain_job(account: Account) -> Explanation:
     if cluster.is_active_state(account.state) and account.state not in ("RUNNING", "COMPLETING"):
         state = cluster.describe_state(account.state, account.reason)
         answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}, {_describe_pending(account.reason)}"
-        answer.now = _advise_waiting(account.job, answer.says, "then ask for what the cluster has")
+        answer.now = _advise_waiting(account.job, account.reason, "then ask for what the cluster has")
         return answer
     if account.state in ("RUNNING", "COMPLETING"):
         answer.end, answer.says = "running", _MEANINGS["running"] + (": Slurm clears up after it" if account.state == "COMPLETING" else "")

@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _SILENT_S = 60.0
 _SILENT_INTERVALS = 5
+_SLOWEST = 1e-9  # samples a second; nothing follows from less, which only a record of somebody else has
 _DEPTH = 4
 _TAIL_BYTES = 1 << 16
 
@@ -72,6 +73,7 @@ class RunState:
     is_finished: bool = False
     is_in_queue: bool = False  # of Slurm
     is_waiting: bool = False  # there, and not running
+    reason: str = ""  # why it waits, as Slurm calls it
     is_suspended: bool = False  # waiting, with processes that are stopped
     step: int = 0
     total: int | None = None
@@ -170,10 +172,11 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     pid = find_process(path, holder)
     if job is not None and job.is_active:
         waits = not job.runs
-        state = describe_state(job.state, job.reason if waits else "")
+        reason = job.reason if waits else ""
+        state = describe_state(job.state, reason)
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
-        values |= {"is_waiting": waits, "is_suspended": job.state in ("SUSPENDED", "STOPPED")}
+        values |= {"is_waiting": waits, "reason": reason, "is_suspended": job.state in ("SUSPENDED", "STOPPED")}
         return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, pid=pid, **values)
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
@@ -216,7 +219,7 @@ def _find_why(noted: Row, ended: Row, starts: list[Row], ends: list[Row]) -> tup
 
 def _describe_progress(path: Path, values: dict[str, Any], config: Config | None) -> dict[str, Any]:
     speed, total = values["images_per_s"], values["total"]
-    if not speed or not config or total is None:
+    if not config or total is None or (speed or 0) < _SLOWEST:
         return {}
     progress: dict[str, Any] = {"left_s": max(total - values["step"], 0) * config.batch_size / speed}
     changed = [file.stat().st_mtime for name in (METRICS_FILE, STARTS_FILE) if (file := path / name).exists()]

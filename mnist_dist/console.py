@@ -15,6 +15,7 @@ from mnist_dist.program import make_printable
 from mnist_dist.task import format_measure
 
 _log = logging.getLogger("mnist_dist")
+_CENTURY = 100 * 365.25 * 86400  # seconds
 
 
 class _Handler(logging.Handler):
@@ -103,7 +104,9 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min. A record of somebody else may lead to any number, infinity too."""
+    if not seconds < _CENTURY:
+        return "more than a century"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     if hours:

@@ -36,7 +36,7 @@ def _make_layout() -> "ConstrainedLayoutEngine":
 def calm(axes: "Axes", title: str = "") -> None:
     """Leave of the frame and the grid what helps to read the values."""
     if title:
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(color=LINE, labelcolor=MUTED, labelsize=9)

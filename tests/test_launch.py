@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import math
 import os
 import pickletools
 import re
@@ -24,6 +25,7 @@ from launch.runs import RunState, find_runs, find_saved_step, read_state
 from launch.training import Training, write_note
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
+from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
 from mnist_dist.options import make_options
@@ -796,6 +798,17 @@ def test_jobs_names_the_measure_by_which_runs_are_compared(no_slurm, tmp_path, c
     make("two", "perplexity", 12.5)
     column, _, found = list_runs()
     assert (column, found) == ({"best"}, [("test/accuracy", 0.75), ("test/perplexity", 12.5)])
+
+
+def test_a_record_of_any_speed_is_listed(no_slurm, tmp_path, capsys):
+    folder = tmp_path / "runs/a"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("dataset: synthetic\n")
+    (folder / "starts.jsonl").write_text(json.dumps({"time": "early", "step": 0}) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/images_per_s": 5e-324}) + "\n")
+    assert jobs.main([]) == jobs.main(["--json"]) == 0
+    assert '"left_s": null' in capsys.readouterr().out
+    assert [format_duration(seconds) for seconds in (1e30, math.inf)] == ["more than a century"] * 2
 
 
 def test_ranks_of_a_local_job_find_their_world():

@@ -21,7 +21,8 @@ from mnist_dist import plots, report
 from mnist_dist.config import configure
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import UserError
-from mnist_dist.plots import draw_curves, draw_run
+from mnist_dist.figures import calm
+from mnist_dist.plots import draw_comparison, draw_curves, draw_run
 from mnist_dist.record import read_run
 from mnist_dist.task import Panel
 from mnist_dist.tasks.figures import Predictions, draw_confusion, draw_correct, draw_grid, draw_incorrect
@@ -492,6 +493,14 @@ def test_a_comparison_of_equal_names_shows_the_whole_paths(run_dir, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "elsewhere" / run_dir.name)
     rows = Page(report.make_comparison([read_run(run_dir), read_run(other)])).rows
     assert [row[0] for row in rows if "finished" in row] == [str(run_dir), str(other)]
+
+
+def test_a_comparison_shows_names_as_they_are(run_dir):
+    names = ["_begins as matplotlib's own", "$x^ {", "plain"]  # the second is no TeX
+    figure = draw_comparison(names, [read_run(run_dir)] * len(names))
+    calm(figure.axes[0], names[1])
+    render(figure)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
 
 
 def test_runs_of_different_tasks_are_compared_each_by_its_own_measures(run_dir, tmp_path):
