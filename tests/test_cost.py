@@ -1,5 +1,6 @@
 """What the loop costs beside the bare training step, measured step by step in turn: the machine may be busy with other things."""
 
+import importlib.util
 import itertools
 import json
 import platform
@@ -49,6 +50,21 @@ def test_a_step_of_the_loop_costs_at_most_five_percent_more_than_the_bare_step(t
     ratio = loop_s / bare_s
     print(f"a block of {STEPS_AT_ONCE} steps: loop {loop_s:.2f} s, bare {bare_s:.2f} s, ratio {ratio:.3f}")
     assert ratio <= 1.05
+
+
+@pytest.mark.slow
+def test_a_step_looks_for_no_package(tmp_path, monkeypatch):
+    looked = []
+
+    def watch(batches, state):
+        for batch in batches:
+            yield batch
+            if state.step == 3:
+                monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: looked.append(name))
+        monkeypatch.undo()
+
+    run_loop(configure(batch_size=8, steps=9, test_size=100, report=False, wandb="disabled", run_dir=str(tmp_path)), watch)
+    assert looked == []
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each step's memory back to the system")
