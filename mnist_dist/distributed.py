@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -336,6 +337,9 @@ def explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
 
 
 def _make_accelerator(world: World, device: str, precision: str, timeout: timedelta) -> Accelerator:
+    # Accelerate's wrapper of the optimizer looks for this package twice a step, through all of sys.path, which may be on a shared file
+    # system. This tells Python that it is not there.
+    sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]
     try:
         return Accelerator(
             cpu=device == "cpu",

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """The model as Accelerate prepared it, the optimizer, the steps done, and the time they took."""
+    """The model and the optimizer as Accelerate prepared them, the steps done, and the time they took."""
 
     def __init__(self, config: Config, data: Data, group: Group) -> None:
         self.config = config
@@ -64,25 +64,26 @@ class TrainingState:
             # Its gradients are added up along the tree, not by DDP.
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
-            group.accelerator.prepare_optimizer(optimizer, device_placement=False)
+            self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
             averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
         else:
-            self.model, _ = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
+            self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
                 for name, parameter in self.bare_model.named_parameters():
                     if parameter.requires_grad:
                         note = partial(_note, self._reached, name)
                         parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-        if config.cuda_graph and not self.tier.is_any_world:
-            raise UserError(
-                f"cuda_graph would replay the same random numbers, or count statistics twice ({self.tier.reason}): leave it out"
-            )
-        # Stepped without Accelerate's wrapper. That looks through all of sys.path, twice a step, for a package that is not there: a
-        # hundredth of a step, and more on a shared file system. It also asks whether it may step, which a CUDA graph cannot record.
-        self.optimizer = optimizer
+        if config.cuda_graph:
+            if not self.tier.is_any_world:
+                raise UserError(
+                    f"cuda_graph would replay the same random numbers, or count statistics twice ({self.tier.reason}): leave it out"
+                )
+            # Accelerate's wrapper asks at each step whether it may step, which a graph cannot record.
+            self.optimizer = optimizer
+            _log.info("the optimizer is stepped without Accelerate's wrapper, which a CUDA graph cannot record")
         self.step = 0
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
