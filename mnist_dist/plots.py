@@ -100,24 +100,22 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
     kinds = [("Training loss", "train/loss"), *((f"{key.replace('_', ' ').capitalize()} {on}", key) for key in list_compared(runs))]
     figure = make_figure(9.2, 3.0 * len(kinds))
     panels: list[Axes] = figure.subplots(len(kinds), 1, sharex=True).tolist()
-    shown: list[str] = []  # in the first panel
     for axes, (title, key) in zip(panels, kinds, strict=True):
-        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+        for number, run in enumerate(runs):
             where = key if "/" in key else f"{run.config.evaluated_split}/{key}"
             points = [(row.get("epoch", 0), row[where]) for row in run.rows if isinstance(row.get(where), int | float)]
             if points:
                 marker = "o" if len(points) <= 40 else ""
                 label = str(number)  # not the name: matplotlib leaves out one that begins with "_"
                 axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=1.2, marker=marker, markersize=3, label=label)
-                shown += [name] if axes is panels[0] else []
         calm(axes, title)
         if key.endswith("accuracy"):
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     panels[-1].set_xlabel("epoch", color=MUTED)
     if panels[0].lines:
         legend = panels[0].legend(loc="upper right", fontsize=9, frameon=False)
-        for text, name in zip(legend.get_texts(), shown, strict=True):
-            text.set(text=name, parse_math=False)
+        for text in legend.get_texts():
+            text.set(text=names[int(text.get_text())], parse_math=False)
     return figure
 
 
