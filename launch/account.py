@@ -5,7 +5,7 @@ import pwd
 import re
 from dataclasses import dataclass, replace
 
-from launch.cluster import parse_time, run_slurm, show_job
+from launch.cluster import find_reason, parse_time, run_slurm, show_jobs
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError
 
@@ -121,20 +121,39 @@ def _read_sacct(job: str) -> Account | None:
     )
 
 
+def read_parts(job: str) -> list[Account]:
+    """What the controller says of each task of an array, or component of a heterogeneous job; none of a job that has no parts."""
+    try:
+        shown = show_jobs(job)
+    except RunError:  # it is not there, or does not answer
+        return []
+    named = [(_name_part(values), values) for values in shown if "JobState" in values]
+    return [_describe(name, values) for name, values in named if name not in ("", job)]
+
+
+def _name_part(values: dict[str, str]) -> str:
+    for parent, part, sign in (("ArrayJobId", "ArrayTaskId", "_"), ("HetJobId", "HetJobOffset", "+")):
+        if parent in values and part in values:
+            return f"{values[parent]}{sign}{values[part]}"
+    return ""
+
+
 def _read_scontrol(job: str) -> Account | None:
     try:
-        values = show_job(job)
-    except RunError:  # it is not there, or does not answer
+        shown = show_jobs(job)
+    except RunError:
         return None
-    if "JobState" not in values:
-        return None
+    return next((_describe(job, values) for values in shown if "JobState" in values), None)
+
+
+def _describe(job: str, values: dict[str, str]) -> Account:
     limit = _parse_clock(values.get("TimeLimit", ""))
     memory = next(((key, values[key]) for key in ("MinMemoryNode", "MinMemoryCPU") if key in values), ("", ""))
     return Account(
         job=job,
         state=values["JobState"],
         source="scontrol",
-        reason=reason if (reason := values.get("Reason", "None")) != "None" else "",
+        reason=reason if (reason := find_reason(values["JobState"], values.get("Reason", "None"))) != "None" else "",
         exit=_parse_exit(values.get("ExitCode", "")),
         elapsed_s=_parse_clock(values.get("RunTime", "")),
         limit_s=limit,

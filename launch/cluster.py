@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from launch.request import Request
+from launch.request import Request, split_options
 from mnist_dist.errors import RunError, UserError
 
 _ANSWER_TIMEOUT_S = 60
@@ -48,6 +48,7 @@ class Job:
     reason: str
     nodes: str
     restarts: int
+    script: str = ""  # its path; Slurm does not say it of all jobs
 
     @property
     def is_active(self) -> bool:
@@ -64,6 +65,10 @@ _ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSP
 _ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
 
+# What a user's shell may hold for these commands: filters would hide jobs and partitions, and formats could not be read.
+_OF_COMMANDS = re.compile(r"(SQUEUE|SINFO|SACCT|SCONTROL)_|SLURM_(TIME_FORMAT|BITSTR_LEN)$")
+
+
 def is_slurm_here() -> bool:
     """Whether this machine has Slurm's commands."""
     return shutil.which("sinfo") is not None and shutil.which("sbatch") is not None
@@ -71,8 +76,9 @@ def is_slurm_here() -> bool:
 
 def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
     """What a command of Slurm prints. Raises `RunError` where it fails."""
+    environ = {name: value for name, value in os.environ.items() if not _OF_COMMANDS.match(name)}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace")
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace", env=environ)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise RunError(f"{command[0]} gives no answer: {error}") from error
     if answer.returncode:
@@ -83,7 +89,7 @@ def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
 
 def read_nodes() -> list[Nodes]:
     """The nodes of all partitions. Raises `RunError`."""
-    text = run_slurm("sinfo", "--all", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%T|%c|%m|%G")
+    text = run_slurm("sinfo", "--all", "--noheader", "--exact", "--noconvert", "--format=%P|%a|%l|%s|%D|%T|%c|%m|%G")
     return [_parse_nodes(line) for line in text.splitlines() if line.count("|") >= 8]
 
 
@@ -95,8 +101,8 @@ def _parse_nodes(line: str) -> Nodes:
         is_default=partition.endswith("*"),
         is_partition_up=available == "up",
         time_limit_min=parse_time(limit),
-        most_nodes=float("inf") if most == "infinite" else float(most),
-        count=int(count),
+        most_nodes=_read_number(most) if most[:1].isdigit() else float("inf"),
+        count=_read_number(count),
         state=state.lower(),
         cpus=_read_number(cpus),
         memory_mb=_read_number(memory),
@@ -105,13 +111,14 @@ def _parse_nodes(line: str) -> Nodes:
 
 
 def _read_number(text: str) -> int:
-    match = re.match(r"\d+", text)
-    return int(match[0]) if match else 0
+    """A number of Slurm's, such as 640 or 1.5K; 0 where there is none."""
+    match = re.match(r"(\d+(?:\.\d+)?)([KMGTP]?)", text)
+    return round(float(match[1]) * 1024 ** " KMGTP".index(match[2] or " ")) if match else 0
 
 
 def parse_time(text: str) -> float:
-    """Minutes in Slurm's `days-hours:minutes:seconds`, of which the first parts may be missing."""
-    if text in ("infinite", "n/a"):
+    """Minutes in Slurm's `days-hours:minutes:seconds`, of which the first parts may be missing; infinite where it is no such text."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
         return float("inf")
     days, _, clock = text.rpartition("-")
     parts = [0, 0, *(int(part) for part in clock.split(":"))][-3:]
@@ -147,6 +154,8 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
         (mistakes if request.nodes > count else beyond).append(
             f"nodes is {request.nodes}; partition {partition} has {count} nodes and allows {min(count, allowed):.0f} for a job"
         )
+    if "overcommit" in split_options(request.sbatch):
+        cpus = 0
     for words, asked, unit, offered in (
         (f"{request.tasks} tasks of {request.cpus_per_task or 1} CPUs", cpus, "CPUs", [some.cpus for some in here]),
         (f"gpus_per_node {gpus}", gpus, "GPUs", [some.gpus for some in here]),
@@ -182,7 +191,7 @@ def read_jobs() -> list[Job]:
     if not is_slurm_here():
         return []
     fields = ("JobArrayID", "JobID", "State", "Reason", "NodeList", "RestartCnt")
-    columns = ",".join(f"{field}:|" for field in fields)
+    columns = ",".join(f"{field}:|" for field in (*fields, "Command"))
     try:
         text = run_slurm("squeue", "--me", "--all", "--states=all", "--array", "--noheader", "-O", columns)
     except RunError as error:
@@ -191,19 +200,24 @@ def read_jobs() -> list[Job]:
         raise
     lines = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
     rows = [row for row in lines if len(row) > len(fields) and row[1].isdigit()]
-    return [Job(row[0], row[1], row[2], row[3], row[4], _read_number(row[5])) for row in rows]
+    return [Job(row[0], row[1], row[2], find_reason(row[2], row[3]), row[4], _read_number(row[5]), row[6]) for row in rows]
 
 
 def show_job(job: str) -> dict[str, str]:
     """What Slurm says of one job, by Slurm's own names, such as JobState; empty where it knows none. Raises `RunError` if it is silent."""
+    return next(iter(show_jobs(job)), {})
+
+
+def show_jobs(job: str) -> list[dict[str, str]]:
+    """As `show_job`, of each task of an array, and of each component of a heterogeneous job."""
     try:
         text = run_slurm("scontrol", "--oneliner", "show", "job", job)
     except RunError as error:
         if re.search("Invalid job id|not found", str(error)):
-            return {}
+            return []
         raise
     # A value may hold spaces.
-    return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", text.splitlines()[0] if text else ""))
+    return [dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", line)) for line in text.splitlines() if line.strip()]
 
 
 def is_active_state(state: str) -> bool:
@@ -211,14 +225,25 @@ def is_active_state(state: str) -> bool:
     return state in _ACTIVE
 
 
+def is_suspended(state: str) -> bool:
+    """Whether a job in this state of Slurm has nodes, and processes that are stopped."""
+    return state in ("SUSPENDED", "STOPPED")
+
+
 def describe_state(state: str, reason: str = "") -> str:
     """A state of Slurm in words, with why the job waits: `pending (Resources)`."""
     return state.lower().replace("_", " ") + (f" ({reason})" if reason not in ("", "None") else "")
 
 
+def find_reason(state: str, reason: str) -> str:
+    """Why a job waits, as Slurm calls it. Two of its states are reasons themselves."""
+    return state if state in ("REQUEUE_HOLD", "SPECIAL_EXIT") else reason
+
+
 def is_held(reason: str) -> bool:
     """Whether a job that waits for this reason of Slurm, such as JobHeldUser or JobHoldMaxRequeue, waits until somebody releases it."""
-    return re.search("held|hold", reason, re.IGNORECASE) is not None
+    # After a comma Slurm names nodes.
+    return re.search("held|hold|^special_exit$", reason.partition(",")[0], re.IGNORECASE) is not None
 
 
 def find_log(job: str) -> str:

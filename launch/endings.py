@@ -9,6 +9,7 @@ from mnist_dist.preemption import Stop
 _LINES_SHOWN = 5
 _LINE_MAX = 300
 _WORDS_MAX = 2000
+LINES_MAX = 40_000  # of a log that are looked at
 
 # What the words of a message mean; the first that matches counts.
 _WORDS = (
@@ -22,11 +23,11 @@ _WORDS = (
     ("did not meet", r"could not join the others|did not come|was left by rank zero"),
     ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
     ("in use", r"is in use by|has removed the lock|put another folder in the place"),
-    ("checkpoint", r"checkpoints? .*(is valid|cannot be read|cannot be used)"),
+    ("checkpoint", r"^(?>.*?checkpoints? ).*(is valid|cannot be read|cannot be used)"),  # atomic: the first, or many would take long
 )
 # States of Slurm that say more than the run itself could know, and those that say less than an error of its own.
 STRONG_STATES = {"OUT_OF_MEMORY": "memory", "NODE_FAIL": "node failed", "BOOT_FAIL": "node failed"}
-WEAK_STATES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "CANCELLED": "cancelled", "PREEMPTED": "preempted"}
+WEAK_STATES = {"TIMEOUT": "time limit", "DEADLINE": "deadline", "CANCELLED": "cancelled", "PREEMPTED": "preempted"}
 _NOTICES = (
     ("memory", r"oom[_-]kill event|: task \d+: Out Of Memory|Exceeded job memory limit|exceeded memory limit"),
     ("node failed", r"DUE TO NODE FAILURE|[Nn]ode failure on"),
@@ -39,6 +40,8 @@ _VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|faile
 _PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
 _ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
 _HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"
+_NODE = re.compile(r"[Nn]ode failure on ([^\s,]{1,255})")
+_ABORTED = re.compile(r"[Nn]ode failure on|srun: Job step aborted|\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED AT")
 _TASK = re.compile(rf"srun: error: (\S{{1,255}}): tasks? ([\d,-]{{1,200}}): ({_HOW})$")
 _START = re.compile(r"(?:launch|train\.sh): job \d+, start \d+")
 _REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
@@ -98,15 +101,26 @@ class Log:
     lines: list[str] = field(default_factory=list)
     errors: list[tuple[str, str]] = field(default_factory=list)  # the rank, empty if alone, and its message
     tasks: list[tuple[str, str, str, str]] = field(default_factory=list)  # of srun: node, tasks, how they ended, the line
+    aborted_at: int | None = None  # the number of those that came before Slurm ended the others
     notice: str = ""  # the kind of end that Slurm's own lines are of
     notice_line: str = ""
+    failed_node: str = ""
     requeue: str = ""  # why there was none
     has_begun: bool = False
 
     @property
     def first_dead(self) -> str:
-        """The task that srun saw end by a signal, the first of them, such as `rank 1 on host n1`."""
-        return next((f"rank {tasks} on host {host}" for host, tasks, how, _ in self.tasks if not how.startswith("Exited")), "")
+        """The task that srun saw run out of memory, else end by a signal, the first of them, such as `rank 1 on host n1`."""
+        dead = [task for task in self.tasks if task[2] == "Out Of Memory"]
+        # When Slurm has ended all tasks, the order of their lines means nothing.
+        dead += [task for task in self.tasks[: self.aborted_at] if not task[2].startswith("Exited")]
+        return next((f"rank {tasks} on host {host}" for host, tasks, _, _ in dead), "")
+
+    @property
+    def first_lost(self) -> str:
+        """The tasks on the node that failed, or only its name, such as `rank 1 on host n1` or `host n1`."""
+        lost = f"host {self.failed_node}" if self.failed_node else ""
+        return next((f"rank {tasks} on host {host}" for host, tasks, _, _ in self.tasks if host == self.failed_node), lost)
 
     def show_rank(self, rank: str) -> list[str]:
         """The last lines of a rank, and what srun says of it. Lines that name no rank are shown where it has none of its own."""
@@ -120,9 +134,9 @@ class Log:
 
 
 def read_log(text: str) -> Log:
-    """Read the text of a log, of which what comes before the last start is left out."""
+    """Read the text of a log, of which what comes before the last start is left out, and what comes before its last 40,000 lines."""
     log = Log()
-    for line in text.splitlines():
+    for line in text.splitlines()[-LINES_MAX:]:
         line = _LABEL.sub("", line.rpartition("\r")[2].rstrip()[:_WORDS_MAX])
         # After it was requeued comes another start; what Slurm says of the end of this one belongs to this one.
         if _START.search(line) or (log.lines and _REQUEUED.search(log.lines[-1]) and "DUE TO JOB REQUEUE" not in line):
@@ -135,6 +149,10 @@ def read_log(text: str) -> Log:
             log.errors.append((match[1] or "", match[2]))
         if match := _TASK.match(line):
             log.tasks.append((match[1], match[2], match[3], line))
+        if log.aborted_at is None and _ABORTED.search(line):
+            log.aborted_at = len(log.tasks)
+        if match := _NODE.search(line):
+            log.failed_node = match[1]
         if match := _NOT_REQUEUED.match(line):
             log.requeue = match[0]
         kind = next((kind for kind, pattern in _NOTICES if re.search(pattern, line)), "")

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from launch import cluster
 from launch.account import JOB_NAME, Account, read_account
-from launch.endings import Log, read_log
+from launch.endings import LINES_MAX, Log, read_log
 from launch.runs import (
+    LOCAL_LOG,
     RunState,
     find_noted_log,
     find_runs,
@@ -135,7 +136,7 @@ def gather_facts(path: Path, job: str) -> Facts:
         job = job or max(done, key=jobs.index, default="")
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
-    is_slurms &= not find_noted_log(noted, job).endswith("_log.out")
+    is_slurms &= not find_noted_log(noted, job).endswith(LOCAL_LOG)
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
     # The queue holds this user's jobs alone, and may not answer; of an account without a controller a lost job runs for ever.
@@ -194,7 +195,8 @@ def read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
     match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
     if match is None:
         text = read_tail(path, _LOG_BYTES_MAX)
-        return ({None: read_log(text)} if text else {}), len(text) < _LOG_BYTES_MAX // 4
+        is_complete = len(text) < _LOG_BYTES_MAX // 4 and text.count("\n") < LINES_MAX
+        return ({None: read_log(text)} if text else {}), is_complete
     texts = {rank: text for rank in range(_RANKS_READ) if (text := read_tail(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
     return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import cluster
-from launch.account import JOB_NAME, Account, read_account
+from launch.account import JOB_NAME, Account, read_account, read_parts
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
 from launch.evidence import RUNS, Facts, find_log, find_runs_of, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.request import list_words
@@ -63,6 +63,7 @@ _MEANINGS = {
     "stopped": "told to end, and saved",
     "interrupted": "stopped by Ctrl-C, and saved",
     "time limit": "ended by its time limit",
+    "deadline": "ended by its deadline",
     "cancelled": "cancelled",
     "preempted": "ended to make room for another job",
     "memory": "out of memory",
@@ -102,6 +103,7 @@ _PENDING = {
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "BadConstraints": "no node has what it asks for, so it never starts",
     "JobHoldMaxRequeue": "Slurm holds it back: it was requeued too often",
+    "SPECIAL_EXIT": "Slurm holds it back: it ended with a status for which the site does so",
 }
 
 
@@ -181,7 +183,8 @@ def explain(what: str) -> list[Explanation]:
             except RunError as error:
                 known = str(error)
         raise UserError(f"no run in {RUNS} is of job {what}, and {known}; give the run folder")
-    return [_explain_job(account)]
+    # Of an array, and of a heterogeneous job, one line of Slurm's would speak for all.
+    return [_explain_job(part) for part in read_parts(what) or [account]]
 
 
 # What follows from it.
@@ -347,7 +350,7 @@ def _describe_saving(facts: Facts) -> str:
 
 
 def _describe_pending(reason: str) -> str:
-    return _PENDING.get(reason) or (
+    return _PENDING.get(reason.partition(",")[0]) or (  # after a comma Slurm names nodes
         "a limit of its user, account or quality of service is reached"
         if reason.startswith(("QOS", "Assoc", "MaxJobs"))
         else "Slurm holds it back until somebody releases it"
@@ -371,7 +374,7 @@ def _name_ranks(facts: Facts, answer: Explanation) -> None:
     first = _find_first(facts.why, facts.errors)
     if not first and facts.has_begun and facts.world_size > 1:
         of_slurm = facts.account is not None and facts.account.state in STRONG_STATES  # which may have ended all of them
-        first = facts.log.first_dead or ("rank 0" if kind in ("killed", "memory") and not facts.end and not of_slurm else "")
+        first = _find_dead(facts.log, kind) or ("rank 0" if kind in ("killed", "memory") and not facts.end and not of_slurm else "")
     answer.first = first
     numbers = _parse_ranks(first)
     rank = numbers[0] if numbers else 0
@@ -384,6 +387,13 @@ def _name_ranks(facts: Facts, answer: Explanation) -> None:
     others = sorted(set(range(min(facts.world_size, _RANKS_NAMED))) - set(numbers))
     if numbers and others and facts.has_begun:
         answer.consequence = f"{name_ranks(others)} ended because of it"
+
+
+def _find_dead(log: Log, kind: str) -> str:
+    """The rank that srun saw die first; empty where all died by Slurm's hand."""
+    if kind == "node failed":
+        return log.first_lost
+    return "" if kind in WEAK_STATES.values() else log.first_dead
 
 
 def _find_first(why: str, errors: list[tuple[str, str]]) -> str:
@@ -427,11 +437,10 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         return [f"nothing; {shlex.join(['python', '-m', 'mnist_dist.evaluate', run])} counts what it gets right"]
     if kind in ("running", "waiting"):
         follow = shlex.join([*jobs, "follow", run])
-        if facts.state.is_suspended:
-            return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
         if kind == "running":
             return [f"wait; {follow} shows its log"]
-        return _advise_waiting(job, facts.state.reason, f"then ask for what the cluster has: {resume}")
+        again = f"then ask for what the cluster has: {resume}"
+        return _advise_waiting(job, facts.state.reason, facts.state.is_suspended, again)
     if kind == "silent":
         return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
@@ -461,13 +470,17 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         first = "look who killed it: SIGKILL comes from a person, a launcher or a site's limits; a crash of Python's prints its reason"
     if kind == "NaN":
         return [first or "", f"the last good state: {_describe_saved(answer)}"]
+    if kind == "deadline":
+        first = "give it a later --deadline, in --sbatch"
     if kind == "time limit" and not facts.why.startswith("stopped"):
         first = "give it a longer --time, or a --signal_delay_s that leaves time to save"
     return [*([first] if first else []), again]
 
 
-def _advise_waiting(job: str, reason: str, again: str) -> list[str]:
-    """What to do about a job that waits for this reason of Slurm."""
+def _advise_waiting(job: str, reason: str, is_suspended: bool, again: str) -> list[str]:
+    """What to do about a job that waits for this reason of Slurm, or is suspended."""
+    if is_suspended:
+        return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
     if reason != "JobHeldAdmin" and cluster.is_held(reason):
         return [f"scontrol release {job}"]
     if "never starts" in _describe_pending(reason):
@@ -525,26 +538,27 @@ def _explain_job(account: Account) -> Explanation:
     said = next((kind for message in messages if (kind := find_kind(message))), "")
     if cluster.is_active_state(account.state) and account.state not in ("RUNNING", "COMPLETING"):
         state = cluster.describe_state(account.state, account.reason)
-        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}, {_describe_pending(account.reason)}"
-        answer.now = _advise_waiting(account.job, account.reason, "then ask for what the cluster has")
+        pending = "" if cluster.is_suspended(account.state) else f", {_describe_pending(account.reason)}"
+        answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}{pending}"
+        answer.now = _advise_waiting(account.job, account.reason, cluster.is_suspended(account.state), "then ask for what the cluster has")
         return answer
     if account.state in ("RUNNING", "COMPLETING"):
         answer.end, answer.says = "running", _MEANINGS["running"] + (": Slurm clears up after it" if account.state == "COMPLETING" else "")
         answer.now = [f"tail -f {shlex.quote(path)}" if path else f"scontrol show job {account.job}"]
         return answer
-    kind = STRONG_STATES.get(account.state) or (log.notice if log.notice in STRONG_STATES.values() else "") or said
-    kind = kind or WEAK_STATES.get(account.state, "finished" if account.state == "COMPLETED" else "")
+    kind = "finished" if account.state == "COMPLETED" and not any(account.exit) else STRONG_STATES.get(account.state, "")
+    kind = kind or (log.notice if log.notice in STRONG_STATES.values() else "") or said or WEAK_STATES.get(account.state, "")
     kind = kind or ("mistake" if account.status == UserError.exit_code else "failed" if log.has_begun else "not started")
     answer.end, answer.says = kind, _MEANINGS[kind]
     if kind == "cancelled":
         answer.says += f" by {account.cancelled_by}" if account.cancelled_by else ""
         answer.says += "" if account.has_started else ", before it started"
-    elif messages:
+    elif messages and kind != "finished":
         answer.says += f": {messages[0][:400]}"
     if kind != "finished":
         answer.status = account.status
         answer.meaning = "" if account.status is None else describe_status(account.status)
-        answer.first = _find_first("", log.errors) or log.first_dead
+        answer.first = _find_first("", log.errors) or _find_dead(log, kind)
         ranks = _parse_ranks(answer.first)
         answer.last_lines = log.show_rank(str(ranks[0] if ranks else 0))
         answer.now = [*(["correct what the log says"] if log.lines else []), "submit it again"]

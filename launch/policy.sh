@@ -88,6 +88,10 @@ leave_if_done() {
 # run_training COMMAND...: COMMAND as each task of this job. Ends the script with the training's status, or has the job requeued.
 run_training() {
     local job tasks cpus status=0
+    if [[ ! $MAX_REQUEUES =~ ^[0-9]{1,9}$ ]]; then
+        say "MAX_REQUEUES is '$MAX_REQUEUES'; expected a whole number, such as 20"
+        exit 2
+    fi
     # Not --kill-on-bad-exit=1 (nor a site's default of it): the first rank that ends with 85 would make srun send TERM to those still on
     # their way out, one could die of it, and 143 would hide the 85. --wait alone ends what a lost rank leaves hanging; it is also how long
     # rank zero may go on when the others have finished.
@@ -113,7 +117,7 @@ run_training() {
 requeue() {
     # Of an array's last job the number is the array's, and all of it would be requeued.
     local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
-    if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+    if ((${SLURM_RESTART_COUNT:-0} >= 10#$MAX_REQUEUES)); then
         say "not requeued again (max_requeues is $MAX_REQUEUES); the same command, or the next job of its chain, resumes the run"
     elif scontrol requeue "${id:-$SLURM_JOB_ID}"; then
         say "requeued"

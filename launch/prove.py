@@ -38,7 +38,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.preemption import STOP_SIGNALS, Stop
+from mnist_dist.preemption import Stop
 from mnist_dist.program import print_answer, say
 from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, read_ends
 
@@ -146,7 +146,7 @@ def _prove(arguments: Sequence[str] | None) -> int:
     idle = [name for name in ("signal_delay_s", "max_requeues") if name in given]
     if idle:
         raise UserError(f"{idle[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
-    request = read_request({"time": _TIME_MIN, "name": "prove"} | given)
+    request = read_request({"time": _TIME_MIN, "name": "prove", "signal_delay_s": 1} | given)
     compare_with_cluster(request)
     if request.dry_run:
         print(write_script(_make_driver(request, folder / "work-N")))
@@ -305,7 +305,7 @@ class Watched:
         if not shown:  # forgotten
             return now - self._seen_at > _CANCEL_S
         self._seen_at, self.state = now, shown.get("JobState", "")
-        reason, start = shown.get("Reason", ""), shown.get("StartTime", "")
+        reason, start = cluster.find_reason(self.state, shown.get("Reason", "")), shown.get("StartTime", "")
         if self.state == "RUNNING" and self.limit_at is None and shown.get("Restarts", "0") == "0":
             with contextlib.suppress(ValueError):
                 self.limit_at = datetime.datetime.fromisoformat(shown.get("EndTime", "")).timestamp()
@@ -317,7 +317,7 @@ class Watched:
             line += f" on {shown.get('NodeList', '')}"
         if self.state != "PENDING" or now - self._said_at > _REPORT_S or not self._said.startswith(line[:30]):
             self._say(line)
-        if self.state == "PENDING" and cluster.is_held(reason):
+        if cluster.is_active_state(self.state) and self.state != "RUNNING" and cluster.is_held(reason):
             self.state = f"held: {reason}"
             return True
         if cluster.is_active_state(self.state):
@@ -342,15 +342,12 @@ def _make_driver(request: Request, work: Path) -> SlurmExecutor:
 
 
 def _submit(request: Request, executor: SlurmExecutor, work: Callable[[], None], what: str, jobs: list[Watched]) -> Watched:
-    """Queue a job and add it to `jobs`. A signal waits until that is done: no job may be left behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Queue a job and add it to `jobs`."""
     try:
         with queueing(request):
             jobs.append(Watched(executor.submit(work).job_id, what))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(describe_refusal(error)) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return jobs[-1]
 
 

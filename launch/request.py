@@ -22,7 +22,7 @@ _OWNED = {name: f"use --{name}" for name in _SAME} | {
         ("job-name", "use --name"),
         ("ntasks ntasks-per-node ntasks-per-core ntasks-per-gpu ntasks-per-socket", "use --nodes and --tasks_per_node"),
         ("cpus-per-task", "use --cpus_per_task"),
-        ("gpus gpus-per-node gpus-per-task", "use --gpus_per_node"),
+        ("gpus gpus-per-node gpus-per-socket gpus-per-task", "use --gpus_per_node"),
         ("mem", "use --memory_gb"),
         ("nodefile", "use --nodelist"),
         ("signal", "use --signal_delay_s"),
@@ -168,8 +168,8 @@ def split_options(text: str | None) -> dict[str, str | None]:
     for name, given in options.items():
         if given is not None and not re.fullmatch(r"[^\\]{1,1000}", given):  # sbatch drops a backslash
             raise ValueError(f"the value of --{name} must have 1 to 1000 characters and no backslash")
-        if name == "gres" and re.search(r"\bgpu\b", given or ""):
-            raise ValueError(f"--gres={given} asks for GPUs: use --gpus_per_node")
+        if ("gres".startswith(name) or name.startswith("tres-per-")) and re.search(r"\bgpu\b", given or ""):
+            raise ValueError(f"--{name}={given} asks for GPUs: use --gpus_per_node")
     return options
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.cluster import Job, describe_state
+from launch.cluster import Job, describe_state, is_suspended
 from launch.endings import STRONG_STATES, shorten
 from launch.request import Request
 from mnist_dist.config import Config, make_config
@@ -45,12 +45,14 @@ _SILENT_S = 60.0
 _SILENT_INTERVALS = 5
 _SLOWEST = 1e-9  # samples a second; nothing follows from less, which only a record of somebody else has
 _DEPTH = 4
+LOCAL_LOG = "_0_log.out"  # ends the name of rank zero's log where a job is a process on this machine; its number is that process's
 _TAIL_BYTES = 1 << 16
 
 # What Slurm says of a job that has ended without the run being finished.
 _ENDS = {
     "CANCELLED": "cancelled",
     "TIMEOUT": "out of time",
+    "DEADLINE": "past its deadline",
     "NODE_FAIL": "node failed",
     "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
@@ -140,11 +142,11 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     holder = read_holder(path)
     number = holder.job if holder else ""
     noted_jobs = list_noted_jobs(noted)
-    if (known := {*noted_jobs, number}) != {""} and ended.get("job") not in known:
+    if (known := {*noted_jobs, number}) != {""} and str(ended.get("job")) not in known:
         ended = {}  # of an earlier job
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
     # Of a chain the one that runs counts, else the first that waits.
-    matching = [job for job in jobs if job.name in noted_jobs or (number and job.number == number)]
+    matching = [job for job in jobs if _is_of_note(job, noted) or (number and job.number == number)]
     job = max(matching, key=lambda job: (job.is_active, job.runs, int(job.number) * (-1 if job.is_active else 1)), default=None)
     measured: dict[str, Any] = {}
     for row in rows:
@@ -176,7 +178,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         state = describe_state(job.state, reason)
         if job.state == "RUNNING":
             values |= _describe_progress(path, values, config)
-        values |= {"is_waiting": waits, "reason": reason, "is_suspended": job.state in ("SUSPENDED", "STOPPED")}
+        values |= {"is_waiting": waits, "reason": reason, "is_suspended": is_suspended(job.state)}
         return RunState(state=_join(state, damage), is_active=True, is_in_queue=True, pid=pid, **values)
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
@@ -239,6 +241,13 @@ def find_saved_step(path: Path) -> int | None:
 def list_noted_jobs(noted: Row) -> list[str]:
     """The jobs in the note of a run's last submission: one, or those of a chain; an empty name where none is noted."""
     return str(noted.get("chain") or noted.get("job") or "").split(":")
+
+
+def _is_of_note(job: Job, noted: Row) -> bool:
+    """Whether a job in the queue is one of those in a note, and not of another cluster, or a process on this machine, with that number."""
+    log = str(noted.get("log") or "")
+    is_elsewhere = job.script and log and os.path.dirname(job.script) != os.path.dirname(log)
+    return job.name in list_noted_jobs(noted) and not is_elsewhere and not log.endswith(LOCAL_LOG)
 
 
 def is_of_last_job(start: Row, noted: Row) -> bool:

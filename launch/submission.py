@@ -20,11 +20,11 @@ from submitit.slurm.slurm import SlurmExecutor
 import mnist_dist
 from launch.cluster import run_slurm
 from launch.request import Request, list_arguments, note_request, split_options
-from launch.runs import read_own_note
+from launch.runs import LOCAL_LOG, read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import STOP_SIGNALS, Stop
 from mnist_dist.record import make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
@@ -166,7 +166,8 @@ def submit_to_slurm(
 ) -> list[list[str]]:
     """Queue a job for each of `configs`, more than one as an array; `chain` jobs for one of them, each after those before it.
 
-    The names of each one's jobs; RUN_DIR/slurm/job.json holds them, too. Raises `UserError`, and then nothing is queued.
+    The names of each one's jobs; RUN_DIR/slurm/job.json holds them, too. Raises `UserError`, and Ctrl-C KeyboardInterrupt, and then nothing
+    is queued; `RunError` names what is queued and could not be withdrawn.
     """
     made = _prepare_folders(configs, folder)
     names: list[list[str]] = [[] for _ in configs]
@@ -178,25 +179,35 @@ def submit_to_slurm(
             executors.append(executor)
             with queueing(request):
                 jobs = executor.submit_array([_make_training(config) for config in configs])
-            _make_private(folder, jobs[0].job_id)
-            for config, job, mine in zip(configs, jobs, names, strict=True):
-                mine.append(job.job_id)
-                if chain > 1:
-                    more["chain"] = ":".join(mine)
-                write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
-    except (FailedJobError, FailedSubmissionError, OSError) as error:
-        if queued := [executor.queued for executor in reversed(executors) if executor.queued]:
-            with contextlib.suppress(RunError):
-                run_slurm("scancel", *queued)
-        for path in reversed(made):  # as if nothing had been asked for
-            if path.name == "slurm":
-                shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
+                _make_private(folder, jobs[0].job_id)
+                for config, job, mine in zip(configs, jobs, names, strict=True):
+                    mine.append(job.job_id)
+                    if chain > 1:
+                        more["chain"] = ":".join(mine)
+                    write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
+    except (FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt) as error:
+        words = "interrupted" if isinstance(error, KeyboardInterrupt) else describe_refusal(error)
         if isinstance(error, OSError):
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-        raise UserError(describe_refusal(error)) from error
+            words = f"{folder} cannot be written: {error.strerror or error}"
+        _withdraw([executor.queued for executor in reversed(executors) if executor.queued], made, words)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(words) from error
     return names
+
+
+def _withdraw(queued: list[str], made: list[Path], words: str) -> None:
+    """As if nothing had been asked for. Raises `RunError`, which begins with `words`, and leaves the files where jobs stay queued."""
+    if queued:
+        try:
+            run_slurm("scancel", *queued)
+        except RunError as error:
+            raise RunError(f"{words}\nthese jobs are queued, and cannot be withdrawn ({error}): scancel {' '.join(queued)}") from error
+    for path in reversed(made):
+        if path.name == "slurm":
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 @contextlib.contextmanager
@@ -204,7 +215,9 @@ def queueing(request: Request) -> Iterator[None]:
     """While sbatch is called: without the words that submitit also raises, and without variables that would change the job.
 
     Those are what an outer job left, which srun would take for the new job's, and what sbatch heeds before the options in a script.
+    Signals to end wait, sbatch's as well: there may be no job of which nobody knows.
     """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     before = dict(os.environ)
     given = [names for option, names in _SBATCH_VARIABLES.items() if getattr(request, option)]
     names = {f"SBATCH_{name}" for names in given for name in names.split()}
@@ -215,9 +228,10 @@ def queueing(request: Request) -> Iterator[None]:
             yield
     finally:
         os.environ.update(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def describe_refusal(error: Exception) -> str:
+def describe_refusal(error: BaseException) -> str:
     """What submitit raises where sbatch refuses a job, as one line."""
     return f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}"
 
@@ -289,7 +303,7 @@ def _start_locally(request: Request, config: Config) -> LocalJob[None]:
         signal.signal(signal.SIGINT, before)
     assert isinstance(job, LocalJob)
     _make_private(folder, job.job_id)
-    log = folder / f"{job.job_id}_0_log.out"
+    log = folder / f"{job.job_id}{LOCAL_LOG}"
     write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log), "request": note_request(request)})
     print(f"{config.run_dir}: started here, {request.describe_size()}; log: {log}")
     return job

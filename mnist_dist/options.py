@@ -176,10 +176,12 @@ class Parser(argparse.ArgumentParser):
         """As argparse does; `--batch-size` is `--batch_size`, and initials such as `--lr` do where they are clear."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        spelt = list(map(self._spell_out, words[:end]))
-        for index in reversed(range(len(spelt) - 1)):  # argparse takes a value that begins with a hyphen for an option
-            if spelt[index] in self._commands and spelt[index + 1].startswith("-"):
-                spelt[index : index + 2] = ["=".join(spelt[index : index + 2])]
+        spelt: list[str] = []
+        for word in words[:end]:
+            if spelt and spelt[-1] in self._commands and word.startswith("-"):  # argparse would take it for an option
+                spelt[-1] += f"={word}"
+            else:
+                spelt.append(self._spell_out(word))
         known, unknown = super().parse_known_args([*spelt, *words[end:]], namespace)
         for action in self._actions:
             if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`

@@ -154,7 +154,7 @@ def make_printable(text: str, kept: str = "") -> str:
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
-    texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell) for cell in row] for row in rows]
+    texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else make_printable(str(cell)) for cell in row] for row in rows]
     columns = [index for index in range(len(header)) if any(row[index] for row in texts)]
     lines = []
     for line in (header, *texts):

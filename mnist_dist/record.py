@@ -35,6 +35,7 @@ _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
 _STEPS_MAX = 2**53
 _SMALL_BYTES_MAX = 1 << 20  # of a result, a lock, a note
+_NAME_MAX = 1000  # letters of a measure's name: to draw a text takes time
 _LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
 
@@ -322,8 +323,8 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
     result = parse_object(content)
     result = _rename_split(result, config) if config else result
     split = config.evaluated_split if config else "holdout" if "holdout/loss" in result else "test"
-    good = {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, f"{split}/loss")}
-    good |= {name: is_measure(value, name) for name, value in result.items() if name.startswith(f"{split}/")}
+    good = {name: is_measure(value, name) for name, value in result.items() if name.startswith(f"{split}/")}
+    good |= {name: is_number(result.get(name)) for name in (*_RESULT_NUMBERS, f"{split}/loss")}
     good["step"] = is_count(result.get("step")) and (config is None or 1 <= result["step"] <= find_last_step(config))
     if config is not None:
         good[config.best] = is_number(result.get(config.best))
@@ -332,7 +333,9 @@ def read_result(run_dir: Path, config: Config | None) -> Row | None:
         good |= {} if wrong is None else {f"{split}/{wrong}": False}
     for name in good:
         if not good[name]:
-            raise UserError(f"{path} is damaged: it has no valid {name}; delete it to let the run write it again from its last checkpoint")
+            raise UserError(
+                f"{path} is damaged: it has no valid {name[:80]}; delete it to let the run write it again from its last checkpoint"
+            )
     return result
 
 
@@ -445,6 +448,8 @@ def is_row(row: Row) -> bool:
 
 def is_measure(value: object, name: str = "") -> bool:
     """Whether `value` can be a measure called `name`: a number, or a list of such; one may not be known."""
+    if len(name) > _NAME_MAX:
+        return False
     if isinstance(value, list):
         return all(is_measure(entry, name) for entry in value)
     return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))  # type: ignore[operator]

@@ -3,6 +3,7 @@
 Each has a folder, which has the config and takes the answers, and a job: to look at the task, or to train it for some steps.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -85,6 +86,9 @@ def _spell(value: Any, depth: int) -> Iterator[bytes]:
             yield from _spell(part, depth)
     elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | FunctionType | BuiltinFunctionType | nn.Module):
         yield from _spell(vars(value), depth - 1) if depth else ()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):  # with slots
+        parts = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+        yield from _spell(parts, depth - 1) if depth else ()
     elif " at 0x" not in (text := repr(value)):
         yield text.encode(errors="replace")
 

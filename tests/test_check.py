@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mnist_dist.check import CHECKS, main
 from mnist_dist.source import find_task, is_named_before
+from mnist_dist.witness import digest
 
 SANE = """
 import os
@@ -471,6 +474,22 @@ def test_what_is_legitimate_makes_the_tier(check, name):
         assert "this world: 1 (BatchNorm1d) sees the whole batch" in answers["rows"]["text"]
         assert "same bits in two runs" in answers["two processes"]["text"]
         assert "on 2 process(es)" in answers["resume"]["text"]
+
+
+def test_a_digest_is_of_all_that_an_object_holds():
+    @dataclass
+    class Open:
+        x: Any
+
+    @dataclass(slots=True)
+    class Slotted:
+        x: Any
+
+    zeros = torch.zeros(5000)  # more than torch prints
+    one = zeros.clone()
+    one[2500] = 9
+    for kind in (Open, Slotted, lambda x: [x], lambda x: {"x": x}):
+        assert digest(kind(zeros)) == digest(kind(zeros.clone())) != digest(kind(one))
 
 
 def test_one_reason_is_told_once(check):

@@ -19,7 +19,7 @@ from cluster import SLOW_TASK, Job, Submitted, launch
 from processes import TINY, StopAt, Train, TrainTask, start_ranks
 
 from launch import evidence, explain, jobs
-from launch.endings import describe_status, find_first, read_log, shorten
+from launch.endings import describe_status, find_first, find_kind, read_log, shorten
 from launch.runs import find_noted_log, read_state
 from mnist_dist.files import mark_folder
 from mnist_dist.tasks.mnist import Mnist
@@ -360,6 +360,7 @@ class Case:
     sacct: str | None = None
     scontrol: str | None = None
     kills: tuple[str, int] = ("n1", 0)  # the host of rank zero, and what its kernel killed for memory
+    first: str | None = None  # the rank, where that is not told by the words
 
 
 CASES = {
@@ -431,6 +432,31 @@ CASES = {
         log=FIRST_GONE,
         scontrol=show_job("FAILED", code="137:0"),
     ),
+    "limit, by which all died": Case(
+        "time limit",
+        ["time limit: before it could save"],
+        log=LIMIT + "srun: error: n1: task 0: Killed\nsrun: error: n2: task 3: Killed\n",
+        sacct=account("TIMEOUT", code="0:0"),
+        first="",
+    ),
+    "memory, by which all died": Case(
+        "memory",
+        ["srun: error: n2: task 3: Out Of Memory"],
+        log=BEGUN + "srun: error: n1: task 0: Killed\nsrun: error: n2: task 3: Out Of Memory\n",
+        sacct=account("OUT_OF_MEMORY", USED),
+        first="rank 3 on host n2",
+    ),
+    "node, by which all died": Case(
+        "node failed",
+        ["Node failure on n2"],
+        log=NODE + "srun: error: n1: task 0: Killed\n",
+        sacct=account("NODE_FAIL", code="0:0"),
+        first="host n2",
+    ),
+    "deadline": Case("deadline", ["its deadline: before it could save", "--deadline"], sacct=account("DEADLINE", code="0:0"), first=""),
+    "killed by nobody knows whom, with the others": Case(
+        "killed", [], log=BEGUN + "srun: Job step aborted: Waiting up to 32 s\nsrun: error: n1: task 1: Killed\n", first="rank 0"
+    ),
     "a crash": Case("killed", ["first: rank 2 on host n1\n", "Segmentation fault (core dumped)"], log=CRASH),
     "killed on another host": Case("killed", ["its host was n1: only the kernel's log there can tell", "on n1: dmesg"], log=None),
 }
@@ -446,6 +472,7 @@ def test_an_end_that_slurm_knows_is_explained(slurm, tmp_path, name):
     answer, text = tell(folder)
     assert answer.end == case.kind, text
     assert not [words for words in case.words if words not in text], text
+    assert case.first in (None, answer.first), text
     assert tell("12")[0].end == case.kind  # the same by the number of the job
     assert AGAIN in text or case.kind == "NaN"
 
@@ -463,7 +490,9 @@ NEVER = {
     ),
     "held by the site": (None, show_job("PENDING", "JobHeldAdmin", nodes="(null)"), "waiting", "squeue --start"),
     "never may": (None, show_job("PENDING", "DependencyNeverSatisfied", nodes="(null)"), "waiting", "scancel 12"),
-    "a state of its own": (None, show_job("SPECIAL_EXIT", "None", nodes="(null)"), "waiting", "its job waits"),
+    "a state of its own": (None, show_job("SPECIAL_EXIT", "None", nodes="(null)"), "waiting", "scontrol release 12"),
+    "held by its state": (None, show_job("REQUEUE_HOLD", "None", nodes="(null)"), "waiting", "scontrol release 12"),
+    "suspended": (None, show_job("SUSPENDED", "None"), "waiting", "scontrol resume 12"),
     "cancelled before": (account("CANCELLED by 0", code="0:0", start="Unknown", nodes="None assigned"), None, "cancelled", "before"),
     "a mistake": (account("FAILED", code="2:0"), None, "mistake", "batch_size is 3, less than the 4 processes"),
     "no python": (account("FAILED", code="127:0"), None, "not started", "python: command not found"),
@@ -757,6 +786,47 @@ def test_the_users_mistakes_end_with_two(slurm, tmp_path, capsys):
         assert "Slurm does not know it (any more)" in refuse("12")
     slurm(sinfo=None, sbatch=None, sacct=None, scontrol=None, squeue=None)
     assert "there is no Slurm here" in refuse("12")
+
+
+def test_an_array_without_run_folders_is_told_task_by_task(slurm, tmp_path, capsys):
+    lines = [("14", "1", "COMPLETED", "0:0"), ("15", "2-3", "PENDING", "0:0"), ("12", "0", "FAILED", "1:0")]
+    shown = "".join(
+        show_job(state, code=code).replace("JobId=12", f"JobId={job} ArrayJobId=12 ArrayTaskId={task}") for job, task, state, code in lines
+    )
+    slurm(sacct=None, scontrol=shown)
+    assert explain.main(["12"]) == 0
+    assert [line.partition(":")[0:3:2] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        ("job 12_1", " finished"),
+        ("job 12_2-3", " its job waits: pending, see man squeue"),
+        ("job 12_0", " its job ended before the training began"),
+    ]
+    slurm(sacct=None, scontrol=shown.replace("Array", "Het").replace("HetTaskId", "HetJobOffset"))
+    assert explain.main(["12"]) == 0
+    assert "\njob 12+0: its job ended" in capsys.readouterr().out
+
+
+def test_a_job_that_completed_is_not_said_to_have_failed_for_a_line_in_its_log(slurm, tmp_path):
+    log = tmp_path / "12.log"
+    log.write_text(BEGUN + "[rank 0] error: upload failed: No space left on device, retrying\n")
+    slurm(sacct=None, scontrol=show_job("COMPLETED", log=log))
+    answer, text = tell("12")
+    assert (answer.end, answer.first, answer.now) == ("finished", "", []), text
+
+
+def test_a_reason_that_names_nodes_is_understood_whatever_they_are_called(slurm, tmp_path):
+    slurm(sacct=None, scontrol=show_job("PENDING", "ReqNodeNotAvail, UnavailableNodes:threshold[1-2]", nodes="(null)"))
+    _, text = tell("12")
+    assert "nodes that it needs are down or reserved" in text
+    assert "squeue --start" in text
+
+
+def test_a_log_of_any_kind_is_read_in_little_time():
+    for text in ("x\n" * 2_000_000, ("[rank 0] error: " + "checkpoint " * 200 + "\n") * 2000):
+        began = time.process_time()
+        log = read_log(text)
+        assert [find_kind(message) for _, message in log.errors] == [""] * len(log.errors)
+        assert time.process_time() - began < 3
+    assert find_kind("error: no checkpoint of the checkpoints in x is valid") == "checkpoint"
 
 
 def test_json_has_what_the_lines_have(slurm, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Jobs without a cluster: what is refused, what a script and a pickle hold, and the same job on this machine."""
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -137,6 +138,10 @@ def test_a_hostile_value_is_refused(no_slurm, tmp_path, capsys, option):
         ("--no-requeue", "use --max_requeues"),
         ("--output=x", "the log is in RUN_DIR/slurm"),
         ("--gres=lscratch:5,gpu:2", "use --gpus_per_node"),
+        ("--gr gpu:2", "use --gpus_per_node"),
+        ("--gpus-per-socket=2", "use --gpus_per_node"),
+        ("--tres-per-node=gres/gpu:2", "use --gpus_per_node"),
+        ("--cpus-per-task=4", "--cpus-per-task is set by the script: use --cpus_per_task"),  # not read as an option of this program
         ("--nice --nice=3", "--nice stands there twice"),
         ("-C a100", "'-C' is not a long option"),
         ("--Nice", "'--Nice' is not a long option"),
@@ -279,8 +284,38 @@ def test_a_queue_that_gives_no_answer_is_not_an_empty_one(fake_slurm, tmp_path, 
     assert re.search(r"^a +not started", answer.out, re.MULTILINE)
 
 
+def test_a_cluster_of_many_nodes_is_read_in_the_short_forms_of_their_numbers(fake_slurm, capsys):
+    line = "main*|up|1:00:00|1-{most}|{count}|idle|64|512000|(null)"
+    for most, count, allowed in (("1K", "1500", 1024), ("1.50K", "2K", 1536), ("infinite", "4K", 4096), ("?", "8", 8)):
+        nodes = [cluster._parse_nodes(line.format(most=most, count=count))]
+        assert cluster.check_request(Request(nodes=allowed), nodes) == []
+        with pytest.raises(UserError, match=f"allows {allowed} for a job"):
+            cluster.check_request(Request(nodes=allowed + 1), nodes)
+    fake_slurm(sinfo=(0, line.format(most="1K", count="1500")))
+    assert submit.main(["--config", "smoke", "--dry_run", "--nodes", "2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_more_tasks_than_cpus_may_be_asked_for_in_so_many_words():
+    with pytest.raises(UserError, match="the largest node of partition main has 2 CPUs"):
+        cluster.check_request(Request(tasks_per_node=3), nodes())
+    assert cluster.check_request(Request(tasks_per_node=3, sbatch="--overcommit"), nodes()) == []
+
+
+def test_the_filters_and_formats_of_a_users_shell_hide_no_job(fake_slurm, tmp_path, monkeypatch):
+    fake_slurm(sinfo=(0, SINFO))
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\nenv >../seen\n")
+    kept = {"SLURM_CONF": "/x", "SLURM_CLUSTERS": "a"}
+    dropped = {"SQUEUE_PARTITION": "x", "SQUEUE_STATES": "PD", "SINFO_FORMAT": "%P", "SLURM_TIME_FORMAT": "relative"}
+    for name, value in (kept | dropped).items():
+        monkeypatch.setenv(name, value)
+    assert cluster.read_jobs() == []
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert [name for name, value in (kept | dropped).items() if f"{name}={value}" in seen] == [*kept]
+
+
 def test_slurms_times_and_counts_are_read():
-    times = {"30:00": 30, "1:30": 1.5, "2:00:00": 120, "1-12:00:00": 2160, "infinite": float("inf")}
+    times = {"30:00": 30, "1:30": 1.5, "2:00:00": 120, "1-12:00:00": 2160, "infinite": float("inf"), "UNLIMITED": float("inf")}
     assert {text: cluster.parse_time(text) for text in times} == times
     counts = {"(null)": 0, "gpu:2": 2, "gpu:a100:4(S:0-1),gpu:h100:4": 8, "shard:8,gpu:1": 1, "mygpu:3": 0, "gpu:v100-16:2(IDX:0,1)": 2}
     assert {text: cluster.count_gpus(text) for text in counts} == counts
@@ -679,6 +714,10 @@ def test_the_policy_requeues_up_to_its_limit_and_one_job_of_an_array(policy):
     answer = policy("MAX_REQUEUES=2\nrun_training prog", 85, SLURM_RESTART_COUNT="2")
     assert "requeue" not in answer.stdout
     assert "not requeued again (max_requeues is 2)" in answer.stderr
+    assert policy("MAX_REQUEUES=08\nrun_training prog", 85, SLURM_RESTART_COUNT="7").stdout.splitlines()[-1] == "requeue 12"
+    answer = policy("MAX_REQUEUES=unlimited\nrun_training prog", 85)
+    assert (answer.returncode, answer.stdout) == (2, "")  # before there is something to lose
+    assert "MAX_REQUEUES is 'unlimited'; expected a whole number" in answer.stderr
     for status in (0, 1, 2, 143):
         answer = policy("run_training prog", status)
         assert (answer.returncode, "requeue" in answer.stdout) == (status, False)
@@ -849,6 +888,33 @@ def test_a_fresh_checkout_has_no_runs_yet(no_slurm, capsys):
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_a_chain_that_is_interrupted_is_taken_back(fake_slurm, tmp_path):
+    fake_slurm(sinfo=(0, SINFO))
+    # Ctrl-C reaches every process of the terminal, sbatch as well, which then would not say which job it has queued.
+    interrupt = 'if [ "$number" = 2 ]; then kill -INT $PPID $$; fi\necho "Submitted'
+    (tmp_path / "bin/sbatch").write_text(count_up(9).replace('echo "Submitted', interrupt))
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "scancel $*" >>../calls\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    words = [sys.executable, "-m", "launch.submit", "--config", "smoke", "--run_dir", "runs/a", "--chain", "3"]
+    answer = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (130, "", "interrupted\n")
+    assert [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()] == ["sbatch", "sbatch", "scancel"]
+    assert (tmp_path / "calls").read_text().endswith("scancel 12 11\n")
+    assert list(Path().iterdir()) == []
+
+
+def test_jobs_that_cannot_be_withdrawn_are_named_and_keep_their_files(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO), scancel=(1, "scancel: error: Socket timed out"))
+    (tmp_path / "bin/sbatch").write_text(count_up(3))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a", "--chain", "3"]) == 1
+    refused, left = capsys.readouterr().err.splitlines()
+    assert refused == "error: sbatch refused the job: Batch job submission failed: too many"
+    assert left.startswith("error: these jobs are queued, and cannot be withdrawn (scancel failed with 1: scancel: error: Socket timed out")
+    assert left.endswith(": scancel 12 11")
+    assert json.loads(Path("runs/a/slurm/job.json").read_text())["chain"] == "11:12"
+    assert len(list(Path("runs/a/slurm").glob("*_submission.sh"))) == 2
+
+
 def test_a_job_whose_files_cannot_be_put_in_place_is_cancelled(fake_slurm, tmp_path, monkeypatch, capsys):
     fake_slurm(sinfo=(0, SINFO), sbatch=(0, "Submitted batch job 31"))
     (tmp_path / "bin/scancel").write_text(f"#!/bin/sh\necho $@ >> '{tmp_path}/cancelled'\n")
@@ -873,6 +939,37 @@ def test_what_cannot_save_now_is_not_cancelled(fake_slurm, tmp_path, capsys):
     assert "is suspended, and cannot save: scontrol resume 31" in capsys.readouterr().err
     assert explain.main(["runs/a"]) == 0
     assert "scontrol resume 31" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("log", "script"),
+    [
+        ("slurm/31_0_log.out", ""),  # a process on this machine has a number, too
+        ("slurm/31.log", "/elsewhere/slurm/submission_file_1.sh"),  # of another cluster with the same home
+    ],
+)
+def test_another_job_of_the_same_number_is_left_alone(fake_slurm, tmp_path, capsys, log, script):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, f"31|31|RUNNING|None|n1|0|{script}|"))
+    folder = tmp_path / "here/runs/a"
+    (folder / "slurm").mkdir(parents=True)
+    write_note(folder, "job", {"job": "31", "log": str(folder / log)})
+    assert jobs.main(["cancel", "runs/a"]) == 2
+    assert "does not run: it is not started" in capsys.readouterr().err
+    mine = script.replace("/elsewhere", str(folder)) or f"{folder}/slurm/submission_file_1.sh"
+    [job] = [dataclasses.replace(job, script=mine) for job in cluster.read_jobs()]
+    assert read_state(folder, [job]).is_in_queue == (log == "slurm/31.log")
+
+
+def test_what_a_stranger_left_ends_no_listing_and_forges_no_row_of_it(fake_slurm, tmp_path, capsys):
+    fake_slurm(sinfo=(0, SINFO))
+    folder = tmp_path / "here/runs/a\nmine  finished"
+    (folder / "slurm").mkdir(parents=True)
+    write_note(folder, "job", {"job": "31", "log": "31.log"})
+    write_note(folder, "end", {"job": ["31"], "status": 1})
+    assert jobs.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("a\\nmine  finished")
 
 
 def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):

@@ -266,8 +266,26 @@ def test_a_silent_controller_says_nothing_of_a_job_and_ends_the_page_after_a_whi
 
 
 @pytest.mark.parametrize(
+    ("state", "reason", "ended"),
+    [
+        ("PENDING", "JobHeldUser", "is held: JobHeldUser"),
+        ("REQUEUE_HOLD", "None", "is held: REQUEUE_HOLD"),
+        ("SPECIAL_EXIT", "None", "is held: SPECIAL_EXIT"),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:threshold1", None),
+        ("RUNNING", "None", None),
+    ],
+)
+def test_a_job_that_somebody_must_release_is_not_waited_for(monkeypatch, state, reason, ended):
+    monkeypatch.setattr(slurm, "show_job", lambda _: {"JobState": state, "Reason": reason})
+    job = prove.Watched("7", "the checks")
+    assert job.look() == (ended is not None)
+    assert ended in (None, job.ended)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--nodes 2 --time 1", "sinfo and sbatch are not found here"),
         ("--cluster local --max_requeues 3", "max_requeues has no effect here"),
         ("--cluster local --partition gpu", "partition has no effect with cluster local"),
         ("--nodes 2", "sinfo and sbatch are not found here"),

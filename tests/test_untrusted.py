@@ -430,6 +430,11 @@ def test_a_result_beyond_the_end_is_not_believed(run_dir):
         (run_dir / "result.json").write_text(json.dumps(result | {"elapsed_s": elapsed_s}))
         with pytest.raises(UserError, match="no valid elapsed_s"):
             read_result(run_dir, config)
+    for more in ({"test/loss": None}, {"test/loss": [1.0]}, {"test/" + "x" * 200_000: 1.0}):
+        (run_dir / "result.json").write_text(json.dumps(result | more))
+        with pytest.raises(UserError, match="no valid test/") as error:
+            read_result(run_dir, config)
+        assert len(str(error.value)) < 500
 
 
 def test_held_out_figures_of_older_runs_are_found_under_their_own_name(tmp_path):
