@@ -246,8 +246,10 @@ def list_noted_jobs(noted: Row) -> list[str]:
 def _is_of_note(job: Job, noted: Row) -> bool:
     """Whether a job in the queue is one of those in a note, and not of another cluster, or a process on this machine, with that number."""
     log = str(noted.get("log") or "")
-    is_elsewhere = job.script and log and os.path.dirname(job.script) != os.path.dirname(log)
-    return job.name in list_noted_jobs(noted) and not is_elsewhere and not log.endswith(LOCAL_LOG)
+    if job.name not in list_noted_jobs(noted) or log.endswith(LOCAL_LOG):
+        return False
+    script_in, log_in = (os.path.realpath(os.path.dirname(path)) for path in (job.script, log))
+    return not job.script or not log or script_in == log_in
 
 
 def is_of_last_job(start: Row, noted: Row) -> bool:
