@@ -125,7 +125,7 @@ class Writer:
     def submit(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write a copy of the state, once the last one is written (`is_free`). A failure is a warning: training goes on.
 
-        One whose weights are not finite is not written, with a warning.
+        One that is not finite is not written, with a warning.
         """
         self._report()
         self._running = self._thread.submit(self._write_if_finite, step, state)
@@ -134,7 +134,9 @@ class Writer:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
         self.close()
         if not _is_finite(state):
-            raise NotFiniteError(f"the weights are not finite after step {step}; the run stops here and keeps its last checkpoint")
+            raise NotFiniteError(
+                f"the weights, or the optimizer's state, are not finite after step {step}; the run stops here and keeps its last checkpoint"
+            )
         try:
             return self._write(step, state)
         except OSError as error:
@@ -151,7 +153,7 @@ class Writer:
 
     def _write_if_finite(self, step: int, state: dict[str, Any]) -> None:
         if not _is_finite(state):
-            _log.warning("no checkpoint at step %d: its weights are not finite", step)
+            _log.warning("no checkpoint at step %d: its weights, or the optimizer's state, are not finite", step)
             return
         self._write(step, state)
 
@@ -178,4 +180,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    return all(map(is_finite, state["model"].values()))
+    slots = [value for values in state["optimizer"]["state"].values() for value in values.values()]
+    return all(is_finite(value) for value in [*state["model"].values(), *slots] if isinstance(value, torch.Tensor))

@@ -7,9 +7,9 @@ other is read sample by sample, in this process or by workers, each sample under
 import contextlib
 import ctypes
 import hashlib
-import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -41,7 +41,9 @@ from mnist_dist.task import Data, Task
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_FACT_TOLERANCE = 1e-4  # threads and processors may round differently
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
+_PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _SHOWN = 32  # numbers of samples in a message
 _PROBED = 4  # samples by which a data set is known, and a model is tried
@@ -271,7 +273,13 @@ def read(kept: InMemory | Seeded, batch: Batch, kind: type[UserError] | type[Run
 
 def list_tensors(value: Any) -> list[Tensor]:
     """The strided tensors in samples, or in anything that holds some, in their order; of a sparse or nested one, those it consists of."""
+    return _list_parts(value)[0]
+
+
+def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
+    """The same tensors; and arrays, and the numbers and texts in containers, as bytes."""
     tensors: list[Tensor] = []
+    others: list[bytes] = []
     rest, known = [value], set()
     while rest:
         value = rest.pop()
@@ -283,12 +291,18 @@ def list_tensors(value: Any) -> list[Tensor]:
             else:
                 value = value.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
                 rest += value.values(), value.indices()
-        elif isinstance(value, dict | list | tuple):
-            rest += reversed([*value.values()] if isinstance(value, dict) else value)
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            others.append(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
+        elif isinstance(value, _PLAIN_VALUES):
+            others.append(repr(value).encode(errors="replace"))
+        elif isinstance(value, dict | list | tuple | np.ndarray):
+            rest += reversed([*value.values()] if isinstance(value, dict) else value.ravel() if isinstance(value, np.ndarray) else value)
         elif not isinstance(value, type | ModuleType) and id(value) not in known:  # an object, once, for others may refer to it
             known.add(id(value))
-            rest.append(object.__getstate__(value) or ())
-    return tensors
+            state: Any = object.__getstate__(value) or ()  # of slots as well, it is a pair
+            held = [part for each in (state if isinstance(state, tuple) else [state]) for part in (each or {}).values()]
+            rest += reversed([part for part in held if not isinstance(part, _PLAIN_VALUES)])  # such as a count of uses, or a name
+    return tensors, others
 
 
 def find_immovable(value: Any) -> str:
@@ -336,6 +350,22 @@ def _check_facts(task: Task, facts: Any) -> None:
     raise UserError(
         f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
     )
+
+
+def find_other_facts(there: Any, here: Any) -> list[str]:
+    """The names of the facts that differ between two processes by more than rounding."""
+    there = there if isinstance(there, dict) else {}
+    return [str(name) for name in {**there, **here} if not _is_alike(there.get(name), here.get(name))]
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=_FACT_TOLERANCE, abs_tol=_FACT_TOLERANCE)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [*one] == [*other] and all(map(_is_alike, one.values(), other.values()))
+    return bool(one == other)
 
 
 def _count(task: Task, split: Any, what: str) -> int:
@@ -408,10 +438,11 @@ def fingerprint(data: Data, task: Task) -> str:
     count = len(data.train)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
     [piece] = read(Seeded(data.train, task, 0, "training"), Batch.of(places, range(len(places))))
-    buffer = io.BytesIO()
-    for tensor in list_tensors(piece.samples):
-        buffer.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(f"{count} {places}".encode() + buffer.getvalue())
+    tensors, others = _list_parts(piece.samples)
+    digest.update(f"{count} {places}".encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(b"".join(others))
     return digest.hexdigest()[:16]
 
 
@@ -431,6 +462,7 @@ class Probe:
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
         self._drawn = None if drawn is None else drawn[:_PROBED].clone()
         self.half = self.take(range(_PROBED // 2))
+        self.is_stored = False  # a batch has tensors that the data set itself holds
         places = [place % len(self._kept) for place in self.half.places]
         self.changed = () if self._is_unchanged() else tuple(locate(split, "training", places)[1])
         self.whole = self.take(range(_PROBED))
@@ -459,11 +491,14 @@ class Probe:
         """Whether the samples of the half are the same once more, after they were read at other places, which are seeded otherwise."""
         if isinstance(self._kept, InMemory):
             return True
-        first = [tensor.clone() for tensor in list_tensors(self.half.samples)]  # of what may lie in the data set itself
+        tensors, others = _list_parts(self.half.samples)
+        first = [tensor.clone() for tensor in tensors]  # of what may lie in the data set itself
         places = self.half.places
         self._read(places, [place + _PROBED for place in places])
-        again = list_tensors(self._read(places, places).samples)
-        return len(first) == len(again) and all(map(is_same, first, again))
+        again, other = _list_parts(self._read(places, places).samples)
+        one, two = ({tensor.untyped_storage().data_ptr() for tensor in some if tensor.numel()} for some in (tensors, again))
+        self.is_stored = bool(one & two)
+        return len(first) == len(again) and all(map(is_same, first, again)) and others == other
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:

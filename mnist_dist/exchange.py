@@ -95,8 +95,8 @@ class Flat:
         views, start = [], 0
         for tensor in self.tensors:
             part = flat[start : start + tensor.numel()]
-            # One with gaps in its memory, such as a slice, has no such layout here.
-            is_dense = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+            # One with gaps in its memory, such as a slice, has no such layout here. Fused optimizers take all others as they lie.
+            is_dense = torch.empty_like(tensor).stride() == tensor.stride()
             views.append(part.as_strided(tensor.shape, tensor.stride(), part.storage_offset()) if is_dense else part.view(tensor.shape))
             start += tensor.numel()
         return views

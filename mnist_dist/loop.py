@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, draw, load_data
+from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, draw, find_other_facts, load_data
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation, rehearse
@@ -171,7 +171,9 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
 def _check_data(state: TrainingState, group: Group) -> None:
     """Raise `UserError` on all ranks where some have other training data, or other numbers of samples."""
-    first, *others = group.gather({"data": state.fingerprint} | state.config.name_sizes())
+    facts = state.config.task.facts
+    other: Row = {f"the fact {name}": "another" for name in find_other_facts(group.broadcast(facts), facts)}
+    first, *others = group.gather(other | {"data": state.fingerprint} | state.config.name_sizes())
     if odd := [rank for rank, other in enumerate(others, start=1) if other != first]:
         raise UserError(
             f"rank zero has other data than {name_ranks(odd)} ({_list_differing(first, others[odd[0] - 1])}): give all hosts the same, in "

@@ -1,12 +1,14 @@
 """The model of a task: its initial weights, and a table of its layers. `python -m mnist_dist.model` prints that of the built-in CNN."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from mnist_dist.errors import UserError
 from mnist_dist.program import make_table
-from mnist_dist.randomness import derive_seed
+from mnist_dist.randomness import derive_seed, keeping_generators, seed_generators
 from mnist_dist.source import explaining, find_task
 from mnist_dist.task import Task
 
@@ -18,8 +20,8 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
     Raises `UserError` where the task's code fails.
     """
-    with torch.random.fork_rng(devices=[]), explaining(task.name, "in build_model"):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with keeping_generators(), explaining(task.name, "in build_model"):
+        seed_generators(derive_seed(seed, "weights"))
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
@@ -35,6 +37,17 @@ def build_model(task: Task, seed: int) -> nn.Module:
             )
         if torch.empty_like(parameter).stride() != parameter.stride():  # a view with gaps, which fused optimizers take for one without
             parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if any(not stride and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):  # cannot be written to
+                module._buffers[name] = buffer.clone()
+    names = {name for name, _ in model.named_parameters()}
+    for one, other in find_overlaps(model):
+        if {one, other} & names:
+            raise UserError(
+                f"task {task.name}: {one} and {other} of its model share memory, and are not one tensor: on a GPU, or on several "
+                "processes, each would get its own; use one Parameter in both places, or give it a copy"
+            )
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
@@ -48,6 +61,18 @@ def build_model(task: Task, seed: int) -> nn.Module:
             allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
             raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     return model
+
+
+def find_overlaps(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of names of parameters and buffers that lie in the same memory; a parameter that is used twice is none."""
+    by_storage: dict[int, list[tuple[int, int, str]]] = {}
+    # Of one buffer in two places each place gets its own, where a parameter stays one.
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(remove_duplicate=False)]:
+        if tensor.layout == torch.strided and tensor.numel():
+            length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            span = (tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size(), name)
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
+    return [(one[2], other[2]) for spans in map(sorted, by_storage.values()) for one, other in pairwise(spans) if other[0] < one[1]]
 
 
 def describe_model(model: nn.Module, example: Tensor) -> str:

@@ -191,7 +191,9 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
             raise  # the task itself is not there
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
     except (Exception, SystemExit) as error:
-        if kind is RunError and (is_loss(error) or is_lost_worker(error)):  # in a step, where ranks and workers are waited for
+        # In a step ranks and workers are waited for, by torch's code or ours.
+        by_user = all(map(_is_users, traceback.extract_tb(error.__traceback__)[-1:]))
+        if kind is RunError and (is_lost_worker(error) or (is_loss(error) and not by_user)):
             raise
         raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
 
@@ -213,14 +215,14 @@ def describe_exception(error: BaseException) -> str:
         hint = " (an evaluation computes without gradients: what needs them there says `with torch.enable_grad():`)"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
-    here = Path(__file__).parent
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not Path(frame.filename).is_relative_to(here) and "site-packages" not in frame.filename and "<frozen" not in frame.filename
-    ]
+    frames = list(filter(_is_users, traceback.extract_tb(error.__traceback__)))
     place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: " if frames else ""
     return f"{place}{type(error).__name__}{': ' + lines[0][:500] if lines else ''}{hint}"
+
+
+def _is_users(frame: traceback.FrameSummary) -> bool:
+    is_ours = Path(frame.filename).is_relative_to(Path(__file__).parent)
+    return not is_ours and "site-packages" not in frame.filename and "<frozen" not in frame.filename
 
 
 def _named_file() -> Path:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, find_immovable, fingerprint
+from mnist_dist.data import Piece, Probe, find_immovable, find_other_facts, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.model import build_model
+from mnist_dist.model import build_model, find_overlaps
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import check_same, find_step
+from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
 from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping
@@ -46,6 +47,8 @@ class TrainingState:
         parameters = dict(self.bare_model.named_parameters())
         self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
+        self._check_overlaps()
+        self._check_ranks()
         if self.tier.unused:
             if group.size > 1 and not config.shards:
                 raise UserError(describe_unused(config.task, self.tier.unused))
@@ -68,6 +71,7 @@ class TrainingState:
             averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat([*self.trained, *averaged.values()], extra=1)
+            self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
         else:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
             self._reached: set[str] = set()  # by a backward pass
@@ -129,7 +133,8 @@ class TrainingState:
                 if number == len(pieces):
                     note_forward()
                 self._reached.clear()
-                accelerator.backward(loss)
+                if loss.requires_grad:  # else its samples reach no parameter
+                    accelerator.backward(loss)
             losses.append(loss.detach())
         if self.group.size > 1:
             self._check_gradients()
@@ -161,7 +166,10 @@ class TrainingState:
         losses = []
         for piece in pieces:
             loss = self._compute_losses(self.bare_model, piece).sum() / size
-            found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+            # Of samples that reach no parameter there is nothing to go back through.
+            found: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in self.trained]
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
             # Not in place: the gradients of two parameters that are added up are one tensor.
             gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else list(found)
             losses.append(loss.detach())
@@ -170,6 +178,7 @@ class TrainingState:
     def _add_up(self, tree: TreeSum, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
         starts = {name: value.clone() for name, value in self._list_moving().items()}
+        bases = {name: torch.where(starts[name].isfinite(), starts[name], 0) for name in self.averaged}
 
         def compute(shard: int) -> Tensor:
             with torch.no_grad():  # each shard begins with the same statistics
@@ -181,8 +190,10 @@ class TrainingState:
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
-            # What has not moved has no difference: an infinite number, as in a mask, would have none.
-            changes = [torch.where(now[name] == starts[name], 0, now[name] - starts[name]) for name in self.averaged]
+            # What has not moved has no difference, and from an infinite number there is none.
+            changes = [
+                torch.where((now[name] == starts[name]) & starts[name].isfinite(), 0, now[name] - bases[name]) for name in self.averaged
+            ]
             return self.flat.pack([*gradients, *changes], [loss])
 
         total = tree(compute)
@@ -192,7 +203,7 @@ class TrainingState:
         with torch.no_grad():
             now = self._list_moving()
             for name, change in zip(self.averaged, views[len(self.trained) :], strict=True):
-                now[name].copy_(starts[name] + change / tree.shards)
+                now[name].copy_(bases[name] + change / tree.shards)
         # What counts is not averaged: the last shard's counts are everybody's.
         self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
@@ -238,6 +249,27 @@ class TrainingState:
             raise UserError(
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
                 "would change its own by its own samples; train on one process, without shards"
+            )
+
+    def _check_overlaps(self) -> None:
+        """Raise `UserError` where a forward pass changes buffers that share memory: on a GPU, or on several processes, they do not."""
+        for pair in find_overlaps(self.bare_model):
+            if {*pair} & {*self.tier.moved}:
+                raise UserError(
+                    f"task {self.config.task.name}: {' and '.join(pair)} of its model share memory, and each forward pass changes them: on "
+                    "a GPU, or on several processes, each would get its own; keep one of them"
+                )
+
+    def _check_ranks(self) -> None:
+        """Raise `UserError` on all ranks where some have a model of other shapes: DDP could not be set up."""
+        shapes = _shapes(self.bare_model.state_dict())
+        main = self.group.broadcast(shapes)
+        if odd := [rank for rank, same in enumerate(self.group.gather(main == shapes)) if not same]:
+            name = next((name for name in {**main, **shapes} if main.get(name) != shapes.get(name)), "")
+            raise UserError(
+                f"task {self.config.task.name}: rank zero has another model than {name_ranks(odd)}"
+                + (f" ({name} is {main.get(name, 'not there')} there, and {shapes.get(name, 'not there')} here)" if name else "")
+                + ": give all hosts the same code and data"
             )
 
     def _seed(self, purpose: str) -> None:
@@ -289,6 +321,7 @@ class TrainingState:
             "step": self.step,
             "recipe": self.config.recipe(),
             "data": self.fingerprint,
+            "facts": self.config.task.facts,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
             "world": None if self.tier.is_any_world else self._describe_world(),
@@ -334,6 +367,12 @@ class TrainingState:
             {"data": self.fingerprint},
             "it was trained on other data; use another run_dir, or the same data:",
         )
+        facts = state.get("facts", self.config.task.facts)  # older versions kept none
+        if differing := find_other_facts(facts, self.config.task.facts):
+            raise UserError(
+                f"it was trained on other data: its facts were others ({', '.join(differing)}); use another run_dir, or the same data (a "
+                "set of words has another order in each process: sort it)"
+            )
         world = state.get("world")
         if world is not None and not isinstance(world, str):
             raise RunError("it is damaged: its world is not a text")
