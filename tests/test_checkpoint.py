@@ -243,6 +243,24 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(tmp_pa
     assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, caplog, what):
+    """A checkpoint whose numbers are not finite counts as damaged when it is read."""
+    model, slots = {"weight": torch.ones(3)}, {"exp_avg_sq": torch.ones(3)}
+    state = {**STATE, "model": model, "optimizer": {"state": {0: slots}, "param_groups": [{"lr": 0.1}]}}
+    writer = checkpoint.Writer(tmp_path, keep=2, sync_record=lambda: None)
+    writer.submit(1, state)
+    writer.close()
+    assert len(checkpoint.list_newest_first(tmp_path)) == 1
+    {"model": model["weight"], "optimizer": slots["exp_avg_sq"]}[what][1] = torch.inf
+    writer = checkpoint.Writer(tmp_path, keep=2, sync_record=lambda: None)
+    writer.submit(2, state)
+    with pytest.raises(RunError, match="are not finite after step 3"):
+        writer.finish(3, state)
+    assert "no checkpoint at step 2: its weights, or the optimizer's state, are not finite" in caplog.text
+    assert len(checkpoint.list_newest_first(tmp_path)) == 1
+
+
 def test_a_checkpoint_that_fails_in_another_way_than_the_disk_is_raised_once(tmp_path, monkeypatch):
     def fail(_):
         raise MemoryError("no room to encode it")

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -14,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from mnist_dist.config import configure
-from mnist_dist.data import Reader, StepSampler, fingerprint, load_data
+from mnist_dist.data import Reader, StepSampler, find_other_facts, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import read_generators, seed_generators
-from mnist_dist.tasks.mnist import data, embedded
+from mnist_dist.task import Data
+from mnist_dist.tasks.mnist import Mnist, data, embedded
 from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.tasks.mnist.data import measure_pixels
 from mnist_dist.world import World
@@ -387,6 +390,51 @@ def test_held_out_images_are_evenly_spread_the_same_for_every_seed_and_not_train
         assert len(torch.cat([held.train.tensors[0], held.holdout.tensors[0]]).unique(dim=0)) == len(images.unique(dim=0))
     assert whole.holdout is None
     assert whole.evaluated is whole.test
+
+
+class Kept:
+    def __init__(self, value):
+        self.value = value
+        self.uses = itertools.count()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.tensor,
+        np.array,
+        lambda values: np.array(values, dtype=object),
+        lambda values: tuple(map(float, values)),
+        lambda values: " ".join(map(str, values)),
+        lambda values: {"a": [np.float32(values[1])]},
+        lambda values: Kept(np.array(values)),
+    ],
+)
+def test_samples_of_any_kind_have_a_fingerprint(make):
+    class Samples(Dataset):
+        def __init__(self, values):
+            self.values = values
+
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, _):
+            return make(self.values)
+
+    class Handed(Mnist):
+        def collate(self, samples):
+            return samples
+
+    one, same, other = (fingerprint(Data(samples, samples), Handed()) for samples in map(Samples, ([1, 2], [1, 2], [1, 3])))
+    assert one == same != other
+
+
+def test_facts_are_the_same_but_for_rounding():
+    facts = {"mean": 0.5, "words": ["a", "b"], "sizes": {"x": 1, "y": [2.0]}}
+    assert find_other_facts(facts, {"mean": 0.5 + 1e-7, "words": ["a", "b"], "sizes": {"x": 1, "y": [2]}}) == []
+    assert find_other_facts(facts, {"mean": 0.6, "words": ["b", "a"], "sizes": {"x": 1, "y": [2.0]}}) == ["mean", "words"]
+    assert find_other_facts(facts, {"mean": 0.5, "words": ["a", "b"], "sizes": {"y": [2.0], "x": 1}}) == ["sizes"]
+    assert find_other_facts({}, {"mean": 0.5}) == find_other_facts("nonsense", {"mean": 0.5}) == ["mean"]
 
 
 def test_whatever_is_drawn_shows_in_the_state_of_the_generators():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -323,6 +325,62 @@ WRONG = [
     ),
     ("losses that are counts", [(BUILD, LOSSES.format("model(batch[0]).sum(1).long()"))], ["losses", "int64; expected floating-point"], 2),
     (
+        "parameters that share memory",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                "model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 2))\n"
+                "        model[1].weight = nn.Parameter(model[0].weight.t())\n        return model",
+            )
+        ],
+        ["0.weight and 1.weight of its model share memory"],
+        2,
+    ),
+    (
+        "buffers that share memory",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('one', torch.zeros(2))\n"
+                "        model.register_buffer('two', model.one)\n"
+                "        model.register_forward_hook(lambda m, _, out: out + 0 * m.one.add_(1))\n"
+                "        return model",
+            )
+        ],
+        ["one and two of its model share memory, and each forward pass changes them"],
+        2,
+    ),
+    (
+        "losses that write into the data",
+        [
+            ("class Mine", STORED.format("pass")),
+            (DATA, "return Data(Stored(), Stored())"),
+            (BUILD, "    def collate(self, samples):\n        return samples\n\n    def build_model(self):"),
+            (
+                BUILD,
+                LOSSES.format(
+                    "torch.cat([super(Mine, self).losses(model, (x.mul_(1.1)[None], torch.tensor([y])), None) for x, y in batch])"
+                ),
+            ),
+        ],
+        ["losses writes into its batch, and collate hands on what the data set stores"],
+        2,
+    ),
+    (
+        "an exception in the words of a lost rank",
+        [
+            (
+                BUILD,
+                LOSSES.format(
+                    "(_ for _ in ()).throw(RuntimeError('it timed out')) if drawn[0] > 2 else super().losses(model, batch, None)"
+                ),
+            ),
+            (BUILD, "    def draw(self, seed, step, size):\n        return torch.full((size,), float(step))\n\n    def build_model(self):"),
+        ],
+        ["in step 4", "broken.py", "RuntimeError: it timed out"],
+        1,
+    ),
+    (
         "an exception in the middle",
         [
             (
@@ -385,6 +443,76 @@ def test_an_infinite_number_in_a_mask_stays_one_with_shards(tmp_path):
     run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHARDED]))
 
 
+def test_an_infinite_number_that_becomes_finite_does_so_with_shards(tmp_path):
+    least = f"model = {SEQUENTIAL}\n        model.register_buffer('least', torch.tensor(torch.inf), persistent=False)\n"
+    least += "        model.register_forward_hook(lambda m, _, out: out + 0 * m.least.copy_(torch.minimum(m.least, out.detach().min())))\n"
+    name = write(tmp_path / "least.py", SANE, (f"return {SEQUENTIAL}", least + "        return model"))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHARDED]))
+    assert json.loads((tmp_path / "run/result.json").read_text())["test/loss"] > 0
+
+
+LAYOUTS = {
+    "transposed": "model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))\n"
+    "        model[0].weight = nn.Parameter(torch.randn(3, 8).t())\n        return model",
+    "channels last, in three dimensions": "return nn.Sequential(nn.Unflatten(1, (3, 1, 1, 1)), nn.ConstantPad3d(1, 0.5), "
+    "nn.Conv3d(3, 4, 3).to(memory_format=torch.channels_last_3d), nn.Flatten(), nn.Linear(4, 2))",
+    "expanded": f"model = {SEQUENTIAL}\n        model.register_buffer('scale', torch.full((1,), 0.5).expand(2))\n"
+    "        model.register_forward_hook(lambda m, _, out: out * m.scale)\n        return model",
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_of_any_layout_is_trained_alike_with_shards_and_resumed(tmp_path, layout, optimizer):
+    name = write(tmp_path / "laid_out.py", SANE, (f"return {SEQUENTIAL}", LAYOUTS[layout]))
+    # No momentum, by which rounding would grow: what is wrong is wrong by much.
+    arguments = ["--task", name, *SHORT, "--optimizer", optimizer, "--learning_rate", "0.01", "--checkpoint_every", "2"]
+    for folder, more in (("plain", ()), ("shards", ("--shards", "2"))):
+        run_ranks(tmp_path / "logs", Train([*arguments, *more, "--run_dir", str(tmp_path / folder)]))
+    plain, shards = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "shards"))
+    assert all(torch.allclose(value, shards[key], atol=1e-4) for key, value in plain.items())
+    for file in ("result.json", "model.safetensors"):
+        (tmp_path / "shards" / file).unlink()
+    run_ranks(tmp_path / "logs", Train([*arguments, "--shards", "2", "--run_dir", str(tmp_path / "shards")]))
+    assert all(value.equal(shards[key]) for key, value in load_file(tmp_path / "shards/model.safetensors").items())
+
+
+def test_initial_weights_are_a_function_of_the_seed_by_whatever_generator_and_those_of_rank_zero(tmp_path):
+    told = TALLY.format("print('weights', model[0].weight.sum().item(), flush=True)\n        return super().tally(model, batch)")
+    for kind, draws in (
+        ("seeded", "np.random.normal(size=(8, 3)) + random.random()"),
+        ("not", "np.random.default_rng().normal(size=(8, 3))"),
+    ):
+        own = f"model = {SEQUENTIAL}\n        model[0].weight.data = torch.from_numpy({draws}).float()\n        return model"
+        changes = [(f"return {SEQUENTIAL}", own), (BUILD, told), ("import torch\n", "import random\nimport numpy as np\nimport torch\n")]
+        name = write(tmp_path / f"{kind}.py", SANE, *changes)
+        texts = [
+            run_ranks(tmp_path / "logs", Train(["--task", name, *SHARDED, "--run_dir", str(tmp_path / f"{kind}{size}")]), size)
+            for size in (1, 2)
+        ]
+        weights = [re.findall("weights (.*)", text) for text in texts]
+        assert {*Counter(weights[1]).values()} == {2}  # both ranks have the same at each evaluation
+        assert ({*weights[1]} == {*weights[0]}) is (kind == "seeded")
+
+
+def test_samples_that_reach_no_parameter_are_trained_alike_in_any_pieces(tmp_path):
+    apart = "torch.stack([super(Mine, self).losses(model, (x[None], y[None]), None)[0] if y else x.new_zeros(()) for x, y in zip(*batch)])"
+    name = write(tmp_path / "apart.py", SANE, (BUILD, LOSSES.format(apart)))
+    arguments = ["--task", name, *SHORT, "--optimizer", "sgd", "--learning_rate", "0.1"]
+    for folder, more in (("whole", ()), ("pieces", ("--micro_batch", "1")), ("shards", ("--shards", "10"))):
+        run_ranks(tmp_path / "logs", Train([*arguments, *more, "--run_dir", str(tmp_path / folder)]))
+    whole, *others = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "pieces", "shards"))
+    assert all(torch.allclose(value, other[key], atol=1e-6) for other in others for key, value in whole.items())
+
+
+def test_samples_that_see_each_other_a_little_are_seen_to(tmp_path):
+    coupled = "model(batch[0]).square().sum(1) + 0.02 * model(batch[0]).mean(0).square().sum()"
+    name = write(tmp_path / "coupled.py", SANE, (BUILD, LOSSES.format(coupled)))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    assert "this world" in text
+    assert "in the losses the samples of a batch see each other" in text
+
+
 def test_a_loss_that_is_not_finite_blames_no_rank_where_each_has_the_loss_of_all(tmp_path):
     losses = LOSSES.format("super().losses(model, batch, None) * (float('nan') if model.training and drawn[0] > 1 else 1)")
     drawn = "    def draw(self, seed, step, size):\n        return torch.full((size,), float(step))\n\n"
@@ -423,6 +551,33 @@ def test_ranks_with_other_data_are_refused(tmp_path):
     text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), 2, expect=None)
     assert "rank zero has other data than rank 1 (data)" in text
     assert not (tmp_path / "run").exists()
+
+
+FACTS = """    def find_facts(self, train):
+        order = int(os.environ.get("ORDER", "0"))
+        return {"order": order, "mean": train.tensors[0].mean().item() + 1e-7 * order}
+
+    def build_model(self):"""
+
+
+def test_a_run_has_the_same_facts_and_the_same_shapes_on_all_ranks_and_in_all_starts(tmp_path, monkeypatch):
+    name = write(tmp_path / "facts.py", SANE, (BUILD, FACTS), ("import torch\n", "import os\nimport torch\n"))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(arguments), 2, expect=None)
+    assert "rank zero has other data than rank 1 (the fact order)" in text  # the mean is the same but for rounding
+    run_ranks(tmp_path / "logs", Train(arguments))
+    (tmp_path / "run/result.json").unlink()
+    text = run_ranks(tmp_path / "logs", Train(arguments), environ={"ORDER": "1"}, expect=2)
+    assert "it was trained on other data: its facts were others (order)" in text
+    wide = write(
+        tmp_path / "wide.py",
+        SANE,
+        (SEQUENTIAL, SEQUENTIAL.replace("self.width", "(8 + int(os.environ['ORDER']))")),
+        ("import torch\n", "import os\nimport torch\n"),
+    )
+    text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", wide, "--run_dir", str(tmp_path / "wide"), *SHORT]), 2, expect=2)
+    assert "rank zero has another model than rank 1 (0.weight is [8, 3] there, and [9, 3] here)" in text
+    assert not (tmp_path / "wide").exists()
 
 
 def test_a_frozen_parameter_is_resumed(tmp_path):
