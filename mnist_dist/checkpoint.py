@@ -180,5 +180,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    slots = [value for values in state["optimizer"]["state"].values() for value in values.values()]
+    slots = [value for values in state.get("optimizer", {}).get("state", {}).values() for value in values.values()]
     return all(is_finite(value) for value in [*state["model"].values(), *slots] if isinstance(value, torch.Tensor))

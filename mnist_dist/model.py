@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from mnist_dist.errors import UserError
 from mnist_dist.program import make_table
-from mnist_dist.randomness import derive_seed, keeping_generators, seed_generators
+from mnist_dist.randomness import derive_seed
 from mnist_dist.source import explaining, find_task
 from mnist_dist.task import Task
 
@@ -20,8 +20,8 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
     Raises `UserError` where the task's code fails.
     """
-    with keeping_generators(), explaining(task.name, "in build_model"):
-        seed_generators(derive_seed(seed, "weights"))
+    with torch.random.fork_rng(devices=[]), explaining(task.name, "in build_model"):
+        torch.manual_seed(derive_seed(seed, "weights"))
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")

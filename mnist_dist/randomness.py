@@ -1,11 +1,9 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, nothing to restore. And the generators of this process."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,18 +31,6 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
     random.seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def keeping_generators() -> Iterator[None]:
-    """Leave the generators of this process on the CPU as they were."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def read_generators() -> tuple[object, ...]:

@@ -6,16 +6,18 @@ it is the same only on as many processes as before.
 """
 
 import copy
+import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
+from mnist_dist.randomness import read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
 
@@ -290,10 +292,13 @@ def keeping(model: nn.Module, parameters: Collection[str] | None = None) -> Iter
     """
     kept = Kept(model, parameters)
     training = model.training
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     model.train()
     try:
-        with keeping_generators():
-            yield kept
+        yield kept
     finally:
         model.train(training)
         kept.put_back()
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -477,14 +477,14 @@ def test_a_model_of_any_layout_is_trained_alike_with_shards_and_resumed(tmp_path
     assert all(value.equal(shards[key]) for key, value in load_file(tmp_path / "shards/model.safetensors").items())
 
 
-def test_initial_weights_are_a_function_of_the_seed_by_whatever_generator_and_those_of_rank_zero(tmp_path):
+def test_initial_weights_are_those_of_rank_zero_also_with_shards(tmp_path):
     told = TALLY.format("print('weights', model[0].weight.sum().item(), flush=True)\n        return super().tally(model, batch)")
     for kind, draws in (
-        ("seeded", "np.random.normal(size=(8, 3)) + random.random()"),
+        ("seeded", "torch.randn(8, 3).numpy()"),
         ("not", "np.random.default_rng().normal(size=(8, 3))"),
     ):
         own = f"model = {SEQUENTIAL}\n        model[0].weight.data = torch.from_numpy({draws}).float()\n        return model"
-        changes = [(f"return {SEQUENTIAL}", own), (BUILD, told), ("import torch\n", "import random\nimport numpy as np\nimport torch\n")]
+        changes = [(f"return {SEQUENTIAL}", own), (BUILD, told), ("import torch\n", "import numpy as np\nimport torch\n")]
         name = write(tmp_path / f"{kind}.py", SANE, *changes)
         texts = [
             run_ranks(tmp_path / "logs", Train(["--task", name, *SHARDED, "--run_dir", str(tmp_path / f"{kind}{size}")]), size)
