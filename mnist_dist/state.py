@@ -290,7 +290,7 @@ class TrainingState:
     def _hand_out(self, tensors: Iterable[Tensor], rank: int) -> None:
         """Give every rank the tensors of one."""
         for tensor in tensors if self.group.size > 1 else ():
-            torch.distributed.broadcast(tensor, src=rank)
+            torch.distributed.broadcast(tensor.detach(), src=rank)  # which autograd need not know of
 
     @property
     def elapsed_s(self) -> float:
