@@ -35,6 +35,7 @@ from launch.runs import (
 )
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import as_argument
 from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
@@ -430,7 +431,7 @@ def _name_status(facts: Facts, answer: Explanation) -> None:
 
 
 def _advise(facts: Facts, answer: Explanation) -> list[str]:
-    run, kind = str(facts.path), answer.end
+    run, kind = as_argument(facts.path), answer.end
     resume, job = _make_command(facts), facts.job
     jobs = ["python", "-m", "launch.jobs"]
     if kind == "finished":
@@ -458,7 +459,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         "rank silent": f"look at {shlex.quote(str(facts.path / STACKS))}; if the rank was only slow, raise --timeout_s",
         "did not meet": "look at the log and the node of the rank that is named",
         "no samples": "look at what reads the data: memory of the node, --workers, --timeout_s",
-        "in use": f"wait for that job: {shlex.join([*jobs, str(facts.path.parent)])}",
+        "in use": f"wait for that job: {shlex.join([*jobs, as_argument(facts.path.parent)])}",
         "checkpoint": "restore the checkpoint that the message names, or use another run_dir",
         "mistake": "correct what the message names",
         "not started": "correct what the log says" if facts.logs else None,
@@ -513,7 +514,7 @@ def _make_command(facts: Facts) -> str:
     # Another's folder may name a task whose code this user has never run: it is not proposed.
     if config is None or not is_named_before(config.task.name) or facts.copy_of:
         return "the same command as before"
-    rest = ["--config", str(facts.path / CONFIG_FILE), "--run_dir", str(facts.path)]
+    rest = ["--config", as_argument(facts.path / CONFIG_FILE), "--run_dir", as_argument(facts.path)]
     size, launcher = facts.world_size, str(start.get("launcher", ""))
     if noted := read_own_note(facts.path, "job"):
         request, chain = read_request(facts.path), len(list_noted_jobs(noted))

@@ -21,6 +21,7 @@ from launch import cluster
 from launch.runs import RunState, find_noted_log, find_runs, find_saved_step, is_run, read_own_note, read_state
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.files import as_argument
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_table, print_answer, say
 from mnist_dist.task import format_measure
@@ -75,6 +76,7 @@ def _list(folder: Path, as_json: bool) -> int:
     elif runs:
         names = {run.measure.partition("/")[2] for run in runs if run.measure}
         best = names.pop().replace("_", " ") if len(names) == 1 else "best"
+        best = "its loss" if best == "loss" else best  # beside that of the training
         print(make_table([best if name == "best" else name for name in _HEADER], [describe_run(run, folder) for run in runs]))
     else:
         print(f"no runs in {folder}")
@@ -121,7 +123,7 @@ def follow(path: Path) -> int:
     _copy(log, position)
     print(f"{path}: {run.state}, step {run.step}" + (f" of {run.total}" if run.total else ""))
     if not run.is_finished:
-        print(f"why: {shlex.join(['python', '-m', 'launch.explain', str(path)])}")
+        print(f"why: {shlex.join(['python', '-m', 'launch.explain', as_argument(path)])}")
     return 0 if run.is_finished else RunError.exit_code
 
 

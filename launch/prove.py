@@ -147,7 +147,11 @@ def _prove(arguments: Sequence[str] | None) -> int:
     if idle:
         raise UserError(f"{idle[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
     request = read_request({"time": _TIME_MIN, "name": "prove", "signal_delay_s": 1} | given)
-    compare_with_cluster(request)
+    try:
+        compare_with_cluster(request)
+    except RunError as error:
+        say(f"could not test: {error}; --cluster local tests this machine alone")
+        return _COULD_NOT_TEST
     if request.dry_run:
         print(write_script(_make_driver(request, folder / "work-N")))
         return 0

@@ -155,7 +155,10 @@ class Writer:
         if not _is_finite(state):
             _log.warning("no checkpoint at step %d: its weights, or the optimizer's state, are not finite", step)
             return
-        self._write(step, state)
+        try:
+            self._write(step, state)
+        except OSError as error:
+            _log.warning("a checkpoint could not be written, training goes on without it: %s (step %d)", describe_error(error), step)
 
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         begun_s = time.monotonic()
@@ -168,9 +171,7 @@ class Writer:
     def _report(self) -> None:
         if self._running is not None:
             error, self._running = self._running.exception(), None
-            if isinstance(error, OSError):
-                _log.warning("a checkpoint could not be written, training goes on without it: %s", describe_error(error))
-            elif error is not None:
+            if error is not None:
                 raise error
 
 

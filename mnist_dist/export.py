@@ -84,7 +84,10 @@ def _export(options: argparse.Namespace) -> int:
     with explaining(task.name, f"as {file.name} was made of its model"):
         content, runner = (to_pt2 if file.suffix == ".pt2" else to_onnx)(exported)
         difference = check_export(exported.module, runner, exported.example)
-    write_atomically(file, content)
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error.strerror or error}") from error
     kind = f"{str(exported.example.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, exported.example.shape[1:])])}] for any n"
     print(
         f"{file}: {len(content):,} bytes; on {len(exported.example)} {task.samples} it differs from the model by at most {difference:.0e}\n"

@@ -4,6 +4,7 @@ Drawn with matplotlib's objects, never with pyplot: there is no global state, no
 """
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def render(figure: Any) -> bytes:
     if isinstance(figure, bytes):
         return figure
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a letter that the font lacks is drawn as a box, as anybody sees
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -90,6 +90,11 @@ def append_line(path: Path, line: bytes) -> int:
     return content.count(b"\n") + 1
 
 
+def as_argument(path: Path) -> str:
+    """A path as a command line takes it: one that begins with a hyphen would be an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def describe_error(error: OSError) -> str:
     """What the system says, and of which file."""
     reason = error.strerror or str(error)

@@ -199,7 +199,8 @@ def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, 
 
 
 def _summarize(config: Config, values: Row) -> str:
+    steps = f"{values['step']} step{'s' * (values['step'] != 1)}"
     return (
         f"{config.evaluated_on} {config.task.describe(pick_measures(values, config.evaluated_split))} "
-        f"after {values['step']} steps, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} {config.task.samples}/s"
+        f"after {steps}, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} {config.task.samples}/s"
     )

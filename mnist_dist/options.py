@@ -5,6 +5,7 @@ Imports no torch, so that `--help` and every mistake answer at once.
 
 import argparse
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Collection, Hashable, Sequence
@@ -263,6 +264,19 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {reprlib.repr(key)} stands there twice", node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# Numbers are those of the command line. What else YAML 1.1 takes for one, such as 010 for 8 or 1:30 for 90, is a text.
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9]\d*)$",
+    "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_StrictLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in patterns if tag.rpartition(":")[2] not in _NUMBERS]
+    for letter, patterns in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def read_options_file(path: Path) -> dict[str, Any]:

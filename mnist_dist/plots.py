@@ -85,6 +85,7 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in panels[len(curves) - 2 : len(curves)]:
         axes.set_xlabel("step", color=MUTED)
+        axes.tick_params(labelbottom=True)  # below the panel may be none that shows them
     panels[0].set_xlim(0, max([row["step"] for row in rows], default=1) * 1.02)
     return figure
 
@@ -176,8 +177,9 @@ def _describe_curves(config: Config) -> str:
     if smoothing is None:
         return ""
     return (
-        f"The training loss is of augmented {config.task.samples} and has label smoothing {smoothing:g}; "
-        f"the {config.evaluated_on} loss has neither: compare each with itself alone."
+        f"The training loss is of {config.task.samples} as they are trained on, augmented where the task does so"
+        + (f", and has label smoothing {smoothing:g}" if smoothing else "")
+        + f"; the {config.evaluated_on} loss is not: compare each with itself alone."
     )
 
 

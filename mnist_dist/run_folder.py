@@ -36,8 +36,10 @@ from mnist_dist.record import (
     Row,
     check_folder,
     count_memory_kills,
+    is_count,
     is_run,
     make_timestamp,
+    read_ends,
     read_result,
     read_starts,
     remove_temporary_files,
@@ -133,10 +135,22 @@ class RunFolder:
                 remove_temporary_files(self.path)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             newest = checkpoint.read_newest(self.path / CHECKPOINTS, model_bytes)
+            if newest is None and (step := self._find_saved_step()):
+                raise UserError(
+                    f"run_dir {self.path} has no checkpoint any more, and its record says that step {step} was saved: a start from the "
+                    "beginning would remove the rows of its record. Restore the checkpoints, or use another run_dir"
+                )
             self._record = Record(self.path / METRICS_FILE)
         except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be used: {describe_error(error)}; expected a writable folder") from error
+            is_loose = self.path.is_symlink() and not self.path.exists()
+            reason = "it is a link to what is not there" if is_loose else describe_error(error)
+            raise UserError(f"run_dir {self.path} cannot be used: {reason}; expected a writable folder") from error
         return newest
+
+    def _find_saved_step(self) -> int:
+        """The step that an earlier start began from, or that was saved when one was stopped; 0 where none is noted."""
+        ends = [end for end in read_ends(self.path) if str(end.get("why")).startswith(("stopped", "finished"))]
+        return max((row["step"] for row in [*read_starts(self.path), *ends] if is_count(row.get("step"))), default=0)
 
     def start(self, step: int, facts: Row, promised_rows: Sequence[int] = ()) -> None:
         """Begin or continue at `step`: later rows of the record go, and the start is noted in starts.jsonl.

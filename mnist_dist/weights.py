@@ -15,7 +15,7 @@ from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError, first_line
 from mnist_dist.model import build_model
 from mnist_dist.options import trait
-from mnist_dist.record import CONFIG_FILE, WEIGHTS_FILE, parse_object, read_named_config
+from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
 from mnist_dist.task import Task
 
@@ -40,7 +40,10 @@ def find_weights(path: str | Path) -> Path:
     if os.path.isdir(path):
         file = Path(path) / WEIGHTS_FILE
         if not os.path.isfile(file):
-            raise UserError(f"the folder {path} holds no {WEIGHTS_FILE}: a run writes it when it is finished")
+            reason = "a run writes it when it is finished"
+            if os.path.isfile(Path(path) / RESULT_FILE):
+                reason = f"remove its {RESULT_FILE}, and the command of the run writes both again, from its last checkpoint"
+            raise UserError(f"the folder {path} holds no {WEIGHTS_FILE}: {reason}")
         return file
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that the system refuses; a FIFO or device is no file either
         raise UserError(f"{path} is neither a run folder nor a file of weights; give one such as runs/mnist or runs/mnist/{WEIGHTS_FILE}")

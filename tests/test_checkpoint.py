@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: killed at every stage of a save, damaged in every way."""
 
+import errno
 import io
 import os
 import pickle
@@ -259,6 +260,17 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, caplog, what):
         writer.finish(3, state)
     assert "no checkpoint at step 2: its weights, or the optimizer's state, are not finite" in caplog.text
     assert len(checkpoint.list_newest_first(tmp_path)) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_once(tmp_path, caplog, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", fail)
+    writer = checkpoint.Writer(tmp_path, keep=2, sync_record=lambda: None)
+    writer.submit(7, STATE)
+    writer._thread.shutdown(wait=True)  # and nothing is asked of it after that
+    assert "a checkpoint could not be written, training goes on without it: No space left on device (step 7)" in caplog.text
 
 
 def test_a_checkpoint_that_fails_in_another_way_than_the_disk_is_raised_once(tmp_path, monkeypatch):

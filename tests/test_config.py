@@ -109,6 +109,13 @@ def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, wo
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("number", ["010", "1_000", "7", "0", "1e-3", "1.5e-3", "0.5", ".5", "5."])
+def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number):
+    name = "clip_norm" if "." in number or "e" in number else "evaluate_every"
+    in_file = parse_command_line(["--config", write(tmp_path, f"{name}: {number}")])
+    assert in_file.values()[name] == parse_command_line([f"--{name}={number}"]).values()[name] == float(number)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -127,6 +134,8 @@ def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, wo
         ("[" * 60_000, ["not valid YAML"]),
         ("# " + "x" * (1 << 20), ["bytes"]),
         ("seed: &a [*a]", ["seed is"]),
+        ("learning_rate: 1:30", ["learning_rate is '1:30'; allowed: a number"]),
+        ("seed: 0x10", ["seed is '0x10'; allowed: a whole number"]),
     ],
 )
 def test_a_mistake_in_a_file_gets_one_message_and_exit_2(tmp_path, text, words, capsys):

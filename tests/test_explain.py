@@ -829,6 +829,14 @@ def test_a_log_of_any_kind_is_read_in_little_time():
     assert find_kind("error: no checkpoint of the checkpoints in x is valid") == "checkpoint"
 
 
+def test_a_command_that_is_advised_takes_a_folder_whatever_it_is_called(slurm, tmp_path):
+    slurm(sacct=None, scontrol=None)
+    make_run(Path("-x"), SAVED, 143, noted=False)
+    _, text = tell("./-x")
+    assert "--config ./-x/config.yaml --run_dir ./-x " in text or "the same" in text, text
+    assert " -x/" not in text.replace("./-x", "")
+
+
 def test_json_has_what_the_lines_have(slurm, tmp_path, capsys):
     slurm(sacct=account("OUT_OF_MEMORY", ("OUT_OF_MEMORY", "0:125", "4193000K")), scontrol=None)
     make_run(tmp_path / "runs/x", f"failed: {GONE}", log=LOST)

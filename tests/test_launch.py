@@ -834,6 +834,12 @@ def test_jobs_names_the_measure_by_which_runs_are_compared(no_slurm, tmp_path, c
     column, words, found = list_runs()
     assert (column, found) == ({"accuracy"}, [("test/accuracy", 0.75)])
     assert "75.00%" in words
+    make("two", "loss", 1.5)
+    shutil.rmtree(tmp_path / "runs/one")
+    assert jobs.main([]) == 0
+    assert "  its loss" in capsys.readouterr().out  # beside that of the training
+    shutil.rmtree(tmp_path / "runs/two")
+    make("one", "accuracy", 0.75)
     make("two", "perplexity", 12.5)
     column, _, found = list_runs()
     assert (column, found) == ({"best"}, [("test/accuracy", 0.75), ("test/perplexity", 12.5)])

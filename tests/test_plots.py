@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from mnist_dist.config import configure
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import UserError
 from mnist_dist.figures import calm
+from mnist_dist.figures import render as to_png
 from mnist_dist.plots import draw_comparison, draw_curves, draw_run
 from mnist_dist.record import read_run
 from mnist_dist.task import Panel
@@ -175,6 +177,38 @@ def test_wrong_predictions_come_hardest_first():
     assert read_texts(figure)[:3] == ["0\n99.0%", "2\n98.0%", "6\n97.0%"]
     assert [image.get_array()[0, 0] for image in figure.axes[0].images] == [0, 2, 6]
     assert read_texts(draw_incorrect(read_grey, predictions, FASHION))[0] == "Dress\n→ Boot\n90.0%"
+
+
+def test_names_of_classes_are_shown_as_they_are_and_in_their_place():
+    names = ["$1-$2", "cost $\\frac$ each", "class number 11", "class number 12", "\u65e5\u672c"]
+    figure = draw_incorrect(read_grey, Predictions(torch.arange(5), (torch.arange(5) + 1) % 5, torch.ones(5)), names)
+    assert [text.split("\n")[0] for text in read_texts(figure)[:5]] == [
+        "$1-$2",
+        "cost \u2026each",
+        "class\u2026r 11",
+        "class\u2026r 12",
+        names[4],
+    ]
+    matrix = draw_confusion([[1] * 5] * 5, names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_png(figure).startswith(b"\x89PNG")
+        assert to_png(matrix).startswith(b"\x89PNG")
+    labels = matrix.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    columns = [matrix.axes[0].transData.transform((place, 0))[0] for place in range(5)]
+    for label, column in zip(labels, columns, strict=True):  # it ends below its own column
+        assert abs(label.get_window_extent().x1 - column) < (columns[1] - columns[0]) / 4
+
+
+def test_the_lowest_panel_of_each_column_has_numbers_below_it(monkeypatch):
+    rows, curves = [{"step": 1, "train/loss": 1.0, "train/learning_rate": 0.1}], plots.list_curves([], configure())
+    for count, lowest in ((3, [False, True, True]), (4, [False, False, True, True])):
+        monkeypatch.setattr(plots, "list_curves", lambda *_, count=count: curves[:count])
+        figure = draw_curves(rows, configure())
+        render(figure)
+        panels = [axes for axes in figure.axes if axes.axison]
+        assert [any(label.get_visible() and label.get_text() for label in axes.get_xticklabels()) for axes in panels] == lowest
 
 
 def test_of_many_wrong_predictions_the_hardest_are_shown():

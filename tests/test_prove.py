@@ -265,6 +265,16 @@ def test_a_silent_controller_says_nothing_of_a_job_and_ends_the_page_after_a_whi
     assert len(list((tmp_path / "prove").glob("work-*"))) == 1
 
 
+def test_a_cluster_that_does_not_answer_could_not_be_tested(tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise RunError("sinfo failed with 1: no contact")
+
+    monkeypatch.setattr(prove, "compare_with_cluster", fail)
+    assert prove.main(["--folder", str(tmp_path / "prove")]) == 2
+    assert "could not test: sinfo failed with 1: no contact; --cluster local tests this machine alone" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "ended"),
     [

@@ -159,6 +159,13 @@ def test_checkpoints_that_somebody_removes_are_written_again(tmp_path):
     assert len(list_newest_first(folder / "checkpoints")) == 1
 
 
+def test_a_run_whose_checkpoints_are_gone_is_no_fresh_start(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+    assert "has no checkpoint any more, and its record says that step 10 was saved" in resume(run_dir, expect=2)
+    assert (run_dir / "metrics.jsonl").read_bytes() == rows
+
+
 # Checkpoints with the right checksum
 
 

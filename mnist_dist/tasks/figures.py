@@ -15,6 +15,8 @@ from mnist_dist.figures import COLUMNS, DPI, INK, LINE, MUTED, SHOWN, make_figur
 _ERRORS = LinearSegmentedColormap.from_list("errors", ["#fff1e5", "#ffb77c", "#bc4c00"])
 _DIAGONAL = "#e6edf5"
 
+_CAPTION_LETTERS, _LABEL_LETTERS = 10, 24  # of the name of a class: what a picture is wide, and what leaves room for the matrix
+
 Read = Callable[[int], Tensor]
 
 
@@ -66,11 +68,12 @@ def draw_grid(images: Sequence[Tensor] | Tensor, captions: Sequence[str], title:
         white = 255 if pixels.dtype == np.uint8 else 1
         extent = (left, left + wide, upper + tall, upper)
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="nearest")
-        axes.text(x + side / 2, y + side + 1.5, caption, ha="center", va="top", fontsize=9, color=INK, linespacing=1.15)
+        place = (x + side / 2, y + side + 1.5)
+        axes.text(*place, caption, ha="center", va="top", fontsize=9, color=INK, linespacing=1.15, parse_math=False)
     axes.set(xlim=(0, width), ylim=(total, 0), aspect="auto")
     axes.axis("off")
-    axes.text(gap, 7, title, va="center", fontsize=12, fontweight="bold", color=INK)
-    axes.text(gap, 13.5, subtitle, va="center", fontsize=9, color=MUTED)
+    axes.text(gap, 7, title, va="center", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    axes.text(gap, 13.5, subtitle, va="center", fontsize=9, color=MUTED, parse_math=False)
     return figure
 
 
@@ -92,7 +95,7 @@ def draw_incorrect(read: Read, predictions: Predictions, names: Sequence[str]) -
 
 
 def _draw_predictions(read: Read, predictions: Predictions, indices: Tensor, names: Sequence[str], title: str, subtitle: str) -> Figure:
-    chosen = indices[:SHOWN]
+    chosen, names = indices[:SHOWN], _shorten(names, _CAPTION_LETTERS)
     arrow = "\n→ " if max(map(len, names)) > 3 else " → "
     values = (predictions.labels[chosen], predictions.classes[chosen], predictions.probabilities[chosen])
     captions = [
@@ -102,9 +105,14 @@ def _draw_predictions(read: Read, predictions: Predictions, indices: Tensor, nam
     return draw_grid([read(place) for place in chosen.tolist()], captions, title, subtitle)
 
 
+def _shorten(names: Sequence[str], most: int) -> list[str]:
+    # In the middle: names are often alike but for their ends.
+    return [name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}" for name in names]
+
+
 def draw_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     """The counts `confusion[true][predicted]`. Errors alone are coloured by their number, so that the diagonal does not drown them."""
-    counts, classes = np.array(confusion), len(names)
+    counts, classes, names = np.array(confusion), len(names), _shorten(names, _LABEL_LETTERS)
     errors = counts * ~np.eye(classes, dtype=bool)
     shades = errors / max(1, errors.max())
     colours = _ERRORS(shades)
@@ -118,8 +126,9 @@ def draw_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> 
         colour = "white" if shades[true, predicted] > 0.7 else INK
         axes.text(predicted, true, f"{count:,}" if count else "", ha="center", va="center", fontsize=10, color=colour)
     places, edges = range(classes), np.arange(classes + 1) - 0.5
-    axes.set_xticks(places, names, rotation=45 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(places, names)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(places, names, parse_math=False, **turned)
+    axes.set_yticks(places, names, parse_math=False)
     axes.set_xticks(edges, minor=True)
     axes.set_yticks(edges, minor=True)
     axes.grid(which="minor", color=LINE, linewidth=0.8)
