@@ -336,6 +336,11 @@ def load_data(config: Config) -> tuple[Config, Data]:
         raise UserError(
             f"workers is {config.workers}, but task {task.name} keeps its data in memory, where no worker has any work: leave it out"
         )
+    if type(task).collate is not Task.collate and any(map(is_in_memory, (data.train, data.evaluated))):
+        raise UserError(
+            f"task {task.name} has a method collate, and data in a TensorDataset, whose batches are gathered without it: leave it out, or "
+            "give the data set a __getitem__ of its own"
+        )
     with explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
     _check_facts(task, facts)

@@ -325,6 +325,12 @@ WRONG = [
     ),
     ("losses that are counts", [(BUILD, LOSSES.format("model(batch[0]).sum(1).long()"))], ["losses", "int64; expected floating-point"], 2),
     (
+        "a collate that would not be called",
+        [(BUILD, "    def collate(self, samples):\n        return samples\n\n    def build_model(self):")],
+        ["has a method collate, and data in a TensorDataset"],
+        2,
+    ),
+    (
         "parameters that share memory",
         [
             (
