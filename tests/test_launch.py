@@ -354,7 +354,7 @@ def test_a_signal_while_a_job_on_this_machine_is_started_leaves_none_behind(tmp_
             return "told" in events
 
     def start(*_):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread, and now
         time.sleep(0.1)
         events.append("started")
         return Started()
