@@ -123,12 +123,7 @@ def _read_sacct(job: str) -> Account | None:
 
 def read_parts(job: str) -> list[Account]:
     """What the controller says of each task of an array, or component of a heterogeneous job; none of a job that has no parts."""
-    try:
-        shown = show_jobs(job)
-    except RunError:  # it is not there, or does not answer
-        return []
-    named = [(_name_part(values), values) for values in shown if "JobState" in values]
-    return [_describe(name, values) for name, values in named if name not in ("", job)]
+    return [_describe(name, values) for values in _show(job) if (name := _name_part(values)) not in ("", job)]
 
 
 def _name_part(values: dict[str, str]) -> str:
@@ -139,11 +134,14 @@ def _name_part(values: dict[str, str]) -> str:
 
 
 def _read_scontrol(job: str) -> Account | None:
+    return next((_describe(job, values) for values in _show(job)), None)
+
+
+def _show(job: str) -> list[dict[str, str]]:
     try:
-        shown = show_jobs(job)
-    except RunError:
-        return None
-    return next((_describe(job, values) for values in shown if "JobState" in values), None)
+        return [values for values in show_jobs(job) if "JobState" in values]
+    except RunError:  # it is not there, or does not answer
+        return []
 
 
 def _describe(job: str, values: dict[str, str]) -> Account:

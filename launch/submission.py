@@ -186,9 +186,12 @@ def submit_to_slurm(
                         more["chain"] = ":".join(mine)
                     write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
     except (FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt) as error:
-        words = "interrupted" if isinstance(error, KeyboardInterrupt) else describe_refusal(error)
-        if isinstance(error, OSError):
+        if isinstance(error, KeyboardInterrupt):
+            words = "interrupted"
+        elif isinstance(error, OSError):
             words = f"{folder} cannot be written: {error.strerror or error}"
+        else:
+            words = describe_refusal(error)
         _withdraw([executor.queued for executor in reversed(executors) if executor.queued], made, words)
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -231,7 +234,7 @@ def queueing(request: Request) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def describe_refusal(error: BaseException) -> str:
+def describe_refusal(error: Exception) -> str:
     """What submitit raises where sbatch refuses a job, as one line."""
     return f"sbatch refused the job: {' '.join(str(error).split()).removeprefix('sbatch: error: ')}"
 
