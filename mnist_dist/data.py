@@ -430,6 +430,11 @@ def name_sample(split: Any, what: str, index: int) -> str:
     return f"sample {place} of the {data}"
 
 
+def encode_tensor(tensor: Tensor) -> bytes:
+    """The bytes of a strided tensor's numbers, in their order, wherever they lie."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def fingerprint(data: Data, task: Task) -> str:
     """A short hash of the training split, by which a checkpoint knows the data it was trained on.
 
@@ -438,7 +443,7 @@ def fingerprint(data: Data, task: Task) -> str:
     digest = hashlib.sha256()
     if is_in_memory(data.train):
         for tensor in data.train.tensors:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(encode_tensor(tensor))
         return digest.hexdigest()[:16]
     count = len(data.train)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
@@ -446,7 +451,7 @@ def fingerprint(data: Data, task: Task) -> str:
     tensors, others = _list_parts(piece.samples)
     digest.update(f"{count} {places}".encode())
     for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(encode_tensor(tensor))
     digest.update(b"".join(others))
     return digest.hexdigest()[:16]
 

@@ -31,6 +31,7 @@ from mnist_dist.data import (
     Seeded,
     StepSampler,
     add_drawn,
+    encode_tensor,
     is_in_memory,
     keep_split,
     list_tensors,
@@ -70,7 +71,7 @@ def _spell(value: Any, depth: int) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         for tensor in list_tensors(value.detach()):  # one, but of a sparse or nested tensor
             yield f"{tensor.dtype} {list(tensor.shape)}".encode()
-            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            yield encode_tensor(tensor)
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
     elif isinstance(value, torch.Generator):
