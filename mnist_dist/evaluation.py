@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -27,24 +27,36 @@ _TEXTS = ("does not require grad", "to unpack")
 
 
 @torch.no_grad()
-def evaluate(config: Config, model: nn.Module, reader: Reader, group: Group, moved: Collection[str] = ()) -> Evaluation:
+def evaluate(
+    config: Config,
+    model: nn.Module,
+    reader: Reader,
+    group: Group,
+    moved: Collection[str] = (),
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """What `model` makes of the split that `reader` was opened on, and at most 100 examples, those with the highest scores.
 
     `model` is not DDP's: its forward pass would expect all ranks to have as many batches.
     Each batch finds the model as it was, and so does the caller: its buffers, and the parameters `moved`, which a forward pass may change.
-    Each rank takes some parts of it; sums are reduced once, with shards along their tree, and the task divides them once. Raises `RunError`
-    unless exactly the split was counted, `UserError` where the task's code does not keep to the contract.
+    Each rank takes some parts of it; sums are reduced once, with shards along their tree, and the task divides them once. All ranks call
+    `after_batch` equally often, which may raise what ends the evaluation early. Raises `RunError` unless exactly the split was counted,
+    `UserError` where the task's code does not keep to the contract.
     """
     task = config.task
     dealt_to, mine = deal(config, group.rank, group.size)
     sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
     done = 0
     indices, scores, outputs = [], [], []
+    rounds = max(group.gather(len(reader.loader)))
     with keeping(model, moved) as kept:
         model.eval()
-        for number, batch in enumerate(reader):
+        for number, batch in itertools.zip_longest(range(rounds), reader):
             if number:
                 kept.put_back()
+                after_batch()
+            if batch is None:
+                continue  # another rank has one more
             seed_generators(int(batch.indices[0]), group.device)
             [piece] = batch.pieces
             with explaining(task.name, "in tally", RunError):

@@ -20,7 +20,7 @@ from mnist_dist.graph import GraphedStep
 from mnist_dist.machine import find_processor
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
-from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.preemption import Stop, Stopped, StopSignals
 from mnist_dist.record import Row, pick_measures
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.run_folder import RunFolder, describe_versions
@@ -120,48 +120,59 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             Progress(state.step, config.total_steps, group.is_main, config) as progress,
         ):
 
+            def heed_stops() -> None:
+                if stop := agreement.exchange(max(signals.received, run.stop_requested)):
+                    raise Stopped(Stop(stop))
+
             def evaluate_model() -> Evaluation:
                 state.share_buffers()
-                return evaluate(config, state.bare_model, evaluated, group, state.tier.moved)
+                return evaluate(config, state.bare_model, evaluated, group, state.tier.moved, heed_stops)
 
-            for batch in turns(batches, state):
-                if batch.step != state.step:
-                    raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
-                learning_rate = learning_rate_at(config, state.step)
-                set_learning_rate(state.optimizer, learning_rate)
-                batch = add_drawn(batch, config, group.device)
-                meter.begin_step()
-                loss = train_step(batch.parts)
-                state.step += 1
-                meter.add(loss)
-                progress.advance()
+            def record(row: Row, *, evaluate_now: bool) -> Evaluation | None:
+                evaluation: Evaluation | None = None
+                if evaluate_now:
+                    state.unfinished = row  # what the start after a stop goes on with
+                    evaluation = evaluate_model()
+                    state.unfinished = None
+                    row = row | evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
+                    run.show_evaluation(state.step, data, evaluation)
+                    meter.reset_clock()
+                run.append(row)
+                progress.report(row)
+                return evaluation
 
-                evaluate_now = config.is_evaluation_due(state.step)
-                if evaluate_now or state.step % config.log_every == 0:
-                    row = meter.read(state, learning_rate)
-                    if evaluate_now:
-                        evaluation = evaluate_model()
-                        row |= evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
-                        run.show_evaluation(state.step, data, evaluation)
-                        meter.reset_clock()
-                    run.append(row)
-                    progress.report(row)
+            try:
+                if state.unfinished is not None:
+                    evaluation = record(state.unfinished, evaluate_now=True)
+                for batch in turns(batches, state):
+                    if batch.step != state.step:
+                        raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
+                    learning_rate = learning_rate_at(config, state.step)
+                    set_learning_rate(state.optimizer, learning_rate)
+                    batch = add_drawn(batch, config, group.device)
+                    meter.begin_step()
+                    loss = train_step(batch.parts)
+                    state.step += 1
+                    meter.add(loss)
+                    progress.advance()
 
-                stop = agreement.exchange(max(signals.received, run.stop_requested))
-                if state.step == config.total_steps:
-                    continue  # there is no other batch; and it is too late to stop: finishing is as quick
-                if stop:
-                    agreement.finish()
-                    meter.check()
-                    path = run.save_last(state, Stop(stop))
-                    _log.info("stopped by a signal after step %d of %d; saved %s", state.step, config.total_steps, path)
-                    return Result(Stop(stop), state.step, {})
-                run.save_if_due(state)
-
+                    evaluate_now = config.is_evaluation_due(state.step)
+                    if evaluate_now or state.step % config.log_every == 0:
+                        evaluation = record(meter.read(state, learning_rate), evaluate_now=evaluate_now)
+                    if state.step < config.total_steps:  # after it there is no other batch, and finishing is as quick as stopping
+                        heed_stops()
+                        run.save_if_due(state)
+                # An earlier start may have been killed between its last checkpoint and its result.
+                evaluation = evaluation or evaluate_model()
+            except Stopped as stopped:
+                agreement.finish()
+                meter.check()
+                path = run.save_last(state, stopped.stop)
+                then = ", amid an evaluation, which the next start repeats" * (state.unfinished is not None)
+                _log.info("stopped by a signal after step %d of %d%s; saved %s", state.step, config.total_steps, then, path)
+                return Result(stopped.stop, state.step, {})
             agreement.finish()
             run.save_last(state)
-            # An earlier start may have been killed between its last checkpoint and its result.
-            evaluation = evaluation or evaluate_model()
         values = _describe_result(state, evaluation) | facts
         run.finish(values, encode_weights(state.bare_model, config))
         _log.info("finished: %s", _summarize(config, values))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. They only set a flag; the loop acts on it at a step boundary.
+"""Signals that ask a run to stop. They only set a flag; the loop acts on it after a step, or after a batch of an evaluation.
 
 Imports no torch: this must stand before the seconds in which torch is imported.
 """
@@ -33,6 +33,14 @@ class Stop(enum.IntEnum):
             Stop.TERMINATE: "a signal to end, or Stop on W&B",
             Stop.INTERRUPT: "Ctrl-C",
         }[self]
+
+
+class Stopped(Exception):  # noqa: N818 - a stop is no error
+    """Ends the training, and an evaluation in it, by a `stop` that all ranks have agreed on."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(f"stopped by {stop.cause}")
+        self.stop = stop
 
 
 _STOP_OF_SIGNAL: dict[int, Stop] = {
@@ -72,7 +80,7 @@ class StopSignals:
         return self
 
     def defer(self, announced: bool) -> None:
-        """From here on a stop waits for a step boundary; a Ctrl-C is `announced` on the screen.
+        """From here on a stop waits until the training heeds it; a Ctrl-C is `announced` on the screen.
 
         Before this call there is nothing to save and nobody to agree with: a stop ends the process.
         """

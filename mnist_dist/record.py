@@ -446,6 +446,12 @@ def is_row(row: Row) -> bool:
     )
 
 
+def is_step_row(row: object) -> bool:
+    """Whether `row` is one that tells of a step, as a person is shown it."""
+    numbers = ("epoch", "train/loss", "train/learning_rate", "train/images_per_s")
+    return isinstance(row, dict) and is_row(row) and all(is_number(row.get(name)) for name in numbers)
+
+
 def is_measure(value: object, name: str = "") -> bool:
     """Whether `value` can be a measure called `name`: a number, or a list of such; one may not be known."""
     if len(name) > _NAME_MAX:

@@ -22,7 +22,7 @@ from mnist_dist.model import build_model, find_overlaps
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
-from mnist_dist.record import check_same, find_step
+from mnist_dist.record import Row, check_same, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
@@ -89,6 +89,7 @@ class TrainingState:
             self.optimizer = optimizer
             _log.info("the optimizer is stepped without Accelerate's wrapper, which a CUDA graph cannot record")
         self.step = 0
+        self.unfinished: Row | None = None  # the row of this step, while what it tells of an evaluation is not known
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
 
@@ -324,6 +325,7 @@ class TrainingState:
             "facts": self.config.task.facts,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
+            "unfinished": self.unfinished,
             "world": None if self.tier.is_any_world else self._describe_world(),
             "model": _copy(self.bare_model.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
@@ -400,11 +402,14 @@ class TrainingState:
             raise RunError("it is damaged: its rows are not a list of steps")
         if len(rows) > step or (len(rows) and (rows[0] < 1 or rows[-1] > step or bool((rows.diff() <= 0).any()))):
             raise RunError(f"it is damaged: its rows are not rising steps from 1 to {step}")
+        unfinished = state.get("unfinished")  # older versions finished each evaluation
+        if unfinished is not None and (not is_step_row(unfinished) or unfinished["step"] != step or step in rows):
+            raise RunError(f"it is damaged: its unfinished row is not the one of step {step}")
         self.bare_model.load_state_dict(model)
         # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": settings})
-        self.step = step
+        self.step, self.unfinished = step, unfinished
         self._start_s = time.perf_counter() - elapsed_s
         return [int(row) for row in rows.tolist()]
 

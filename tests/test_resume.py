@@ -120,6 +120,33 @@ def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
 
 
 @dataclass(frozen=True)
+class StopInTurn:
+    """A process that makes a run for each name, in whose starts stops come as listed: the how many-th time that one is asked for."""
+
+    folder: str
+    recipe: list[str]
+    stops: dict[str, list[int]]
+
+    def __call__(self):
+        for name, stops in self.stops.items():
+            TrainUntil([*self.recipe, "--run_dir", f"{self.folder}/{name}"], stops)()
+
+
+def test_a_stop_amid_an_evaluation_is_heeded_and_the_next_start_evaluates(tmp_path):
+    # A stop is asked for after each step but the last, and between the eight batches of each of the two evaluations.
+    steps = [1, *[2] * 8, 3, *[4] * 7]
+    stops = {str(asked): [asked] for asked in range(1, len(steps) + 1)}
+    recipe = [*TINY, *CALM, "--steps", "4", "--evaluate_every", "2", "--micro_batch", "4"]
+    run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
+    text = run_ranks(tmp_path, StopInTurn(str(tmp_path), recipe, stops | {"again": [4, 1, 6, 12, 5]}))
+    for name, expected in [*((str(asked), [0, step]) for asked, step in enumerate(steps, start=1)), ("again", [0, 2, 2, 2, 4, 4])]:
+        starts = [json.loads(line)["step"] for line in (tmp_path / name / "starts.jsonl").read_text().splitlines()]
+        assert starts == expected  # no step is done twice
+        assert_same_run(tmp_path / name, tmp_path / "unbroken", exactly=True)
+    assert text.count("of 4, amid an evaluation, which the next start repeats; saved") == 2 * 7 + 5
+
+
+@dataclass(frozen=True)
 class StopAndResume:
     """A rank that trains each recipe unbroken, and stopped after each of its six steps in one of two further runs."""
 

@@ -168,6 +168,45 @@ def test_a_signal_at_another_time_waits_for_the_step_boundary(tmp_path, where):
     assert count_rows(folder) == saved_steps(folder)[0]
 
 
+@dataclass(frozen=True)
+class EvaluateSlowly(TrainTask):
+    """A rank whose evaluations take seconds: it notes each batch, and sleeps."""
+
+    marker: str
+    pause_s: float
+
+    def make_task(self):
+        marker, pause_s = self.marker, self.pause_s
+
+        class Slow(Mnist):
+            def tally(self, model, batch):
+                if len(batch[1]) <= 3:  # not the one that is looked at before the training
+                    with open(marker, "a") as notes:
+                        notes.write("a batch\n")
+                    time.sleep(pause_s)
+                return super().tally(model, batch)
+
+        return Slow
+
+
+@pytest.mark.parametrize(("world", "more"), [(1, []), (3, []), (2, ["--shards", "3"])], ids=["alone", "DDP", "shards"])
+def test_a_signal_in_an_evaluation_waits_for_no_more_than_a_batch(tmp_path, world, more):
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    # 28 samples on three ranks: one of them has a batch more than the others.
+    arguments = [*TINY, "--test_size", "28", "--micro_batch", "3", "--run_dir", str(folder), *more]
+    ranks = start_ranks(tmp_path, EvaluateSlowly(arguments, str(marker), 1), world)
+    ranks[0].wait_for(marker.exists)
+    ranks[-1].kill(signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [143] * world
+    assert "stopped by a signal after step 5 of 10, amid an evaluation" in ranks[0].text
+    assert len(marker.read_text().splitlines()) <= 3 * world  # of ten or more
+    assert (saved_steps(folder), count_rows(folder)) == ([5], 4)
+    run_ranks(tmp_path, EvaluateSlowly(arguments, str(marker), 0), world)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 11)]
+    assert [row["step"] for row in rows if "test/accuracy" in row] == [5, 10]
+
+
 def test_a_signal_after_the_last_step_does_not_keep_the_run_from_finishing(tmp_path):
     folder, marker = tmp_path / "run", tmp_path / "marker"
     ranks = start_ranks(tmp_path, Dawdle([*TINY, "--run_dir", str(folder)], "finish", str(marker)), 2)

@@ -173,6 +173,7 @@ def expand(shape):
     return torch.zeros(1).expand(shape)
 
 
+ROW = {"step": 10, "epoch": 1.0, "train/loss": 1.0, "train/learning_rate": 0.1, "train/images_per_s": 9.0}
 DAMAGES = {
     "no step": lambda state: state.pop("step"),
     "a step that is text": lambda state: state.update(step="10"),
@@ -220,6 +221,11 @@ DAMAGES = {
     "rows that fall": lambda state: state.update(rows=torch.tensor([1, 3, 2])),
     "rows beyond the step": lambda state: state.update(rows=torch.tensor([1, 10**15])),
     "rows below zero": lambda state: state.update(rows=torch.tensor([-5, 1])),
+    "an unfinished row that is text": lambda state: state.update(unfinished="all"),
+    "an unfinished row of another step": lambda state: state.update(unfinished=ROW | {"step": 9}),
+    "an unfinished row that is there as well": lambda state: state.update(unfinished=ROW),
+    "an unfinished row without a loss": lambda state: state.update(unfinished={"step": 10}, rows=torch.tensor([1])),
+    "an unfinished row with a list": lambda state: state.update(unfinished=ROW | {"train/loss": [1.0]}, rows=torch.tensor([1])),
     "a weight of eight bits": lambda state: state["model"].update({"conv1.bias": torch.zeros(32).to(torch.float8_e4m3fn)}),
     "a weight of sixteen bits": lambda state: state["model"].update({"conv1.bias": torch.zeros(32).half()}),
     "a format that is a tensor": lambda state: state.update(format=torch.tensor([1, 2])),
