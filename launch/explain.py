@@ -439,7 +439,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     if kind in ("running", "waiting"):
         follow = shlex.join([*jobs, "follow", run])
         if kind == "running":
-            return [f"wait; {follow} shows its log"]
+            return [f"wait; {follow} {'shows its log' if facts.logs else 'returns when it ends'}"]
         again = f"then ask for what the cluster has: {resume}"
         return _advise_waiting(job, facts.state.reason, facts.state.is_suspended, again)
     if kind == "silent":

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
 from mnist_dist.tier import keeping
+
+_log = logging.getLogger(__name__)
 
 _EXAMPLES = 100
 _REHEARSED = 4  # samples
@@ -117,16 +120,16 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
     task = config.task
     count = min(_REHEARSED, len(split))
     [piece] = read(keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count)))
-    with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, "tally"):
+    with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, group, count, "tally"):
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
-        with _refusing_mistakes(task, "measure", IndexError):
+        with _refusing_mistakes(task, group, count, "measure", IndexError):
             _check_names(task, task.measure(tally.sums.cpu()))
 
 
 @contextlib.contextmanager
-def _refusing_mistakes(task: Task, what: str, *more: type[Exception]) -> Iterator[None]:
-    """Turn errors into `UserError` that are of any samples. Another, such as a division by zero, may come of there being so few."""
+def _refusing_mistakes(task: Task, group: Group, count: int, what: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn errors into `UserError` that are of any samples; warn of another: a division by zero may come of there being but `count`."""
     try:
         yield
     except UserError:
@@ -134,6 +137,9 @@ def _refusing_mistakes(task: Task, what: str, *more: type[Exception]) -> Iterato
     except Exception as error:
         if isinstance(error, (*_MISTAKES, *more)) or any(text in str(error) for text in _TEXTS):
             raise UserError(f"task {task.name} failed in {what}: {describe_exception(error)}") from error
+        if group.is_main:
+            first, reason = f"the first {count} {task.samples}", describe_exception(error)
+            _log.warning("task %s failed in %s on %s, maybe for there being so few: %s", task.name, what, first, reason)
 
 
 def check_tally(task: Task, tally: Any, count: int) -> None:

@@ -34,6 +34,7 @@ from mnist_dist.task import Data, Panel, format_measure
 COMPARISON_FILE = "compare.html"
 _GENERATOR = b'<meta name="generator" content="mnist_dist">'
 _COMPARISON_BYTES_MAX = 64 << 20
+_WORDS = {None: "none", True: "true", False: "false"}  # as options are written
 
 _log = logging.getLogger(__name__)
 
@@ -168,10 +169,11 @@ def _show(panel: Panel) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    kinds = [' class="number"' if all(isinstance(value, int | float) for value in column) else "" for column in zip(*rows, strict=True)]
+    kinds = [' class="number"' if all(type(value) in (int, float) for value in column) else "" for column in zip(*rows, strict=True)]
 
     def line(cell: str, values: Sequence[object]) -> str:
-        cells = [f"<{cell}{kind}>{escape(str(value))}</{cell}>" for kind, value in zip(kinds, values, strict=True)]
+        shown = [_WORDS[value] if isinstance(value, bool | None) else str(value) for value in values]
+        cells = [f"<{cell}{kind}>{escape(text)}</{cell}>" for kind, text in zip(kinds, shown, strict=True)]
         return f"<tr>{''.join(cells)}</tr>\n"
 
     body = "".join(line("td", row) for row in rows)
@@ -180,15 +182,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _options_table(config: Config) -> str:
     values, fields = config.values(), config.fields()
-    words = {None: "none", True: "true", False: "false"}
     return _table(
         ("option", "value", "meaning"),
         [
             ("task", config.task.name, "what is trained"),
-            *(
-                (name, words[values[name]] if isinstance(values[name], bool | None) else str(values[name]), field.description or "")
-                for name, field in fields.items()
-            ),
+            *((name, values[name], field.description or "") for name, field in fields.items()),
         ],
     )
 

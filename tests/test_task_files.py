@@ -419,6 +419,14 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
         assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_that_fails_on_a_few_samples_is_a_warning_at_the_start(tmp_path):
+    failing = "if len(batch[0]) < 5:\n            raise ValueError('no curve of so few')\n        return super().tally(model, batch)"
+    name = write(tmp_path / "curve.py", SANE, (BUILD, TALLY.format(failing)))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), 2)
+    assert text.count("failed in tally on the first 4 samples, maybe for there being so few: ") == 1
+    assert "ValueError: no curve of so few" in text
+
+
 def test_a_warning_of_what_a_task_imports_is_no_mistake(tmp_path):
     name = write(
         tmp_path / "warns.py", SANE, ("import torch\n", "import warnings\nimport torch\nwarnings.warn('a newer version is out')\n")
