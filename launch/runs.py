@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _SILENT_S = 60.0
 _SILENT_INTERVALS = 5
+_CLAIMS = (LOCK_FILE, "slurm/job.json")  # made before a run begins
 _SLOWEST = 1e-9  # samples a second; nothing follows from less, which only a record of somebody else has
 _DEPTH = 4
 LOCAL_LOG = "_0_log.out"  # ends the name of rank zero's log where a job is a process on this machine; its number is that process's
@@ -104,7 +105,8 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """The run folders in `folder`, itself included."""
     if is_run(folder):
         yield folder
-        return
+        if any(os.path.lexists(folder / name) for name in (METRICS_FILE, *_CLAIMS)):
+            return  # else the config.yaml may be another program's
     try:
         # A link to a run counts; one to anything else may lead out of here, or round in a circle.
         found = [entry for entry in os.scandir(folder) if not entry.is_symlink() or is_run(Path(entry.path))]
@@ -117,7 +119,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run's, begun or only queued."""
-    return any(os.path.lexists(folder / name) for name in (CONFIG_FILE, LOCK_FILE, "slurm/job.json"))
+    return any(os.path.lexists(folder / name) for name in (CONFIG_FILE, *_CLAIMS))
 
 
 def read_state(path: Path, jobs: list[Job]) -> RunState:

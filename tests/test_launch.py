@@ -978,6 +978,14 @@ def test_what_a_stranger_left_ends_no_listing_and_forges_no_row_of_it(fake_slurm
     assert lines[1].startswith("a\\nmine  finished")
 
 
+def test_a_config_of_another_program_hides_no_run_below_it(tmp_path):
+    for name, files in {".": ["config.yaml"], "a": ["config.yaml", "metrics.jsonl"], "a/inner": ["config.yaml"], "b": ["lock"]}.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)] == [".", "a", "b"]
+
+
 def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):
     for path in ("runs/a", "scratch/b"):
         (tmp_path / path).mkdir(parents=True)
