@@ -68,8 +68,9 @@ def write(folder: Path, step: int, content: bytes | memoryview, keep: int) -> Pa
     path = folder / f"step_{step:08d}-{_checksum(content)}.pt"
     write_atomically(path, content)
     # Files of a higher step failed their checksum: they do not count until the run has come as far.
-    older = [old for old in list_newest_first(folder) if old != path and find_step(old) <= step]
-    for old in older[max(0, keep - 1) :]:
+    others = [old for old in list_newest_first(folder) if old != path and find_step(old) <= step]
+    older = [old for old in others if find_step(old) < step]
+    for old in {*others} - {*older[: keep - 1]}:  # one of the same step, as of a stop amid its evaluation, is out of date
         with contextlib.suppress(OSError):  # somebody's folder of such a name; the checkpoint itself is written
             old.unlink(missing_ok=True)
     return path

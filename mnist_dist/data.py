@@ -36,8 +36,9 @@ from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
+from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import describe_exception, explaining
-from mnist_dist.task import Data, Task
+from mnist_dist.task import Data, Row, Task
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -435,25 +436,40 @@ def encode_tensor(tensor: Tensor) -> bytes:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def fingerprint(data: Data, task: Task) -> str:
-    """A short hash of the training split, by which a checkpoint knows the data it was trained on.
+def fingerprint(split: Dataset[Any], task: Task, what: str = "training") -> str:
+    """A short hash of a split, by which a checkpoint knows the data it was trained on, and ranks know that they have the same.
 
     Of all that is kept in memory; else of the number of samples and of the first, the last and some in between.
     """
     digest = hashlib.sha256()
-    if is_in_memory(data.train):
-        for tensor in data.train.tensors:
+    if is_in_memory(split):
+        for tensor in split.tensors:
             digest.update(encode_tensor(tensor))
         return digest.hexdigest()[:16]
-    count = len(data.train)  # type: ignore[arg-type]
+    count = len(split)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
-    [piece] = read(Seeded(data.train, task, 0, "training"), Batch.of(places, range(len(places))))
+    [piece] = read(Seeded(split, task, 0, what), Batch.of(places, range(len(places))))
     tensors, others = _list_parts(piece.samples)
     digest.update(f"{count} {places}".encode())
     for tensor in tensors:
         digest.update(encode_tensor(tensor))
     digest.update(b"".join(others))
     return digest.hexdigest()[:16]
+
+
+def check_same_data(told: Row, group: Group) -> None:
+    """Raise `UserError` on all ranks where what is `told` of the data by some is not what rank zero tells."""
+    first, *others = group.gather(told)
+    if odd := [rank for rank, other in enumerate(others, start=1) if other != first]:
+        raise UserError(
+            f"rank zero has other data than {name_ranks(odd)} ({list_differing(first, others[odd[0] - 1])}): give all hosts the same, in "
+            "the same order (os.listdir and glob have none: sort what they give)"
+        )
+
+
+def list_differing(one: Row, other: Row) -> str:
+    """The names whose values differ, in words."""
+    return ", ".join(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
 class Probe:

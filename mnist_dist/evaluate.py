@@ -58,7 +58,7 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
     if alone:
         return start_ranks(size)
     world = find_world(os.environ)
-    from mnist_dist.data import Probe, load_data
+    from mnist_dist.data import Probe, check_same_data, fingerprint, load_data
     from mnist_dist.distributed import join_group
     from mnist_dist.evaluation import evaluate, open_evaluation
     from mnist_dist.tier import find_moved
@@ -79,7 +79,10 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
         # In the batches of the run, it gives the same bits.
         shards = trained.config.shards if (trained.config.shards or 0) >= group.size else None
         config = config.model_copy(update={"shards": shards, "micro_batch": trained.config.micro_batch})
-        with open_evaluation(split, config, group, "training" if split is data.train else "test") as reader:
+        what = "training" if split is data.train else "test"
+        if group.size > 1:
+            check_same_data({f"{options.split} data": fingerprint(split, config.task, what)}, group)
+        with open_evaluation(split, config, group, what) as reader:
             evaluation = evaluate(config, model, reader, group, moved)
         facts = {"task": config.task.name, "precision": group.precision, "device": group.device.type, "world_size": group.size}
         if "dataset" in config.task.facts:

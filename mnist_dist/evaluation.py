@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -124,7 +125,7 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
         with _refusing_mistakes(task, group, count, "measure", IndexError):
-            _check_names(task, task.measure(tally.sums.cpu()))
+            _check_measures(task, task.measure(tally.sums.cpu()), is_last=False)
 
 
 @contextlib.contextmanager
@@ -168,16 +169,25 @@ def _refuse_measures(task: Task, what: str) -> NoReturn:
     )
 
 
-def _check_measures(task: Task, measures: Any) -> None:
+def _check_measures(task: Task, measures: Any, *, is_last: bool = True) -> None:
     _check_names(task, measures)
-    # What passes here is read back without a complaint.
-    wrong = [
-        name
-        for name, value in measures.items()
-        if not isinstance(name, str) or not is_measure(value, name) or (name in ("loss", task.best) and not is_number(value))
-    ]
+
+    def is_right(name: object, value: Any) -> bool:
+        if not is_last:  # of a few samples one need not be known yet
+            value = _drop_odd(value)
+        # What passes here is read back without a complaint.
+        is_needed = name in ("loss", task.best) and (is_last or value is not None)
+        return isinstance(name, str) and is_measure(value, name) and (not is_needed or is_number(value))
+
+    wrong = [name for name, value in measures.items() if not is_right(name, value)]
     if wrong:
         _refuse_measures(task, f"{wrong[0]} is {measures[wrong[0]]!r:.80}")
+
+
+def _drop_odd(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_odd(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:

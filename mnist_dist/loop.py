@@ -12,7 +12,19 @@ from torch import Tensor
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, draw, find_other_facts, load_data
+from mnist_dist.data import (
+    Batch,
+    Piece,
+    Reader,
+    StepSampler,
+    add_drawn,
+    check_same_data,
+    draw,
+    find_other_facts,
+    fingerprint,
+    list_differing,
+    load_data,
+)
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import evaluate, open_evaluation, rehearse
@@ -22,7 +34,6 @@ from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, Stopped, StopSignals
 from mnist_dist.record import Row, pick_measures
-from mnist_dist.rendezvous import name_ranks
 from mnist_dist.run_folder import RunFolder, describe_versions
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
@@ -71,7 +82,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         shared |= {"micro_batch": config.micro_batch}
         if (main := group.broadcast(shared)) != shared:
             raise UserError(
-                f"this rank has other options than rank zero ({_list_differing(main, shared)}): start all processes with the same command "
+                f"this rank has other options than rank zero ({list_differing(main, shared)}): start all processes with the same command "
                 "and files"
             )
         # Whatever can be refused is refused before the run folder is made.
@@ -98,7 +109,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             "torch": torch.__version__,
             **config.name_sizes(),
         }
-        run.start(state.step, facts | noted, recorded)
+        # The row of an evaluation that is not finished may be there from a start that was killed after it.
+        run.start(state.step, facts | noted, recorded, rows_end=state.step - (state.unfinished is not None))
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier.describe(config.shards))
         run.show_samples(state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size))
@@ -181,19 +193,12 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
 
 def _check_data(state: TrainingState, group: Group) -> None:
-    """Raise `UserError` on all ranks where some have other training data, or other numbers of samples."""
-    facts = state.config.task.facts
+    """Raise `UserError` on all ranks where some have other data, or other numbers of samples."""
+    config = state.config
+    facts, what = config.task.facts, config.evaluated_on
     other: Row = {f"the fact {name}": "another" for name in find_other_facts(group.broadcast(facts), facts)}
-    first, *others = group.gather(other | {"data": state.fingerprint} | state.config.name_sizes())
-    if odd := [rank for rank, other in enumerate(others, start=1) if other != first]:
-        raise UserError(
-            f"rank zero has other data than {name_ranks(odd)} ({_list_differing(first, others[odd[0] - 1])}): give all hosts the same, in "
-            "the same order (os.listdir and glob have none: sort what they give)"
-        )
-
-
-def _list_differing(one: Row, other: Row) -> str:
-    return ", ".join(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
+    evaluated = fingerprint(state.data.evaluated, config.task, "test") if group.size > 1 else ""
+    check_same_data(other | {"training data": state.fingerprint, f"{what} data": evaluated} | config.name_sizes(), group)
 
 
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:

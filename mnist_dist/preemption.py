@@ -100,7 +100,7 @@ class StopSignals:
                         _say(b"stopped by a signal before the training began\n")
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
-                    _say(b"\nSaving and stopping as soon as the step is done; Ctrl-C again stops at once.\n")
+                    _say(b"\nSaving and stopping as soon as the step, or batch of an evaluation, is done; Ctrl-C again stops at once.\n")
 
 
 def _keep_from_children() -> None:

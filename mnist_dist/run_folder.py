@@ -152,15 +152,15 @@ class RunFolder:
         ends = [end for end in read_ends(self.path) if str(end.get("why")).startswith(("stopped", "finished"))]
         return max((row["step"] for row in [*read_starts(self.path), *ends] if is_count(row.get("step"))), default=0)
 
-    def start(self, step: int, facts: Row, promised_rows: Sequence[int] = ()) -> None:
-        """Begin or continue at `step`: later rows of the record go, and the start is noted in starts.jsonl.
+    def start(self, step: int, facts: Row, promised_rows: Sequence[int] = (), *, rows_end: int | None = None) -> None:
+        """Begin or continue at `step`: rows later than `rows_end` (None: than it) go, and the start is noted in starts.jsonl.
 
         `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
         """
-        self.group.on_main(lambda: self._start(step, facts, promised_rows))
+        self.group.on_main(lambda: self._start(step, facts, promised_rows, step if rows_end is None else rows_end))
         self.group.keep_stacks_in(self.path / STACKS)
 
-    def _start(self, step: int, facts: Row, promised_rows: Sequence[int]) -> None:
+    def _start(self, step: int, facts: Row, promised_rows: Sequence[int], rows_end: int) -> None:
         assert self._record is not None
         self._step = step
         self._memory_kills = count_memory_kills()
@@ -176,7 +176,7 @@ class RunFolder:
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
-            self._record.cut_back(step, promised_rows)
+            self._record.cut_back(rows_end, promised_rows)
             self._compare(start)
             self._starts = append_line(self.path / STARTS_FILE, json.dumps(start).encode())
         except OSError as error:
@@ -184,7 +184,7 @@ class RunFolder:
         note_named(self.config.task.name)  # by this user, who has started it
         self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         if self.config.log_with is not None:
-            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), step))
+            self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), rows_end))
         split, task = self.config.evaluated_split, self.config.task
         mirror = open_tracker(
             self.config.wandb,

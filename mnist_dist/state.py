@@ -38,7 +38,7 @@ class TrainingState:
         self.config = config
         self.data = data
         self.group = group
-        self.fingerprint = fingerprint(data, config.task)
+        self.fingerprint = fingerprint(data.train, config.task)
         self.bare_model = build_model(config.task, config.seed)
         self.probe = Probe(data.train, config)
         if group.device.type != "cpu" and (kind := find_immovable(self.probe.whole.samples)):
@@ -234,7 +234,7 @@ class TrainingState:
                 )
 
     def _check_moved(self) -> None:
-        """Raise `UserError` where a forward pass changes what is trained, and there are several processes or shards that would differ."""
+        """Raise `UserError` where a pass changes what is trained, or its gradient, and several processes or shards would differ."""
         if lost := [name for name in self.tier.moved if name not in self.bare_model.state_dict()]:
             _log.warning(
                 "each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh, and each process has one",
@@ -246,6 +246,13 @@ class TrainingState:
             for name, module in self.bare_model.named_modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and module.weight.requires_grad
         ]
+        hooked = [name for name, parameter in self.bare_model.named_parameters() if parameter._post_accumulate_grad_hooks]
+        if hooked and (self.group.size > 1 or self.config.shards):
+            raise UserError(
+                f"task {self.config.task.name}: {hooked[0]} has a hook for its gradient once it is added up, which would be called before "
+                "that of all processes or shards is, or not at all: clip with --clip_norm, use register_hook, which is called for each "
+                "part, or train on one process, without shards"
+            )
         if trained and (self.group.size > 1 or self.config.shards):
             raise UserError(
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "

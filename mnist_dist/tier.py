@@ -6,6 +6,7 @@ it is the same only on as many processes as before.
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from mnist_dist.task import Task
 ANY_WORLD, THIS_WORLD = "any world", "this world"
 _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of it
 _LOSS_TOLERANCE = 1e-4  # of what is in the gradients
+_GRADIENT_TOLERANCE = 1e-2  # of a gradient's norm
+_GRADIENT_NOISE = 1e-5  # of the norm of all
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
 
@@ -72,15 +75,22 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     if flaw := describe_flaw(probe):
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
+        names = {*model.state_dict()}
         seed_generators(0)
         whole = trace(task, model, probe.whole)
         check_losses(task, whole.losses, probe.whole.size)
+        if other := sorted(names ^ {*model.state_dict()}):
+            raise UserError(
+                f"task {task.name}: the first forward pass {'removes' if other[0] in names else 'adds'} {other[0]} of its model, which no "
+                "optimizer would see, or no weights that are read again would fit: make all of the model in build_model"
+            )
         if whole.wrote and probe.is_stored:
             raise UserError(
                 f"task {task.name}: losses writes into its batch, and collate hands on what the data set stores, which would change with "
                 "each step: clone it in one of the two"
             )
-        unused = tuple(find_unused(task, model, whole.losses))
+        gradients = find_gradients(task, model, whole.losses)
+        unused = tuple(name for name, gradient in gradients.items() if gradient is None)
         changed = kept.list_changed()
         kept.put_back()
         seed_generators(0)
@@ -97,10 +107,17 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
         if whole.drew is not None or probe.collate_draws:
             reason = f"{whole.drew or 'collate'} draws random numbers"
-        elif mixing := find_first_difference(whole, trace(task, model, probe.half)):  # a batch of its own: it may be padded less
+        elif mixing := find_first_difference(whole, half := trace(task, model, probe.half)):  # a batch of its own: it may be padded less
             reason = f"in {mixing} the samples of a batch see each other"
+        elif moved:
+            reason = f"each forward pass changes {moved[0]}"
+        elif hooked := [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]:
+            reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
         else:
-            reason = f"each forward pass changes {moved[0]}" if moved else ""
+            rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
+            parts = [find_gradients(task, model, part.losses) for part in (half, rest)]
+            changed_in = find_other_gradient(gradients, *parts)
+            reason = f"the gradient of {changed_in} is not the sum of its samples' (does a hook clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
 
 
@@ -144,8 +161,11 @@ def check_losses(task: Task, losses: Any, count: int) -> None:
         raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
 
-def find_unused(task: Task, model: nn.Module, losses: Tensor) -> list[str]:
-    """The parameters that get no gradient from the losses. Raises `UserError` where none gets one, or one that cannot be averaged."""
+def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Tensor | None]:
+    """The gradients of the sum of the losses; None for a parameter that gets none.
+
+    Raises `UserError` where no parameter gets one, or one that cannot be averaged.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise UserError(f"task {task.name}: its model has no parameter to train")
@@ -156,7 +176,23 @@ def find_unused(task: Task, model: nn.Module, losses: Tensor) -> list[str]:
     for name, gradient in zip(trained, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
             raise UserError(f"task {task.name}: {name} gets a sparse gradient; expected a dense one (an embedding with sparse=False)")
-    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    return dict(zip(trained, gradients, strict=True))
+
+
+def find_other_gradient(whole: dict[str, Tensor | None], *parts: dict[str, Tensor | None]) -> str | None:
+    """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do."""
+    total, differences = 0.0, {}
+    for name, gradient in whole.items():
+        found = [part[name].double() for part in parts if part[name] is not None]  # type: ignore[union-attr]
+        if gradient is None and not found:
+            continue
+        size = 0.0 if gradient is None else float(gradient.double().norm())
+        total += size**2
+        rest = sum(found, start=torch.zeros(()) if gradient is None else -gradient.double())
+        differences[name] = (float(rest.norm()), size)
+    # Of some parameters the gradient is zero but for rounding, such as the bias of an attention's keys.
+    noise = _GRADIENT_NOISE * math.sqrt(total)
+    return next((name for name, (rest, size) in differences.items() if rest > _GRADIENT_TOLERANCE * size + noise), None)
 
 
 def describe_unused(task: Task, unused: Sequence[str]) -> str:

@@ -144,6 +144,14 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
         checkpoint.read_newest(tmp_path, ROOM)
 
 
+def test_of_two_checkpoints_of_a_step_the_later_stays(tmp_path):
+    checkpoint.write(tmp_path, 2, content_of(2), keep=2)
+    checkpoint.write(tmp_path, 4, content_of(4), keep=2)
+    later = checkpoint.write(tmp_path, 4, content_of(5), keep=2)
+    assert [path.name[5:13] for path in checkpoint.list_newest_first(tmp_path)] == ["00000004", "00000002"]
+    assert later.exists()
+
+
 def test_damaged_checkpoints_of_later_steps_do_not_take_the_place_of_whole_ones(tmp_path):
     for step in (1, 2, 3):
         checkpoint.write(tmp_path, step, content_of(step), keep=9)

@@ -22,7 +22,6 @@ from mnist_dist.data import Reader, StepSampler, find_other_facts, fingerprint, 
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import read_generators, seed_generators
-from mnist_dist.task import Data
 from mnist_dist.tasks.mnist import Mnist, data, embedded
 from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.tasks.mnist.data import measure_pixels
@@ -39,7 +38,7 @@ def load(**values):
 
 def fingerprint_of(config):
     config, loaded = load_data(config)
-    return fingerprint(loaded, config.task)
+    return fingerprint(loaded.train, config.task)
 
 
 def draw(config, step):
@@ -386,7 +385,7 @@ def test_held_out_images_are_evenly_spread_the_same_for_every_seed_and_not_train
         assert torch.equal(held.holdout.tensors[0], images[positions])
         assert torch.equal(held.holdout.tensors[1], labels[positions])
         assert len(held.train) == 4_000 == held_config.training_samples
-        assert fingerprint(held, held_config.task) != fingerprint(whole, config.task)
+        assert fingerprint(held.train, held_config.task) != fingerprint(whole.train, config.task)
         assert len(torch.cat([held.train.tensors[0], held.holdout.tensors[0]]).unique(dim=0)) == len(images.unique(dim=0))
     assert whole.holdout is None
     assert whole.evaluated is whole.test
@@ -425,7 +424,7 @@ def test_samples_of_any_kind_have_a_fingerprint(make):
         def collate(self, samples):
             return samples
 
-    one, same, other = (fingerprint(Data(samples, samples), Handed()) for samples in map(Samples, ([1, 2], [1, 2], [1, 3])))
+    one, same, other = (fingerprint(samples, Handed()) for samples in map(Samples, ([1, 2], [1, 2], [1, 3])))
     assert one == same != other
 
 

@@ -147,6 +147,35 @@ def test_a_stop_amid_an_evaluation_is_heeded_and_the_next_start_evaluates(tmp_pa
 
 
 @dataclass(frozen=True)
+class DieAfter(TrainUntil):
+    """A start that is killed after a step, whose row is in the record."""
+
+    step: int = 0
+
+    def __call__(self):
+        from mnist_dist.loop import train
+
+        def die(batches, state):
+            for batch in batches:
+                if state.step == self.step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+        return train(parse_command_line(self.arguments), turns=die).stop.exit_code
+
+
+def test_a_start_that_is_killed_after_it_finished_an_evaluation_is_no_obstacle(tmp_path):
+    recipe = [*TINY, *CALM, "--steps", "4", "--evaluate_every", "2", "--micro_batch", "4"]
+    run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
+    arguments = [*recipe, "--run_dir", str(tmp_path / "run")]
+    run_ranks(tmp_path, TrainOnce(arguments, 4), expect=85)
+    run_ranks(tmp_path, DieAfter(arguments, step=3), expect=-signal.SIGKILL)
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3]
+    run_ranks(tmp_path, Train(arguments))
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken", exactly=True)
+
+
+@dataclass(frozen=True)
 class StopAndResume:
     """A rank that trains each recipe unbroken, and stopped after each of its six steps in one of two further runs."""
 

@@ -50,6 +50,7 @@ def write(path, text=SANE, *changes):
 LOAD, BUILD = "    def load(self):", "    def build_model(self):"
 SEQUENTIAL = "nn.Sequential(nn.Linear(3, self.width), nn.ReLU(), nn.Linear(self.width, 2))"
 LOSSES = "    def losses(self, model, batch, drawn):\n        return {}\n\n    def build_model(self):"
+MEASURE = "    def measure(self, sums):\n        return super().measure(sums) | {{{}}}\n\n    def build_model(self):"
 TALLY = "    def tally(self, model, batch):\n        {}\n\n    def build_model(self):"
 DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))"
 
@@ -64,6 +65,19 @@ STORED = """class Stored(Dataset):
         row = self.rows[index]
         {}
         return row, index % 2
+
+
+class Mine"""
+
+LATE = """class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), None
+
+    def forward(self, inputs):
+        hidden = self.body(inputs)
+        self.head = self.head or nn.Linear(8, 2)
+        return self.head(hidden)
 
 
 class Mine"""
@@ -256,6 +270,32 @@ WRONG = [
         2,
     ),
     (
+        "a measure that is a tensor",
+        [
+            (
+                BUILD,
+                MEASURE.format("'loss': sums[1] / sums[0]"),
+            )
+        ],
+        ["measure must return numbers", "loss is tensor("],
+        2,
+    ),
+    (
+        "an accuracy in percent",
+        [(BUILD, MEASURE.format("'accuracy': 55.0"))],
+        ["measure must return numbers", "accuracy is 55.0"],
+        2,
+    ),
+    (
+        "a layer that the first pass makes",
+        [
+            (f"return {SEQUENTIAL}", "return Net()"),
+            ("class Mine", LATE),
+        ],
+        ["the first forward pass adds head.bias", "build_model"],
+        2,
+    ),
+    (
         "tally with a slip",
         [(BUILD, TALLY.format("return self.nothing"))],
         ["failed in tally", "has no attribute 'nothing'", "broken.py"],
@@ -414,9 +454,39 @@ def test_a_wrong_task_ends_in_one_message_before_anything_is_made(tmp_path, chan
     assert all(word in errors[0] for word in words), errors
     assert "Traceback" not in text
     if "while it was imported" in errors[0] or any(
-        word in words[0] for word in ("in load", "losses", "failed in", "again", "passes", "lacks")
+        word in words[0] for word in ("in load", "losses", "failed in", "again", "passes", "lacks", "measure", "first forward")
     ):
         assert not (tmp_path / "run").exists()
+
+
+HOOKED = """model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        for parameter in model.parameters():
+            parameter.{}
+        return model
+
+    def unused(self):
+        return """
+
+
+def test_a_gradient_that_is_clipped_by_a_hook_is_of_this_world(tmp_path):
+    clips = write(
+        tmp_path / "clips.py", SANE, ("return nn.Seq", HOOKED.format("register_hook(lambda found: found.clamp(-0.01, 0.01))") + "nn.Seq")
+    )
+    text = run_ranks(tmp_path / "logs", Train(["--task", clips, "--run_dir", str(tmp_path / "clips"), *SHORT]))
+    assert "this world: a step is the same only on as many processes, because the gradient of 0.weight is not the sum" in text
+    halves = write(tmp_path / "halves.py", SANE, ("return nn.Seq", HOOKED.format("register_hook(lambda found: found / 2)") + "nn.Seq"))
+    assert "any world: " in run_ranks(tmp_path / "logs", Train(["--task", halves, "--run_dir", str(tmp_path / "halves"), *SHORT]))
+
+
+def test_a_hook_for_the_gradient_once_it_is_added_up_is_for_one_process(tmp_path):
+    hook = "register_post_accumulate_grad_hook(lambda own: [own.grad.clamp_(-0.01, 0.01)].clear())"
+    name = write(tmp_path / "late.py", SANE, ("return nn.Seq", HOOKED.format(hook) + "nn.Seq"))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    for world, more in ((2, []), (1, ["--shards", "2"])):
+        text = run_ranks(tmp_path / "logs", Train([*arguments, *more]), world, expect=2)
+        assert "0.weight has a hook for its gradient once it is added up" in text
+    text = run_ranks(tmp_path / "logs", Train(arguments))
+    assert "because a hook changes the gradient of 0.weight once it is added up" in text
 
 
 def test_an_evaluation_that_fails_on_a_few_samples_is_a_warning_at_the_start(tmp_path):
@@ -560,11 +630,37 @@ class TrainOnOwnOrder(Train):
         return super().__call__()
 
 
+FILES = """class Files(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Mine"""
+
+
+def test_ranks_with_other_data_to_evaluate_are_refused(tmp_path):
+    kept = "TensorDataset(inputs[:20], (numbers[:20] % 2).long())"
+    listed = "[(row, int(number) % 2) for row, number in zip(inputs[:20], numbers[:20])]"
+    for form in (kept, f"Files({listed})"):
+        own = f"{form.replace('[:20]', '[:20].flip(0)')} if os.environ.get('ORDER', '0') == '1' else {form})"
+        name = write(tmp_path / "tests.py", SANE, (f"{kept})", own), ("import torch\n", "import os\nimport torch\n"), ("class Mine", FILES))
+        arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+        text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(arguments), 2, expect=2)
+        assert "rank zero has other data than rank 1 (test data)" in text
+        assert not (tmp_path / "run").exists()
+
+
 def test_ranks_with_other_data_are_refused(tmp_path):
     own = "import os\n        numbers = torch.arange(60.0) if os.environ['ORDER'] == '0' else torch.arange(60.0).flip(0)"
     name = write(tmp_path / "listed.py", SANE, ("numbers = torch.arange(60.0)", own))
     text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), 2, expect=None)
-    assert "rank zero has other data than rank 1 (data)" in text
+    assert "rank zero has other data than rank 1 (test data, training data)" in text
     assert not (tmp_path / "run").exists()
 
 
