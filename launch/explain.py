@@ -82,7 +82,7 @@ _MEANINGS = {
     "in use": "another job had the run folder",
     "checkpoint": "its checkpoints cannot be used",
     "mistake": "a mistake in options, files or the number of processes",
-    "not started": "its job ended before the training began",
+    "not started": "it ended before the training began",
     "killed": "killed: it recorded no end",
     "damaged": "its record is damaged",
     "failed": "failed",
@@ -93,7 +93,7 @@ _SAVED = {"to be continued", "stopped", "interrupted"}
 _PENDING = {
     "Resources": "it waits for nodes",
     "Priority": "other jobs come before it",
-    "BeginTime": "it was requeued, and Slurm waits a while before it starts it again",
+    "BeginTime": "it is not to begin before a set time, as after a requeue",
     "JobArrayTaskLimit": "it waits for other runs of its sweep (--parallel)",
     "JobHeldUser": "somebody holds it back",
     "JobHeldAdmin": "the site holds it back",
@@ -210,7 +210,8 @@ def _explain_run(path: Path, job: str) -> Explanation:
         if not facts.has_begun and kind not in ("not started", "damaged") and "before the training" not in _describe_details(facts, kind):
             answer.notes.append("the training had not begun")
         if kind == "not started" and not facts.logs:
-            answer.notes.append("it left no log: it was cancelled while it waited, or its node could not write there")
+            by_job = "it left no log: it was cancelled while it waited, or its node could not write there"
+            answer.notes.append(by_job if facts.job else "no job is noted, and no start: the message on the screen of its start tells why")
     answer.says = _MEANINGS.get(kind, kind)
     if details := _describe_details(facts, kind):
         answer.says = details if kind.startswith("rank ") else f"{answer.says}: {details}"
@@ -444,6 +445,10 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         return _advise_waiting(job, facts.state.reason, facts.state.is_suspended, again)
     if kind == "silent":
         return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
+    if kind == "damaged" and facts.why == "finished":  # and its result is gone
+        if answer.saved_step is None:
+            return [f"restore {RESULT_FILE} and the checkpoints, or use another run_dir"]
+        return [f"{resume}   (makes {RESULT_FILE} again from step {answer.saved_step})"]
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
     where = host[1] if host else str(facts.start.get("host") or "its node")
     again = f"{resume}   (continues from {_describe_saved(answer)})"

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sweep(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.sweep",
-        "Train once for each combination of some options. --run_dir is the folder of them all (default: runs/sweep).",
+        "Train once for each combination of some options. --run_dir is the folder of them all (default: runs/sweep, or runs/FILE).",
         usage="FILE.yaml | option=value,value ... [--config FILE] [--option of the sweep, the job or the training value ...]",
     )
     parser.add_argument("words", nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")

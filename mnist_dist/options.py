@@ -7,6 +7,7 @@ import argparse
 import difflib
 import re
 import reprlib
+import shutil
 import sys
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
@@ -113,6 +114,11 @@ def explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
     return f"there is no option {shown[:80]!r}{meant}; --help lists all"
 
 
+def spell(value: object) -> str:
+    """A value as options are written."""
+    return {None: "none", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
+
+
 def find_by_initials(name: str, known: Collection[str]) -> str | None:
     """The option whose words begin with the letters of `name`, as in lr; None where there is not exactly one."""
     found = [option for option in known if "_" in option and "".join(word[0] for word in option.split("_")) == name]
@@ -166,7 +172,9 @@ class Parser(argparse.ArgumentParser):
             usage=usage and f"%(prog)s {usage}",
             allow_abbrev=False,
             add_help=add_help,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+            formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=30, width=min(110, shutil.get_terminal_size((110, 24)).columns)
+            ),
         )
         self._names: list[str] = []
         self._with_none: set[str] = set()  # those of which `none` is a word
@@ -216,13 +224,12 @@ class Parser(argparse.ArgumentParser):
             title = str(trait(field, "group"))
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
-            default = "none" if field.default is None else str(field.default).lower() if field.annotation is bool else field.default
             flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
             groups[title].add_argument(
                 f"--{name}",
                 default=argparse.SUPPRESS,
                 metavar="|".join(_literals(model, name)) or _find_metavar(model, name),
-                help=f"{field.description or name.replace('_', ' ')} (default: {default})".replace("%", "%%"),
+                help=f"{field.description or name.replace('_', ' ')} (default: {spell(field.default)})".replace("%", "%%"),
                 **flag,
             )
             self._names.append(name)
@@ -235,7 +242,10 @@ class Parser(argparse.ArgumentParser):
         """The values given, as text; `none` unsets an option, as null does in YAML. Raises `UserError`; exits 0 after --help."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            shown = unknown[0].split("=")[0]
+            shown, _, value = unknown[0].partition("=")
+            if shown in self._names:
+                value = value or next(iter(unknown[1:]), "VALUE")
+                raise UserError(f"{unknown[0][:80]!r} lacks its dashes: write --{shown} {value[:80]}")
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
         return {name: None if value == "none" and name not in self._with_none else value for name, value in vars(known).items()}
 

@@ -80,7 +80,7 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
             axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes, color=MUTED)
             axes.set_yticks([])
         if key.endswith("accuracy"):
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+            _show_percent(axes)
         elif key == "train/learning_rate":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in panels[len(curves) - 2 : len(curves)]:
@@ -88,6 +88,12 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
         axes.tick_params(labelbottom=True)  # below the panel may be none that shows them
     panels[0].set_xlim(0, max([row["step"] for row in rows], default=1) * 1.02)
     return figure
+
+
+def _show_percent(axes: Axes) -> None:
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, -0.04 * top), min(top, 1 + 0.04 * (1 - bottom)))  # of a line at 100 % matplotlib shows 104 %
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
 def list_compared(runs: Sequence[Run]) -> list[str]:
@@ -111,7 +117,7 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
                 axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=1.2, marker=marker, markersize=3, label=label)
         calm(axes, title)
         if key.endswith("accuracy"):
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+            _show_percent(axes)
     panels[-1].set_xlabel("epoch", color=MUTED)
     if panels[0].lines:
         legend = panels[0].legend(loc="upper right", fontsize=9, frameon=False)

@@ -17,7 +17,7 @@ from typing import Any
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, read_kernel_count, write_atomically
-from mnist_dist.options import read_options_file
+from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Task, shorten_name
 
@@ -34,6 +34,7 @@ _FILES = (CONFIG_FILE, METRICS_FILE, STARTS_FILE, ENDS_FILE, RESULT_FILE, WEIGHT
 _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
 _STEPS_MAX = 2**53
+_ALWAYS = ("run_dir", "batch_size", "learning_rate", "seed", "precision", "log_every", "checkpoint_every")  # from its begin to its end
 _SMALL_BYTES_MAX = 1 << 20  # of a result, a lock, a note
 _NAME_MAX = 1000  # letters of a measure's name: to draw a text takes time
 _LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
@@ -215,7 +216,13 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
-    elif not is_run(run_dir):
+    elif is_run(run_dir):
+        if os.path.lexists(run_dir / RESULT_FILE):
+            raise UserError(
+                f"run_dir {run_dir} holds {RESULT_FILE} but no {CONFIG_FILE}, so nothing tells of which options: restore {CONFIG_FILE}, or "
+                f"remove {RESULT_FILE}, and the run's own command writes both again from its last checkpoint"
+            )
+    else:
         for name in (*_FILES, *(f"{PLOTS}/{path.name}" for path in list_pictures(run_dir)), *list_stacks(run_dir)):
             path = run_dir / name
             if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
@@ -239,7 +246,7 @@ def check_same(there: Row, asked: Row, what: str) -> None:
     """Raise `UserError` that says `what` and shows each value in which the two differ."""
     missing = "(not there)"
     differences = [
-        f"  {name}: {there.get(name, missing)} there, {asked.get(name, missing)} asked for"
+        f"  {name}: {spell(there.get(name, missing))} there, {spell(asked.get(name, missing))} asked for"
         for name in sorted({*there, *asked})
         if there.get(name, missing) != asked.get(name, missing)
     ]
@@ -289,6 +296,8 @@ def read_config(run_dir: Path, task: type[Task] | None = None) -> Config:
     """
     path = run_dir / CONFIG_FILE
     values = read_options_file(path)
+    if missing := [name for name in _ALWAYS if name not in values]:
+        raise UserError(f"{path} is damaged: it lacks {missing[0]}, which every run writes there")
     values.pop("run_dir", None)
     if values.get("log_with") not in Config.allowed("log_with"):  # older versions knew more trackers
         del values["log_with"]

@@ -26,6 +26,7 @@ from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
+from mnist_dist.options import spell
 from mnist_dist.plots import draw_comparison, draw_run, list_compared, open_run, print_written, save_figures
 from mnist_dist.record import PLOTS, REPORT_FILE, Run, pick_measures, read_run
 from mnist_dist.source import Unknown
@@ -34,7 +35,6 @@ from mnist_dist.task import Data, Panel, format_measure
 COMPARISON_FILE = "compare.html"
 _GENERATOR = b'<meta name="generator" content="mnist_dist">'
 _COMPARISON_BYTES_MAX = 64 << 20
-_WORDS = {None: "none", True: "true", False: "false"}  # as options are written
 
 _log = logging.getLogger(__name__)
 
@@ -172,8 +172,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     kinds = [' class="number"' if all(type(value) in (int, float) for value in column) else "" for column in zip(*rows, strict=True)]
 
     def line(cell: str, values: Sequence[object]) -> str:
-        shown = [_WORDS[value] if isinstance(value, bool | None) else str(value) for value in values]
-        cells = [f"<{cell}{kind}>{escape(text)}</{cell}>" for kind, text in zip(kinds, shown, strict=True)]
+        cells = [f"<{cell}{kind}>{escape(spell(value))}</{cell}>" for kind, value in zip(kinds, values, strict=True)]
         return f"<tr>{''.join(cells)}</tr>\n"
 
     body = "".join(line("td", row) for row in rows)

@@ -58,6 +58,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
     """
     file = find_weights(path)
     try:
+        file.open("rb").close()  # of a file that may not be read, safetensors says that it is not there
         with safetensors.safe_open(file, framework="pt") as content:
             header = _read_header(content.metadata() or {})
             config = _find_config(Path(path), file, header, task_name)

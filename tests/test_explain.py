@@ -798,7 +798,7 @@ def test_an_array_without_run_folders_is_told_task_by_task(slurm, tmp_path, caps
     assert [line.partition(":")[0:3:2] for line in capsys.readouterr().out.splitlines()[:3]] == [
         ("job 12_1", " finished"),
         ("job 12_2-3", " its job waits: pending, see man squeue"),
-        ("job 12_0", " its job ended before the training began"),
+        ("job 12_0", " it ended before the training began"),
     ]
     slurm(sacct=None, scontrol=shown.replace("Array", "Het").replace("HetTaskId", "HetJobOffset"))
     assert explain.main(["12"]) == 0
