@@ -138,15 +138,15 @@ def _prove(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "launch.prove", "Prove a cluster: is training right and fast here, and does it survive?", usage="[--option of the job ...]"
     )
-    add_job_options(parser)
+    own, idle = {"time": _TIME_MIN, "name": "prove"}, ("signal_delay_s", "max_requeues")
+    add_job_options(parser, own, idle)
     parser.add_argument("--folder", metavar="DIR", type=path_argument, default="runs/prove", help="keeps the pages (default: runs/prove)")
     parser.add_argument("--json", action="store_true", help="print the page as JSON")
     given = parser.parse(arguments)
     folder, as_json = check_folder(Path(given.pop("folder"))), given.pop("json")
-    idle = [name for name in ("signal_delay_s", "max_requeues") if name in given]
-    if idle:
-        raise UserError(f"{idle[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
-    request = read_request({"time": _TIME_MIN, "name": "prove", "signal_delay_s": 1} | given)
+    if refused := [name for name in idle if name in given]:
+        raise UserError(f"{refused[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
+    request = read_request(own | {"signal_delay_s": 1} | given)
     try:
         compare_with_cluster(request)
     except RunError as error:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,10 @@ def _submit(arguments: Sequence[str] | None) -> int:
 JOB_OPTIONS = {"job", *Request.model_fields}
 
 
-def add_job_options(parser: Parser) -> None:
-    """Add --job and every option of a `Request`."""
+def add_job_options(parser: Parser, own: Mapping[str, Any] | None = None, hidden: Collection[str] = ()) -> None:
+    """Add --job and every option of a `Request`; `own` and `hidden` as for `Parser.add_options`."""
     parser.add_argument("--job", metavar="FILE", type=path_argument, help="YAML file of options of the job, such as those of your site")
-    parser.add_options(Request)
+    parser.add_options(Request, own, hidden)
 
 
 def read_request(given: dict[str, Any]) -> Request:

@@ -95,7 +95,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse
     parser.add_argument("--skip", metavar="NAME[,NAME]", default="", help="make all checks but these")
     parser.add_argument("--json", action="store_true", help="print a list with one object for each check")
     parser.add_argument("--deadline_s", metavar="S", default="120", help="how long another process may take (seconds; default: 120)")
-    add_config_options(parser, task)
+    add_config_options(parser, task, hidden=_UNUSED)
     given = parser.parse(arguments)
     own: dict[str, Any] = {name: given.pop(name) for name in ("only", "skip", "json", "deadline_s")}
     if find_world(os.environ).size > 1:

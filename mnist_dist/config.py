@@ -350,14 +350,17 @@ def find_given_task(arguments: Sequence[str] | None, program: str = "mnist_dist.
     _add_sources(parser)
     known, _ = parser.parse_known_args(arguments)
     recipe = read_recipe(known.config)
-    return find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task), recipe
+    task = find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task)
+    if unknown := {name: value for name, value in recipe.items() if name not in Config.model_fields and name not in task.model_fields}:
+        make_config(unknown, str(find_config_file(known.config)), task)
+    return task, recipe
 
 
-def add_config_options(parser: Parser, task: type[Task]) -> None:
-    """Add --config, --task and every option of a `Config` of `task`."""
+def add_config_options(parser: Parser, task: type[Task], own: Mapping[str, Any] | None = None, hidden: Collection[str] = ()) -> None:
+    """Add --config, --task and every option of a `Config` of `task`; `own` and `hidden` as for `Parser.add_options`."""
     _add_sources(parser)
-    parser.add_options(Config)
-    parser.add_options(task)
+    parser.add_options(Config, own, hidden)
+    parser.add_options(task, own, hidden)
 
 
 def _add_sources(parser: Parser) -> None:

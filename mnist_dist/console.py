@@ -59,7 +59,7 @@ class Progress:
         self._shown = shown
         self._config = config
         on_terminal = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._bar = tqdm(total=total_steps, initial=step, unit=" step", dynamic_ncols=True) if on_terminal else None
 
     def advance(self) -> None:
         """One step is done."""

@@ -54,8 +54,8 @@ def read_kernel_count(path: str, name: str) -> int | None:
 
 
 def is_free_name(path: Path) -> bool:
-    """Whether a new file can have this name: nothing has it, and its folder is there."""
-    return not os.path.lexists(path) and path.parent.is_dir()
+    """Whether a new file can have this name: nothing has it, and its folder is there and may be written to."""
+    return not os.path.lexists(path) and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -9,7 +9,7 @@ import re
 import reprlib
 import shutil
 import sys
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -211,8 +211,11 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise UserError(f"{message[:300]}; type {usage}; --help lists all options")
 
-    def add_options(self, model: type[Options]) -> None:
-        """Add `--name` for each option of `model`, with its default in the help."""
+    def add_options(self, model: type[Options], own: Mapping[str, Any] | None = None, hidden: Collection[str] = ()) -> None:
+        """Add `--name` for each option of `model`, with its default in the help.
+
+        A program has `own` defaults of some options; of those that it refuses, which are `hidden`, the help says nothing.
+        """
         groups = self._groups
         for name, field in model.model_fields.items():
             if describe_kind(model, name) is None:  # not an option: a config's task
@@ -229,7 +232,11 @@ class Parser(argparse.ArgumentParser):
                 f"--{name}",
                 default=argparse.SUPPRESS,
                 metavar="|".join(_literals(model, name)) or _find_metavar(model, name),
-                help=f"{field.description or name.replace('_', ' ')} (default: {spell(field.default)})".replace("%", "%%"),
+                help=argparse.SUPPRESS
+                if name in hidden
+                else f"{field.description or name.replace('_', ' ')} (default: {spell((own or {}).get(name, field.default))})".replace(
+                    "%", "%%"
+                ),
                 **flag,
             )
             self._names.append(name)
@@ -296,7 +303,7 @@ def read_options_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split()) or type(error).__name__
         raise UserError(f"config file {path} is not valid YAML: {reason[:300]}") from error
     if values is None:
         return {}

@@ -64,7 +64,9 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
     if (check == "files") != (folder is not None):
         raise UserError(f"--folder is {folder or 'not given'}; expected with the check files, and only there")
     if world.rank == 0 and answer is not None and not is_free_name(answer):
-        raise UserError(f"the answer goes into {answer}, which exists or whose folder does not; expected a new name in an existing folder")
+        raise UserError(
+            f"the answer goes into {answer}, which exists, or whose folder cannot be written to; expected a new name in an existing folder"
+        )
     out = Answer(check, answer, world.rank == 0)
     with _deadline(world, timeout_s, out):
         from mnist_dist.console import set_up_logging

@@ -132,13 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choice.add_argument("--reference", metavar="FILE", type=path_argument, help="what to compare with (default: what comes with mnist)")
         choice.add_argument("--record", metavar="FILE", type=path_argument, help="write it into a new file instead")
         parser.add_argument("--answer", metavar="FILE", type=path_argument, help="write what was found into a new file, as JSON, too")
-        add_config_options(parser, task)
+        add_config_options(parser, task, _RECIPE, _UNUSED)
         given = parser.parse(arguments)
         files = {name: Path(path) for name in ("reference", "record", "answer") if (path := given.pop(name)) is not None}
         for name in ("record", "answer"):
             path = files.get(name)
             if path is not None and not is_free_name(path):
-                raise UserError(f"{name} is {path}, which exists or whose folder does not; expected a new name in an existing folder")
+                raise UserError(
+                    f"{name} is {path}, which exists, or whose folder cannot be written to; expected a new name in an existing folder"
+                )
         config = make_config(take_options(given, _UNUSED, "verify"), recipe)
         reference = None
         if "record" not in files:

@@ -70,6 +70,9 @@ def test_help_names_every_option_in_under_a_second_without_torch():
     [
         (["--batchsize", "3"], ["--batchsize", "did you mean 'batch_size'"]),
         (["--s", "3"], ["--s"]),
+        (["epochs=3"], ["'epochs=3' lacks its dashes: write --epochs 3"]),
+        (["steps", "9"], ["'steps' lacks its dashes: write --steps 9"]),
+        (["seed"], ["write --seed VALUE"]),
         (["--lr", "300"], ["learning_rate is '300'; allowed: a number, above 0, at most 100"]),
         (
             ["--schedule", "constant", "--warmup", "0.2"],
@@ -119,7 +122,7 @@ def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'"]),
+        ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'", "(in "]),
         ("batch_size: yes", ["batch_size is True", "not allowed"]),
         ("seed: 1\nseed: 2", ["'seed' stands there twice"]),
         ("epochs: [1, 2]", ["epochs is [1, 2]; allowed: a whole number"]),

@@ -21,6 +21,7 @@ from processes import TINY, StopAt, Train, TrainTask, start_ranks
 from launch import evidence, explain, jobs
 from launch.endings import describe_status, find_first, find_kind, read_log, shorten
 from launch.runs import find_noted_log, read_state
+from mnist_dist.config import configure
 from mnist_dist.files import mark_folder
 from mnist_dist.tasks.mnist import Mnist
 
@@ -313,7 +314,7 @@ def make_run(folder, why=None, status=1, log=None, starts=1, noted=True, host="n
     (folder / "slurm").mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints/step_00000100-0123456789abcdef.pt").touch()
-    (folder / "config.yaml").write_text("dataset: synthetic\nsteps: 600\n")
+    (folder / "config.yaml").write_text(configure(dataset="synthetic", steps=600).to_yaml())
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 120, "train/loss": 2.0, "health/memory_gb": 1.25}) + "\n")
     (folder / "starts.jsonl").write_text((json.dumps(START | {"host": host}) + "\n") * starts)
     if why is not None:
@@ -715,6 +716,10 @@ def test_a_copy_and_damage_are_named(slurm, tmp_path):
     assert "the same command as before" in text
     (folder / "starts.jsonl").write_text("[]\n")
     assert "damaged: " in tell(folder)[1]
+    lost = make_run(tmp_path / "runs/lost", "finished", 0)
+    assert "   (makes result.json again from step 100)" in tell(lost)[1]
+    shutil.rmtree(lost / "checkpoints")
+    assert "restore result.json and the checkpoints, or use another run_dir" in tell(lost)[1]
     (folder / "result.json").write_text("{")
     answer, text = tell(folder)
     assert answer.end == "damaged"
@@ -802,7 +807,7 @@ def test_an_array_without_run_folders_is_told_task_by_task(slurm, tmp_path, caps
     ]
     slurm(sacct=None, scontrol=shown.replace("Array", "Het").replace("HetTaskId", "HetJobOffset"))
     assert explain.main(["12"]) == 0
-    assert "\njob 12+0: its job ended" in capsys.readouterr().out
+    assert "\njob 12+0: it ended" in capsys.readouterr().out
 
 
 def test_a_job_that_completed_is_not_said_to_have_failed_for_a_line_in_its_log(slurm, tmp_path):

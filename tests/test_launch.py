@@ -820,7 +820,7 @@ def test_jobs_names_the_measure_by_which_runs_are_compared(no_slurm, tmp_path, c
     def make(name, measure, value):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("dataset: synthetic\n")
+        (folder / "config.yaml").write_text(make_config({"dataset": "synthetic"}).to_yaml())
         (folder / "starts.jsonl").write_text(json.dumps({"time": "early", "step": 0, "best": measure}) + "\n")
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, f"test/{measure}": value}) + "\n")
 
@@ -848,7 +848,7 @@ def test_jobs_names_the_measure_by_which_runs_are_compared(no_slurm, tmp_path, c
 def test_a_record_of_any_speed_is_listed(no_slurm, tmp_path, capsys):
     folder = tmp_path / "runs/a"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("dataset: synthetic\n")
+    (folder / "config.yaml").write_text(make_config({"dataset": "synthetic"}).to_yaml())
     (folder / "starts.jsonl").write_text(json.dumps({"time": "early", "step": 0}) + "\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/images_per_s": 5e-324}) + "\n")
     assert jobs.main([]) == jobs.main(["--json"]) == 0

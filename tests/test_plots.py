@@ -292,7 +292,7 @@ def test_where_the_data_set_is_not_there_the_rest_is_drawn_and_nothing_is_fetche
         raise UserError("no such files")
 
     monkeypatch.setattr("mnist_dist.tasks.mnist.data.load_dataset", load)
-    (run_dir / "config.yaml").write_text("dataset: fashion_mnist\ndata_dir: nowhere\ndownload: true\n")
+    (run_dir / "config.yaml").write_text(configure(dataset="fashion_mnist", data_dir="nowhere", download=True).to_yaml())
     assert plots.main([str(run_dir)]) == 0
     assert asked == [("fashion_mnist", "nowhere", False)]
     assert "no such files" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def without(path, name):
 
 DAMAGES = {
     "no config": ("config.yaml", lambda path: None, "is not a run folder"),
-    "an unknown option": ("config.yaml", lambda path: "epoch: 3\n", "no option 'epoch'"),
+    "an unknown option": ("config.yaml", lambda path: path.read_text() + "epoch: 3\n", "no option 'epoch'"),
     "a row that is no JSON": ("metrics.jsonl", lambda path: path.read_text().replace("}", "", 1), "line 1 "),
     "a row without a step": ("metrics.jsonl", lambda path: '{"step": 1}\n{"loss": 1}\n', "line 2 "),
     "a start that is no object": ("starts.jsonl", lambda path: "[]\n", "line 1 "),

@@ -69,6 +69,14 @@ def run_checks(folder, *checks):
 # Steps
 
 
+def test_its_help_has_its_own_defaults_and_no_option_that_it_refuses(capsys):
+    with pytest.raises(SystemExit):
+        prove.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("(default: 15)", "(default: prove)"))
+    assert "max_requeues" not in shown
+
+
 def test_a_check_that_hangs_is_a_line_and_ends(tmp_path, fake):
     begun = time.monotonic()
     hung, after = run_checks(tmp_path / "work", fake("hang", 2), fake("speed=ok"))

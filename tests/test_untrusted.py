@@ -23,7 +23,7 @@ from processes import TINY, Train, run_ranks, start_ranks
 from launch import cluster, jobs, submit
 from launch.runs import read_state
 from launch.training import write_note
-from mnist_dist import checkpoint, lock
+from mnist_dist import checkpoint, evaluate, lock, report
 from mnist_dist.config import configure, make_config, parse_command_line
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import expand_path, is_marked, mark_folder, read_file
@@ -157,6 +157,23 @@ def test_checkpoints_that_somebody_removes_are_written_again(tmp_path):
     rank.kill(15)
     assert rank.wait() == 143
     assert len(list_newest_first(folder / "checkpoints")) == 1
+
+
+def test_a_run_whose_options_are_lost_is_taken_for_no_other(run_dir, capsys):
+    resume(run_dir)
+    options = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").unlink()
+    assert "holds result.json but no config.yaml, so nothing tells of which options" in resume(run_dir, expect=2)
+    for text in ("", options[: len(options) // 2]):
+        (run_dir / "config.yaml").write_text(text)
+        assert "config.yaml is damaged: it lacks" in resume(run_dir, expect=2)
+        assert evaluate.main([str(run_dir)]) == report.main([str(run_dir)]) == 2
+        assert jobs.main([str(run_dir.parent)]) == 0
+        assert "damaged config.yaml" in capsys.readouterr().out
+    (run_dir / "config.yaml").unlink()
+    (run_dir / "result.json").unlink()
+    resume(run_dir)  # the checkpoint has the recipe
+    assert (run_dir / "config.yaml").exists()
 
 
 def test_a_run_whose_checkpoints_are_gone_is_no_fresh_start(run_dir):
