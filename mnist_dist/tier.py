@@ -115,7 +115,8 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
         else:
             rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
-            parts = [find_gradients(task, model, part.losses) for part in (half, rest)]
+            # Samples may reach no parameter.
+            parts = [find_gradients(task, model, part.losses) for part in (half, rest) if part.losses.requires_grad]
             changed_in = find_other_gradient(gradients, *parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does a hook clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
@@ -181,18 +182,15 @@ def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Te
 
 def find_other_gradient(whole: dict[str, Tensor | None], *parts: dict[str, Tensor | None]) -> str | None:
     """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do."""
-    total, differences = 0.0, {}
+    found: dict[str, tuple[float, float]] = {}  # how far apart the two are, and how large they are
     for name, gradient in whole.items():
-        found = [part[name].double() for part in parts if part[name] is not None]  # type: ignore[union-attr]
-        if gradient is None and not found:
-            continue
-        size = 0.0 if gradient is None else float(gradient.double().norm())
-        total += size**2
-        rest = sum(found, start=torch.zeros(()) if gradient is None else -gradient.double())
-        differences[name] = (float(rest.norm()), size)
+        if gradient is not None:
+            summands = [each.double() for part in parts if (each := part[name]) is not None]
+            rest = gradient.double() - sum(summands)
+            found[name] = float(rest.norm()), max(float(each.norm()) for each in (gradient, *summands))
     # Of some parameters the gradient is zero but for rounding, such as the bias of an attention's keys.
-    noise = _GRADIENT_NOISE * math.sqrt(total)
-    return next((name for name, (rest, size) in differences.items() if rest > _GRADIENT_TOLERANCE * size + noise), None)
+    noise = _GRADIENT_NOISE * math.hypot(*(size for _, size in found.values()))
+    return next((name for name, (rest, size) in found.items() if rest > _GRADIENT_TOLERANCE * size + noise), None)
 
 
 def describe_unused(task: Task, unused: Sequence[str]) -> str:

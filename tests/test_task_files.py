@@ -588,6 +588,8 @@ def test_samples_that_reach_no_parameter_are_trained_alike_in_any_pieces(tmp_pat
         run_ranks(tmp_path / "logs", Train([*arguments, *more, "--run_dir", str(tmp_path / folder)]))
     whole, *others = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "pieces", "shards"))
     assert all(torch.allclose(value, other[key], atol=1e-6) for other in others for key, value in whole.items())
+    few = write(tmp_path / "few.py", SANE, (BUILD, LOSSES.format(apart.replace("if y", "if x[1] < 0.03"))))  # the first two alone
+    assert "any world: " in run_ranks(tmp_path / "logs", Train(["--task", few, *SHORT, "--run_dir", str(tmp_path / "few")]))
 
 
 def test_samples_that_see_each_other_a_little_are_seen_to(tmp_path):
