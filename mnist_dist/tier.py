@@ -8,7 +8,7 @@ it is the same only on as many processes as before.
 import copy
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -116,8 +116,8 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         else:
             rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
             # Samples may reach no parameter.
-            parts = [find_gradients(task, model, part.losses) for part in (half, rest) if part.losses.requires_grad]
-            changed_in = find_other_gradient(gradients, *parts)
+            parts = (find_gradients(task, model, part.losses) for part in (half, rest) if part.losses.requires_grad)
+            changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does a hook clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
 
@@ -180,17 +180,20 @@ def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Te
     return dict(zip(trained, gradients, strict=True))
 
 
-def find_other_gradient(whole: dict[str, Tensor | None], *parts: dict[str, Tensor | None]) -> str | None:
+def find_other_gradient(whole: dict[str, Tensor | None], parts: Iterable[dict[str, Tensor | None]]) -> str | None:
     """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do."""
-    found: dict[str, tuple[float, float]] = {}  # how far apart the two are, and how large they are
-    for name, gradient in whole.items():
-        if gradient is not None:
-            summands = [each.double() for part in parts if (each := part[name]) is not None]
-            rest = gradient.double() - sum(summands)
-            found[name] = float(rest.norm()), max(float(each.norm()) for each in (gradient, *summands))
+    rests = {name: gradient for name, gradient in whole.items() if gradient is not None}
+    sizes = {name: float(gradient.norm()) for name, gradient in rests.items()}
+    whole.clear()  # of a large model, no more than two gradients are kept at once
+    for part in parts:
+        for name in rests:
+            if (gradient := part.pop(name)) is not None:
+                sizes[name] = max(sizes[name], float(gradient.norm()))
+                rests[name] = rests[name] - gradient
+        gradient = None
     # Of some parameters the gradient is zero but for rounding, such as the bias of an attention's keys.
-    noise = _GRADIENT_NOISE * math.hypot(*(size for _, size in found.values()))
-    return next((name for name, (rest, size) in found.items() if rest > _GRADIENT_TOLERANCE * size + noise), None)
+    noise = _GRADIENT_NOISE * math.hypot(*sizes.values())
+    return next((name for name, rest in rests.items() if float(rest.norm()) > _GRADIENT_TOLERANCE * sizes[name] + noise), None)
 
 
 def describe_unused(task: Task, unused: Sequence[str]) -> str:
