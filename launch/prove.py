@@ -166,13 +166,8 @@ def _prove(arguments: Sequence[str] | None) -> int:
     keep = False
     before = _end_on_signals()
     try:
-        where = (
-            "here"
-            if request.cluster == "local"
-            else f"in partition {request.partition}"
-            if request.partition
-            else "in the default partition"
-        )
+        partition = f"partition {request.partition}" if request.partition else "the default partition"
+        where = "here" if request.cluster == "local" else f"in {partition}"
         say(f"nodes: {request.nodes}, ranks: {request.world_size}, {where}; logs: {work}")
         problem = _prove_locally(page, work) if request.cluster == "local" else _prove_on_slurm(page, work)
         keep = bool(problem or page.status)

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -30,7 +29,17 @@ from launch.submission import make_slurm_executor, run_locally, submit_to_slurm,
 from launch.submit import add_job_options, collect_mistakes, compare_with_cluster, list_jobs, read_request, show_start
 from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Options, Parser, explain_unknown, find_by_initials, make_options, option, path_argument, read_options_file
+from mnist_dist.options import (
+    Options,
+    Parser,
+    explain_unknown,
+    find_by_initials,
+    make_options,
+    option,
+    path_argument,
+    read_options_file,
+    spell,
+)
 from mnist_dist.program import make_table, print_answer, say
 from mnist_dist.record import check_folder
 from mnist_dist.source import BUILT_IN, find_task
@@ -206,7 +215,7 @@ def combine(axes: dict[str, list[Any]], given: dict[str, Any], recipe: dict[str,
     folder = Path(configs[0].run_dir)
     placed = {}
     for config in configs:
-        name = ",".join(f"{axis}={_show(config.values()[axis])}" for axis in axes)
+        name = ",".join(f"{axis}={spell(config.values()[axis])}" for axis in axes)
         if "/" in name:
             raise UserError(f"{name[:80]} is to be the name of a run's folder, which cannot hold a /: sweep another option")
         run_dir = folder / name
@@ -216,16 +225,12 @@ def combine(axes: dict[str, list[Any]], given: dict[str, Any], recipe: dict[str,
     return list(placed.values())
 
 
-def _show(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
-
-
 def make_results(axes: list[str], configs: Sequence[Config], runs: Sequence[RunState]) -> str:
     """The table of results: a row for each combination without its seeds, the best first, with mean and spread over the seeds."""
     groups: dict[tuple[str, ...], list[tuple[Config, RunState]]] = {}
     shown = [axis for axis in axes if axis != "seed"]
     for config, run in zip(configs, runs, strict=True):
-        groups.setdefault(tuple(_show(config.values()[axis]) for axis in shown), []).append((config, run))
+        groups.setdefault(tuple(spell(config.values()[axis]) for axis in shown), []).append((config, run))
     task, rows = configs[0].task, []
     for values, members in groups.items():
         found = [run.best for _, run in members if run.is_finished and run.best is not None]

@@ -316,11 +316,15 @@ def read_recipe(file: str | None) -> dict[str, Any]:
     path = find_config_file(file)
     values = read_options_file(path)
     # The file alone need not be complete (data_dir may come from the command line), but its own keys and values must be right.
-    task = find_task(values.get("task", BUILT_IN))
-    unknown = {key: value for key, value in values.items() if key not in Config.model_fields and key not in task.model_fields}
-    if unknown and "task" in values:
-        make_config(unknown, str(path), task)
+    if "task" in values:
+        _refuse_unknown(values, path, find_task(values["task"]))
     return values
+
+
+def _refuse_unknown(values: dict[str, Any], path: Path, task: type[Task]) -> None:
+    """Raise `UserError` where the options in a file are not all those of a config of `task`."""
+    if unknown := {name: value for name, value in values.items() if name not in Config.model_fields and name not in task.model_fields}:
+        make_config(unknown, str(path), task)
 
 
 def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
@@ -351,8 +355,8 @@ def find_given_task(arguments: Sequence[str] | None, program: str = "mnist_dist.
     known, _ = parser.parse_known_args(arguments)
     recipe = read_recipe(known.config)
     task = find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task)
-    if unknown := {name: value for name, value in recipe.items() if name not in Config.model_fields and name not in task.model_fields}:
-        make_config(unknown, str(find_config_file(known.config)), task)
+    if recipe:
+        _refuse_unknown(recipe, find_config_file(known.config), task)
     return task, recipe
 
 

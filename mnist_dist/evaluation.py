@@ -125,7 +125,7 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
         with _refusing_mistakes(task, group, count, "measure", IndexError):
-            _check_measures(task, task.measure(tally.sums.cpu()), is_last=False)
+            _check_measures(task, _fill_in(task.measure(tally.sums.cpu())))
 
 
 @contextlib.contextmanager
@@ -169,25 +169,25 @@ def _refuse_measures(task: Task, what: str) -> NoReturn:
     )
 
 
-def _check_measures(task: Task, measures: Any, *, is_last: bool = True) -> None:
+def _check_measures(task: Task, measures: Any) -> None:
     _check_names(task, measures)
-
-    def is_right(name: object, value: Any) -> bool:
-        if not is_last:  # of a few samples one need not be known yet
-            value = _drop_odd(value)
-        # What passes here is read back without a complaint.
-        is_needed = name in ("loss", task.best) and (is_last or value is not None)
-        return isinstance(name, str) and is_measure(value, name) and (not is_needed or is_number(value))
-
-    wrong = [name for name, value in measures.items() if not is_right(name, value)]
+    # What passes here is read back without a complaint.
+    wrong = [
+        name
+        for name, value in measures.items()
+        if not isinstance(name, str) or not is_measure(value, name) or (name in ("loss", task.best) and not is_number(value))
+    ]
     if wrong:
         _refuse_measures(task, f"{wrong[0]} is {measures[wrong[0]]!r:.80}")
 
 
-def _drop_odd(value: Any) -> Any:
+def _fill_in(value: Any) -> Any:
+    """The same measures with a number in the place of each that is not known yet, as of a few samples."""
+    if isinstance(value, dict):
+        return {name: _fill_in(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_drop_odd(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_fill_in(entry) for entry in value]
+    return 0.0 if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:

@@ -194,11 +194,10 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
 
 def _check_data(state: TrainingState, group: Group) -> None:
     """Raise `UserError` on all ranks where some have other data, or other numbers of samples."""
-    config = state.config
-    facts, what = config.task.facts, config.evaluated_on
+    config, facts = state.config, state.config.task.facts
     other: Row = {f"the fact {name}": "another" for name in find_other_facts(group.broadcast(facts), facts)}
     evaluated = fingerprint(state.data.evaluated, config.task, "test") if group.size > 1 else ""
-    check_same_data(other | {"training data": state.fingerprint, f"{what} data": evaluated} | config.name_sizes(), group)
+    check_same_data(other | {"training data": state.fingerprint, f"{config.evaluated_on} data": evaluated} | config.name_sizes(), group)
 
 
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:

@@ -227,16 +227,13 @@ class Parser(argparse.ArgumentParser):
             title = str(trait(field, "group"))
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
+            words = f"{field.description or name.replace('_', ' ')} (default: {spell((own or {}).get(name, field.default))})"
             flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
             groups[title].add_argument(
                 f"--{name}",
                 default=argparse.SUPPRESS,
                 metavar="|".join(_literals(model, name)) or _find_metavar(model, name),
-                help=argparse.SUPPRESS
-                if name in hidden
-                else f"{field.description or name.replace('_', ' ')} (default: {spell((own or {}).get(name, field.default))})".replace(
-                    "%", "%%"
-                ),
+                help=argparse.SUPPRESS if name in hidden else words.replace("%", "%%"),
                 **flag,
             )
             self._names.append(name)

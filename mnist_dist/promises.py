@@ -25,7 +25,17 @@ from mnist_dist.model import build_model
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
-from mnist_dist.tier import Trace, check_losses, describe_flaw, describe_unused, find_first_difference, find_gradients, is_close, keeping
+from mnist_dist.tier import (
+    Trace,
+    check_losses,
+    describe_flaw,
+    describe_unused,
+    find_first_difference,
+    find_gradients,
+    is_close,
+    keeping,
+    list_unused,
+)
 from mnist_dist.weights import encode_weights
 from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
 from mnist_dist.world import World
@@ -172,7 +182,7 @@ def _check_gradients(subject: Subject) -> Found:
             with keeping(model):
                 losses = subject.trace(piece).losses
                 check_losses(subject.task, losses, piece.size)
-                unused = [name for name, gradient in find_gradients(subject.task, model, losses).items() if gradient is None]
+                unused = list_unused(find_gradients(subject.task, model, losses))
             if unused and config.shards is None:
                 raise Broken(f"on rank {rank} of 2 in step {step + 1}: {describe_unused(subject.task, unused)}")
             seldom |= set(unused)

@@ -26,7 +26,7 @@ from mnist_dist.record import Row, check_same, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping
+from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked
 
 _log = logging.getLogger(__name__)
 
@@ -246,14 +246,15 @@ class TrainingState:
             for name, module in self.bare_model.named_modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and module.weight.requires_grad
         ]
-        hooked = [name for name, parameter in self.bare_model.named_parameters() if parameter._post_accumulate_grad_hooks]
-        if hooked and (self.group.size > 1 or self.config.shards):
+        if not (self.group.size > 1 or self.config.shards):
+            return
+        if hooked := list_hooked(self.bare_model):
             raise UserError(
                 f"task {self.config.task.name}: {hooked[0]} has a hook for its gradient once it is added up, which would be called before "
                 "that of all processes or shards is, or not at all: clip with --clip_norm, use register_hook, which is called for each "
                 "part, or train on one process, without shards"
             )
-        if trained and (self.group.size > 1 or self.config.shards):
+        if trained:
             raise UserError(
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
                 "would change its own by its own samples; train on one process, without shards"

@@ -90,7 +90,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 "each step: clone it in one of the two"
             )
         gradients = find_gradients(task, model, whole.losses)
-        unused = tuple(name for name, gradient in gradients.items() if gradient is None)
+        unused = tuple(list_unused(gradients))
         changed = kept.list_changed()
         kept.put_back()
         seed_generators(0)
@@ -111,7 +111,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             reason = f"in {mixing} the samples of a batch see each other"
         elif moved:
             reason = f"each forward pass changes {moved[0]}"
-        elif hooked := [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]:
+        elif hooked := list_hooked(model):
             reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
         else:
             rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
@@ -178,6 +178,16 @@ def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Te
         if gradient is not None and gradient.layout != torch.strided:
             raise UserError(f"task {task.name}: {name} gets a sparse gradient; expected a dense one (an embedding with sparse=False)")
     return dict(zip(trained, gradients, strict=True))
+
+
+def list_unused(gradients: dict[str, Tensor | None]) -> list[str]:
+    """The parameters that get no gradient."""
+    return [name for name, gradient in gradients.items() if gradient is None]
+
+
+def list_hooked(model: nn.Module) -> list[str]:
+    """The parameters with a hook for their gradient once it is added up."""
+    return [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
 
 
 def find_other_gradient(whole: dict[str, Tensor | None], parts: Iterable[dict[str, Tensor | None]]) -> str | None:
