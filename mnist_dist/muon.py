@@ -108,6 +108,7 @@ def _find_gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+@torch.inference_mode()  # with so many small operations, what autograd notes of each would tell
 def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> list[Tensor]:
     """Of each matrix [m, n] about the nearest with orthonormal rows (columns, where m > n), times `size`, in its dtype.
 
@@ -132,9 +133,9 @@ def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> lis
             factors, rounds = _find_factors(grams, rounds[0]), rounds[1:]
         whole = factors
         for coefficients in rounds:
-            grams = factors @ grams @ factors
+            grams = factors.bmm(grams).bmm(factors)
             factors = _find_factors(grams, coefficients)
-            whole = factors @ whole
+            whole = factors.bmm(whole)
         for place, x in zip(places, _multiply(whole * (scales * size), xs), strict=True):
             wide[place] = x
     return [x.T if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(wide, matrices, strict=True)]
@@ -160,7 +161,7 @@ def _normalize(grams: Tensor) -> Tensor:
     """
     norms = torch.linalg.vector_norm(grams, dim=(1, 2), keepdim=True).clamp_(min=1e-14)
     grams.div_(norms)  # or the squares of small ones would be zero
-    bounds = torch.linalg.vector_norm(grams @ grams, dim=(1, 2), keepdim=True).sqrt_().clamp_(min=1e-7)
+    bounds = torch.linalg.vector_norm(grams.bmm(grams), dim=(1, 2), keepdim=True).sqrt_().clamp_(min=1e-7)
     grams.div_(bounds)
     return norms.mul_(bounds).rsqrt_()
 
