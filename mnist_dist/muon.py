@@ -108,7 +108,7 @@ def _find_gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-@torch.inference_mode()  # with so many small operations, what autograd notes of each would tell
+@torch.inference_mode()  # autograd's record of so many small operations would cost a twentieth of the time
 def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> list[Tensor]:
     """Of each matrix [m, n] about the nearest with orthonormal rows (columns, where m > n), times `size`, in its dtype.
 
