@@ -52,7 +52,7 @@ class Lock:
         self.run_dir = run_dir
         self._end_s = time.monotonic() + patience_s
         self._patience_s, self._is_asked_to_stop = patience_s, is_asked_to_stop
-        self._lost, self._checking = "", threading.Lock()  # rows come from the loop, checkpoints from a thread
+        self._lost, self._gone, self._checking = "", "", threading.Lock()  # rows come from the loop, checkpoints from a thread
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
             self._lock_soon(self._descriptors[0])
@@ -104,22 +104,48 @@ class Lock:
                     is_waiting = True
             time.sleep(0.05)
 
-    def check(self) -> None:
-        """Notice that somebody removed the file of the lock, and take it again.
+    def check(self, *, at_end: bool = False) -> None:
+        """Notice that somebody removed the file of the lock, and take it again; warn once where the folder itself is gone.
 
         Raises `RunError` if another job was quicker, or if another folder is in the place of the one that was locked; and then each time.
+        With `at_end`, when nothing can be written later, also if the folder is gone.
         """
-        # Where the folder or its disk is gone, or the file server does not answer, what is to be written there will tell.
+        # Where the disk is gone, or the file server does not answer, what is to be written there will tell.
         with self._checking, contextlib.suppress(OSError):
-            self._lost = self._lost or self._find_loss()
+            before, self._gone = self._gone, self._find_whether_gone()
+            if self._gone and not before:
+                _log.warning("%s", self._gone)
+            self._lost = self._lost or ("" if self._gone else self._find_loss())
         if self._lost:
             raise RunError(self._lost)
+        if self._gone and at_end:
+            raise RunError(self._gone)
+
+    def _find_whether_gone(self) -> str:
+        """In words, that the folder is no more under its name; empty where it is there. Raises OSError."""
+        try:
+            os.stat(self.run_dir)
+            return ""
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                raise
+        return f"run_dir {self.run_dir} is gone{self._tell_where()}; nothing of this run can be saved until it is back"
+
+    def _tell_where(self) -> str:
+        """Where the folder that was locked is today, as the end of a sentence; empty where the system does not tell, as Linux does."""
+        with contextlib.suppress(OSError):
+            own = os.fstat(self._descriptors[0])
+            if not own.st_nlink:
+                return ": somebody removed it"
+            path = os.readlink(f"/proc/self/fd/{self._descriptors[0]}")
+            if os.path.samestat(os.stat(path), own):
+                return f": somebody moved it to {path}"
+        return ""
 
     def _find_loss(self) -> str:
         """How this run has lost the folder, in words; empty where it has not, or could take it again. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            if not os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0])):
-                return f"somebody has put another folder in the place of {self.run_dir}: this run stops and leaves that alone"
+        if not os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0])):
+            return f"another folder is in the place of this run's, {self.run_dir}{self._tell_where()}; the run stops and leaves the other alone"
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return ""

@@ -296,7 +296,7 @@ class RunFolder:
             assert self._writer is not None
             assert self._record is not None
             assert self._lock is not None
-            self._lock.check()
+            self._lock.check(at_end=True)
             path = self._writer.finish(state.step, state.copy(self._record.copy_steps()))
             self._stop, self._step = stop, state.step
             return path
@@ -308,7 +308,7 @@ class RunFolder:
 
         def write() -> None:
             assert self._lock is not None
-            self._lock.check()
+            self._lock.check(at_end=True)
             try:
                 write_atomically(self.path / WEIGHTS_FILE, weights)
                 write_atomically(self.path / RESULT_FILE, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())

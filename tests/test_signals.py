@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -494,15 +495,40 @@ def test_a_run_folder_that_cannot_be_used_is_refused(tmp_path, fault):
     assert "Traceback" not in text
 
 
-def test_a_run_folder_that_vanishes_ends_the_run_with_an_error(tmp_path):
+@pytest.mark.parametrize("fault", ["moved", "removed"])
+def test_a_run_folder_that_vanishes_ends_the_run_with_an_error(tmp_path, fault):
     folder = tmp_path / "run"
     ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder), "--checkpoint_every", "3"]), 2)
     ranks[0].wait_for(lambda: saved_steps(folder))
     folder.rename(tmp_path / "gone")
+    if fault == "removed":
+        shutil.rmtree(tmp_path / "gone")
     ranks[0].wait_for(lambda: "training goes on without it" in ranks[0].text)
     ranks[0].kill(signal.SIGTERM)
     assert [rank.wait() for rank in ranks] == [1, 1]
-    assert "could not be written: No such file or directory" in ranks[1].text
+    where = f"moved it to {tmp_path / 'gone'}" if fault == "moved" else "removed it"
+    assert ranks[0].text.count(f"run_dir {folder} is gone: somebody {where}") == 2  # a warning at once, and the error
+    assert f"run_dir {folder} is gone" in ranks[1].text
+    assert not folder.exists()
+
+
+def test_a_run_whose_folder_is_put_back_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--checkpoint_every", "3", "--evaluate_every", "3", "--wandb", "offline"]
+    [rank] = start_ranks(tmp_path, Train([*LONG, *options, "--run_dir", str(folder)]))
+    rank.wait_for(lambda: saved_steps(folder))
+    rank.wait_for(lambda: "W&B keeps this run offline" in rank.text)
+    folder.rename(tmp_path / "gone")
+    rank.wait_for(lambda: "training goes on without it" in rank.text)
+    assert not folder.exists()
+    (tmp_path / "gone").rename(folder)
+    before = saved_steps(folder)
+    rank.wait_for(lambda: saved_steps(folder) != before)
+    rank.kill(signal.SIGTERM)
+    assert rank.wait() == 143
+    rows = [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, saved_steps(folder)[0] + 1))
+    assert len(list((folder / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
 @dataclass(frozen=True)

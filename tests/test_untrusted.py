@@ -131,7 +131,8 @@ def test_a_run_that_was_moved_away_leaves_the_one_in_its_place_alone(tmp_path):
     folder.rename(tmp_path / "moved")
     folder.mkdir()
     assert [rank.wait() for rank in first] == [1, 1]
-    assert all(f"somebody has put another folder in the place of {folder}" in rank.text for rank in first)
+    words = f"another folder is in the place of this run's, {folder}: somebody moved it to {tmp_path / 'moved'}"
+    assert all(words in rank.text for rank in first)
     assert list(folder.iterdir()) == []
 
 
