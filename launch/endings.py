@@ -22,8 +22,10 @@ _WORDS = (
     ("rank silent", r"(was|were) silent for [\d.]+ s"),
     ("did not meet", r"could not join the others|did not come|was left by rank zero"),
     ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
-    ("in use", r"is in use by|has removed the lock|put another folder in the place"),
-    ("checkpoint", r"^(?>.*?checkpoints? ).*(is valid|cannot be read|cannot be used)"),  # atomic: the first, or many would take long
+    ("in use", r"is in use by|has removed the lock"),
+    ("folder gone", r"run_dir .* is gone[:;]|another folder is in the place of"),
+    # The group is atomic: the first checkpoint of a line, or many would take long.
+    ("checkpoint", r"^(?>.*?checkpoints? ).*(is valid|cannot be read|is damaged)|has no checkpoint any more"),
 )
 # States of Slurm that say more than the run itself could know, and those that say less than an error of its own.
 STRONG_STATES = {"OUT_OF_MEMORY": "memory", "NODE_FAIL": "node failed", "BOOT_FAIL": "node failed"}

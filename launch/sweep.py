@@ -130,9 +130,9 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     if file_name is not None:
         values = read_options_file(Path(expand_word(file_name)))
     fixed, file = values.get("fixed"), known.config or values.get("config")
-    recipe = read_recipe(file if isinstance(file, str) else None)
-    named = fixed.get("task") if isinstance(fixed, dict) else None
-    return find_task(known.task or named or recipe.get("task", BUILT_IN)), recipe
+    named = known.task or (fixed.get("task") if isinstance(fixed, dict) else None)
+    recipe = read_recipe(file if isinstance(file, str) else None, named)
+    return find_task(named or recipe.get("task", BUILT_IN)), recipe
 
 
 def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]], str]:

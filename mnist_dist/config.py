@@ -309,22 +309,17 @@ def _recipe_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"  # the latter in a checkout
 
 
-def read_recipe(file: str | None) -> dict[str, Any]:
-    """The options in the file of `--config`; none without one. Raises `UserError`."""
+def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
+    """The options in the file of `--config`, none without one; `named` is a task that counts more than the file's. Raises `UserError`."""
     if file is None:
         return {}
     path = find_config_file(file)
     values = read_options_file(path)
-    # The file alone need not be complete (data_dir may come from the command line), but its own keys and values must be right.
-    if "task" in values:
-        _refuse_unknown(values, path, find_task(values["task"]))
-    return values
-
-
-def _refuse_unknown(values: dict[str, Any], path: Path, task: type[Task]) -> None:
-    """Raise `UserError` where the options in a file are not all those of a config of `task`."""
+    task = find_task(values.get("task", BUILT_IN) if named is None else named)
+    # The file alone need not be complete (data_dir may come from the command line), but its own keys must be right.
     if unknown := {name: value for name, value in values.items() if name not in Config.model_fields and name not in task.model_fields}:
         make_config(unknown, str(path), task)
+    return values
 
 
 def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
@@ -353,11 +348,8 @@ def find_given_task(arguments: Sequence[str] | None, program: str = "mnist_dist.
     parser = Parser(program, "", add_help=False)
     _add_sources(parser)
     known, _ = parser.parse_known_args(arguments)
-    recipe = read_recipe(known.config)
-    task = find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task)
-    if recipe:
-        _refuse_unknown(recipe, find_config_file(known.config), task)
-    return task, recipe
+    recipe = read_recipe(known.config, known.task)
+    return find_task(recipe.get("task", BUILT_IN) if known.task is None else known.task), recipe
 
 
 def add_config_options(parser: Parser, task: type[Task], own: Mapping[str, Any] | None = None, hidden: Collection[str] = ()) -> None:

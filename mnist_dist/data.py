@@ -348,11 +348,17 @@ def load_data(config: Config) -> tuple[Config, Data]:
     return config.with_facts(facts), data
 
 
-def _check_facts(task: Task, facts: Any) -> None:
-    """Raise `UserError` unless a file gives the facts back as they are; else it would fail only once the training is done."""
+def are_facts(facts: Any) -> bool:
+    """Whether a file gives `facts` back as they are."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        if isinstance(facts, dict) and json.loads(json.dumps(facts, allow_nan=False)) == facts:
-            return
+        return isinstance(facts, dict) and bool(json.loads(json.dumps(facts, allow_nan=False)) == facts)
+    return False
+
+
+def _check_facts(task: Task, facts: Any) -> None:
+    """Raise `UserError` for facts that are no such; they would fail only once the training is done."""
+    if are_facts(facts):
+        return
     raise UserError(
         f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
     )

@@ -7,11 +7,11 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import stat
 from pathlib import Path
 
-TEMPORARY_SUFFIX = ".tmp"
-
+_TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")
 _LINES_BYTES_MAX = 16 << 20
 
 
@@ -59,11 +59,12 @@ def is_free_name(path: Path) -> bool:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    # Somebody's link or FIFO under this name is an error, and stays.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o666)
+    """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError.
+
+    Of several processes that do so at once, the last one counts.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -77,13 +78,19 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def find_final_name(name: str) -> str:
+    """What the temporary file `name` of `write_atomically` would have become; empty for the name of any other file."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else ""
+
+
 def append_line(path: Path, line: bytes) -> int:
     """Add a line to a small file of lines, and count its lines; a last one that was torn goes. Raises OSError.
 
     Two processes may add lines to a whole file at once.
     """
     content = read_file(path, _LINES_BYTES_MAX) if os.path.lexists(path) else b""
-    with path.open("ab") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "ab") as file:
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
         file.write(line + b"\n")
@@ -97,7 +104,7 @@ def as_argument(path: Path) -> str:
 
 def describe_error(error: OSError) -> str:
     """What the system says, and of which file."""
-    reason = error.strerror or str(error)
+    reason = "it is a link, which is not followed" if error.errno == errno.ELOOP else error.strerror or str(error)
     return f"{reason} ({error.filename})" if error.filename else reason
 
 

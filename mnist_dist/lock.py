@@ -64,7 +64,7 @@ class Lock:
 
     def _take_file(self) -> None:
         path = self.run_dir / LOCK_FILE
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
             if not self._lock_soon(descriptor):
                 _log.warning("the file system of %s has no locks: make sure that no second job uses this folder", self.run_dir)
@@ -122,30 +122,48 @@ class Lock:
             raise RunError(self._gone)
 
     def _find_whether_gone(self) -> str:
-        """In words, that the folder is no more under its name; empty where it is there. Raises OSError."""
-        try:
-            os.stat(self.run_dir)
+        """In words, that there is nothing under the folder's name; empty where something is. Raises OSError."""
+        if self._is_in_place() or os.path.lexists(self.run_dir):
             return ""
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-                raise
         return f"run_dir {self.run_dir} is gone{self._tell_where()}; nothing of this run can be saved until it is back"
 
-    def _tell_where(self) -> str:
-        """Where the folder that was locked is today, as the end of a sentence; empty where the system does not tell, as Linux does."""
+    def find_folder(self) -> Path:
+        """The folder that was locked, wherever it is today. Raises `RunError` if another job has it, or nobody can tell; and OSError."""
+        if self._is_in_place():
+            self.check()
+            return self.run_dir
+        path = self._find_path()
+        if path is None:
+            raise RunError(f"run_dir {self.run_dir} is gone")
+        return path
+
+    def _is_in_place(self) -> bool:
+        """Whether the folder that was locked has its name still. Raises OSError where the file server does not answer."""
+        try:
+            return os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0]))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def _find_path(self) -> Path | None:
+        """What the folder that was locked is called today; None where it was removed, or the system does not tell, as Linux does."""
         with contextlib.suppress(OSError):
-            own = os.fstat(self._descriptors[0])
-            if not own.st_nlink:
-                return ": somebody removed it"
             path = os.readlink(f"/proc/self/fd/{self._descriptors[0]}")
-            if os.path.samestat(os.stat(path), own):
-                return f": somebody moved it to {path}"
-        return ""
+            if os.path.samestat(os.stat(path), os.fstat(self._descriptors[0])):
+                return Path(path)
+        return None
+
+    def _tell_where(self) -> str:
+        """Where the folder that was locked is today, as the end of a sentence; empty where that is not known."""
+        with contextlib.suppress(OSError):
+            if not os.fstat(self._descriptors[0]).st_nlink:
+                return ": somebody removed it"
+        path = self._find_path()
+        return f": somebody moved it to {path}" if path else ""
 
     def _find_loss(self) -> str:
         """How this run has lost the folder, in words; empty where it has not, or could take it again. Raises OSError."""
-        if not os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0])):
-            return f"another folder is in the place of this run's, {self.run_dir}{self._tell_where()}; the run stops and leaves the other alone"
+        if not self._is_in_place():
+            return f"another folder is in the place of this run's, {self.run_dir}{self._tell_where()}; the run stops and leaves it alone"
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return ""
@@ -178,10 +196,11 @@ def find_process(run_dir: Path, holder: Holder | None) -> int | None:
         return None
     with contextlib.suppress(OSError):  # no such process, or somebody else's
         lock = os.stat(run_dir / LOCK_FILE)
-        for descriptor in os.scandir(f"/proc/{holder.pid}/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                if os.path.samestat(descriptor.stat(), lock):
-                    return holder.pid
+        with os.scandir(f"/proc/{holder.pid}/fd") as descriptors:
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    if os.path.samestat(descriptor.stat(), lock):
+                        return holder.pid
     return None
 
 

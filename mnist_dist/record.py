@@ -1,5 +1,6 @@
 """The record of a run: the files of its folder, metrics.jsonl as a run writes it, and all of it as others read it. Imports no torch."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import TEMPORARY_SUFFIX, describe_error, read_file, read_kernel_count, write_atomically
+from mnist_dist.files import describe_error, find_final_name, read_file, read_kernel_count, write_atomically
 from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Task, shorten_name
@@ -51,7 +52,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.steps = array("q")  # of the rows in the file, and of those that still wait for the disk
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             os.close(self._descriptor)
             raise OSError(None, f"{path.name} is not a regular file")
@@ -150,7 +151,7 @@ class Record:
 
     def _replace(self, content: bytes) -> None:
         write_atomically(self.path, content)
-        old, self._descriptor = self._descriptor, os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        old, self._descriptor = self._descriptor, os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         os.close(old)
 
     def close(self) -> None:
@@ -257,18 +258,12 @@ def check_same(there: Row, asked: Row, what: str) -> None:
 
 def remove_temporary_files(run_dir: Path) -> None:
     """Delete what a killed writer left behind: regular files under names that this program gives them, and nothing else. Raises OSError."""
-    paths = [run_dir / f"{name}{TEMPORARY_SUFFIX}" for name in _FILES]
-    # Any other picture's is written over by the next report that draws it: what a task calls its pictures, a user may call a file.
-    paths.append(run_dir / PLOTS / f"{CURVES}.png{TEMPORARY_SUFFIX}")
-    paths += [
-        path for path in (run_dir / STACKS).glob(f"*{TEMPORARY_SUFFIX}") if STACK_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX))
-    ]
-    for path in (run_dir / CHECKPOINTS).glob(f"step_*{TEMPORARY_SUFFIX}"):
-        if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
-            paths.append(path)
-    for path in paths:
-        if os.path.isfile(path) and not os.path.islink(path):
-            path.unlink(missing_ok=True)
+    own = {PLOTS: PICTURE_NAME, STACKS: STACK_NAME, CHECKPOINTS: CHECKPOINT_NAME, "": re.compile("|".join(map(re.escape, _FILES)))}
+    for folder, pattern in own.items():
+        with contextlib.suppress(FileNotFoundError), os.scandir(run_dir / folder) as entries:
+            for entry in entries:
+                if pattern.fullmatch(find_final_name(entry.name)) and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry)
 
 
 def list_newest_first(checkpoints: Path) -> list[Path]:
@@ -451,7 +446,8 @@ def parse_object(text: bytes) -> Row:
 def is_row(row: Row) -> bool:
     """Whether `row` is one of metrics.jsonl: a step, and numbers, some of which may not be known; of an evaluation, lists of them, too."""
     return is_count(row.get("step")) and all(
-        is_measure(value, name) and (not isinstance(value, list) or _LIST_NAME.fullmatch(name)) for name, value in row.items()
+        isinstance(name, str) and is_measure(value, name) and (not isinstance(value, list) or _LIST_NAME.fullmatch(name))
+        for name, value in row.items()
     )
 
 

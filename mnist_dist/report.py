@@ -169,7 +169,8 @@ def _show(panel: Panel) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    kinds = [' class="number"' if all(type(value) in (int, float) for value in column) else "" for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True) if rows else [("",)] * len(head)
+    kinds = [' class="number"' if all(type(value) in (int, float) for value in column) else "" for column in columns]
 
     def line(cell: str, values: Sequence[object]) -> str:
         cells = [f"<{cell}{kind}>{escape(spell(value))}</{cell}>" for kind, value in zip(kinds, values, strict=True)]

@@ -233,13 +233,13 @@ class RunFolder:
             why = f"failed: {first_line(error or RunError())[:300]}"
         assert self._lock is not None
         with contextlib.suppress(OSError, RunError):  # the log has it as well
-            self._lock.check()
+            folder = self._lock.find_folder()
             end: Row = {"time": make_timestamp(), "step": self._step, "start": self._starts, "why": why, "status": status}
             end["lasting"] = isinstance(error, NotFiniteError)
             kills = count_memory_kills()
             if kills is not None and self._memory_kills is not None and kills > self._memory_kills:
                 end["memory_kills"] = kills - self._memory_kills
-            append_line(self.path / ENDS_FILE, json.dumps(end).encode())
+            append_line(folder / ENDS_FILE, json.dumps(end).encode())
 
     @property
     def stop_requested(self) -> Stop:

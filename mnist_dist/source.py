@@ -57,7 +57,10 @@ def resolve_name(name: str) -> str:
     if not name.endswith(".py") and "/" not in name:
         return name
     try:
-        return os.path.abspath(expand_path(name))
+        full = os.path.abspath(expand_path(name))
+        if not full.isprintable():  # the folder's name; files and messages hold it
+            raise ValueError(f"its path is {full!r}; expected printable characters")
+        return full
     except ValueError as error:
         raise UserError(f"task is {name!r}: {error}") from error
 

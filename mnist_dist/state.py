@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, find_immovable, find_other_facts, fingerprint
+from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_facts, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
@@ -378,6 +378,8 @@ class TrainingState:
             "it was trained on other data; use another run_dir, or the same data:",
         )
         facts = state.get("facts", self.config.task.facts)  # older versions kept none
+        if not are_facts(facts):
+            raise RunError("it is damaged: its facts are not plain values")
         if differing := find_other_facts(facts, self.config.task.facts):
             raise UserError(
                 f"it was trained on other data: its facts were others ({', '.join(differing)}); use another run_dir, or the same data (a "

@@ -473,6 +473,11 @@ def test_what_comes_from_files_is_text_in_the_report(run_dir):
     assert "<b>&\"'" in page.text
 
 
+def test_a_table_without_rows_is_its_head(run_dir):
+    page = Page(report.make_page(read_run(run_dir), [Panel("none", "none", table=(["left", "right"], []))], []))
+    assert "right" in page.text
+
+
 def test_the_same_run_gives_the_same_report(run_dir, finished):
     html = report.write_report(run_dir)[0].read_text()
     assert html.replace(str(run_dir), str(finished)) == (finished / "report.html").read_text()

@@ -464,6 +464,8 @@ def damage_weights(name):
         metadata["std"] = "0"
     elif name == "mean of words":
         metadata["mean"] = "about 0.1"
+    elif name == "data that are a list":
+        metadata["dataset"] = "[1]"
     elif name == "unknown data":
         metadata["dataset"] = "cats\x1b"
     elif name == "clothes":
@@ -482,6 +484,7 @@ def damage_weights(name):
         ("no metadata", "does not say its dataset, mean, std"),
         ("std of zero", "its std is '0'"),
         ("mean of words", "its mean is 'about 0.1'"),
+        ("data that are a list", "its dataset is '[1]'"),
         ("unknown data", "its dataset is 'cats\\x1b'"),
         ("clothes", "trained on fashion_mnist"),
     ],

@@ -891,6 +891,10 @@ def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch)
     assert parse_command_line(["--config", "recipe.yaml"]).task.width == 7
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert parse_command_line(["--config", "again.yaml"]) == config
+    # The task that is named counts, and the code of the recipe's does not run.
+    (tmp_path / "other.py").write_text("raise SystemExit(9)\n")
+    (tmp_path / "theirs.yaml").write_text("task: other.py\nwidth: 7\n")
+    assert parse_command_line(["--config", "theirs.yaml", "--task", "mine.py"]).task.name == name
     with pytest.raises(SystemExit):
         parse_command_line(["--task", "mine.py", "--help"])
     assert "width of the hidden layer" in capsys.readouterr().out
@@ -898,6 +902,15 @@ def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch)
         with pytest.raises(UserError, match=words):
             parse_command_line(["--task", "mine.py", *wrong])
     assert make_config(config.values()) == config
+
+
+def test_a_task_in_a_folder_whose_name_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write(folder / "mine.py")
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="expected printable characters"):
+        find_task("mine.py")
 
 
 @pytest.mark.slow

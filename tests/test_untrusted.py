@@ -21,15 +21,16 @@ import torch
 from processes import TINY, Train, run_ranks, start_ranks
 
 from launch import cluster, jobs, submit
+from launch.endings import find_kind
 from launch.runs import read_state
 from launch.training import write_note
 from mnist_dist import checkpoint, evaluate, lock, report
 from mnist_dist.config import configure, make_config, parse_command_line
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import expand_path, is_marked, mark_folder, read_file
+from mnist_dist.files import expand_path, is_marked, mark_folder, read_file, write_atomically
 from mnist_dist.lock import Lock, read_holder
 from mnist_dist.options import read_options_file
-from mnist_dist.record import Record, list_newest_first, read_config, read_result, read_run
+from mnist_dist.record import Record, list_newest_first, read_config, read_ends, read_result, read_run
 from mnist_dist.source import find_task
 from mnist_dist.weights import make_header
 
@@ -63,21 +64,32 @@ def resume(run_dir, *, expect=0):
 
 def test_only_files_of_its_own_names_are_removed_or_replaced(run_dir):
     theirs = {"notes.tmp": b"a", "checkpoints/model.pt.tmp": b"b", "plots/mine.png.tmp": b"c", "metrics.csv": b"d"}
-    ours = ["config.yaml.tmp", "result.json.tmp", "plots/curves.png.tmp", "checkpoints/step_00000007-0123456789abcdef.pt.tmp"]
+    theirs |= {"result.json.tmp": b"e", "plots/curves.png.old.tmp": b"f", "checkpoints/x.pt.0123abcd.tmp": b"g"}
+    ours = ["config.yaml.0123abcd.tmp", "result.json.0123abcd.tmp", "plots/curves.png.0123abcd.tmp", "stacks/rank0.txt.0123abcd.tmp"]
+    ours += ["checkpoints/step_00000007-0123456789abcdef.pt.0123abcd.tmp"]
     for name in [*theirs, *ours]:
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_bytes(theirs.get(name, b"half"))
-    (run_dir / "x.tmp").mkdir()
-    (run_dir / "model.safetensors.tmp").symlink_to(run_dir / "notes.tmp")
-    text = resume(run_dir, expect=1)  # somebody's link is under a name that is needed: it is neither followed nor removed
-    assert "Traceback" not in text
-    assert "model.safetensors.tmp" not in text or "cannot be written" in text
-    assert all((run_dir / name).read_bytes() == content for name, content in theirs.items())
-    assert not any((run_dir / name).exists() for name in ours)
-    (run_dir / "model.safetensors.tmp").unlink()
+    (run_dir / "report.html.0123abcd.tmp").mkdir()
+    (run_dir / "model.safetensors.0123abcd.tmp").symlink_to(run_dir / "notes.tmp")
     resume(run_dir)
     assert all((run_dir / name).read_bytes() == content for name, content in theirs.items())
-    assert (run_dir / "x.tmp").is_dir()
+    assert not any((run_dir / name).exists() for name in ours)
+    assert (run_dir / "report.html.0123abcd.tmp").is_dir()
+    assert (run_dir / "model.safetensors.0123abcd.tmp").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "starts.jsonl", "ends.jsonl", "result.json", "model.safetensors", "config.yaml"])
+def test_a_link_in_a_run_folder_harms_no_file_outside_of_it(run_dir, name):
+    precious = run_dir.parent / "precious"
+    content = (run_dir / name).read_bytes() if (run_dir / name).exists() else b"of great value\n"
+    precious.write_bytes(content)
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(precious)
+    [rank] = start_ranks(run_dir.parent, Train([*TINY, "--optimizer", "muon", "--run_dir", str(run_dir)]))
+    rank.wait()
+    assert "Traceback" not in rank.text
+    assert precious.read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "model.safetensors", "report.html", "starts.jsonl"])
@@ -134,6 +146,8 @@ def test_a_run_that_was_moved_away_leaves_the_one_in_its_place_alone(tmp_path):
     words = f"another folder is in the place of this run's, {folder}: somebody moved it to {tmp_path / 'moved'}"
     assert all(words in rank.text for rank in first)
     assert list(folder.iterdir()) == []
+    [end] = read_ends(tmp_path / "moved")  # the folder that is its own
+    assert find_kind(end["why"]) == "folder gone"
 
 
 def test_checkpoints_that_cannot_be_listed_are_no_fresh_start(run_dir, monkeypatch):
@@ -244,6 +258,9 @@ DAMAGES = {
     "an unfinished row that is there as well": lambda state: state.update(unfinished=ROW),
     "an unfinished row without a loss": lambda state: state.update(unfinished={"step": 10}, rows=torch.tensor([1])),
     "an unfinished row with a list": lambda state: state.update(unfinished=ROW | {"train/loss": [1.0]}, rows=torch.tensor([1])),
+    "an unfinished row with a number for a name": lambda state: state.update(unfinished=ROW | {1: 2.0}, rows=torch.tensor([1])),
+    "facts that are text": lambda state: state.update(facts="none"),
+    "a fact that is a tensor": lambda state: state["facts"].update(mean=torch.zeros(3)),
     "a weight of eight bits": lambda state: state["model"].update({"conv1.bias": torch.zeros(32).to(torch.float8_e4m3fn)}),
     "a weight of sixteen bits": lambda state: state["model"].update({"conv1.bias": torch.zeros(32).half()}),
     "a format that is a tensor": lambda state: state.update(format=torch.tensor([1, 2])),
@@ -290,6 +307,31 @@ def test_a_checkpoint_with_the_right_checksum_and_odd_fields_is_named_in_one_mes
         assert f"error: checkpoint {tmp_path / 'runs' / number}/checkpoints/step_00000010-" in lines[0], (name, answer)
         assert all(line.startswith("error: ") for line in lines), (name, answer)
         assert len(answer) < 2500, name
+
+
+@dataclass(frozen=True)
+class WriteOften:
+    """A process that replaces a file by a text of its own, again and again."""
+
+    path: str
+    letter: bytes
+
+    def __call__(self):
+        for _ in range(200):
+            write_atomically(Path(self.path), self.letter * 50_000)
+
+
+def test_a_file_that_two_processes_write_at_once_is_complete_at_any_moment(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"c" * 50_000)
+    writers = [start_ranks(tmp_path / letter, WriteOften(str(path), letter.encode()))[0] for letter in "ab"]
+    while any(writer.process.is_alive() for writer in writers):
+        content = path.read_bytes()
+        assert len(content) == 50_000
+        assert len(set(content)) == 1
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path).count("file") == 1
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_checkpoint_that_would_unpack_to_more_is_refused():

@@ -93,7 +93,7 @@ class Mnist(Classification):
         missing = [name for name in ("dataset", "mean", "std") if name not in facts]
         if missing:
             raise ValueError(f"does not say its {', '.join(missing)}; expected a file that a run of this package wrote")
-        if facts["dataset"] not in SIZES:
+        if facts["dataset"] not in [*SIZES]:  # which may be a list, in somebody's file
             raise ValueError(f"says that its dataset is {str(facts['dataset'])[:40]!r}; known: {', '.join(SIZES)}")
         for name in ("mean", "std"):
             value = facts[name]
