@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -167,7 +168,8 @@ def cancel(path: Path) -> int:
         # Those that wait first, so that none begins. TERM to every task; KILL comes KillWait seconds later.
         cluster.run_slurm("scancel", *run.waiting, run.job)
     elif run.pid is not None:
-        os.kill(run.pid, signal.SIGTERM)  # one rank's signal stops all at the same step
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            os.kill(run.pid, signal.SIGTERM)  # one rank's signal stops all at the same step
     else:
         raise UserError(f"{path} is {run.state} on another machine, and not in this cluster's queue: stop it there")
     end = time.monotonic() + _CANCEL_TIMEOUT_S

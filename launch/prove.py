@@ -38,7 +38,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import Stop, ending_as_interrupt
 from mnist_dist.program import print_answer, say
 from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, read_ends
 
@@ -164,29 +164,19 @@ def _prove(arguments: Sequence[str] | None) -> int:
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be used: {describe_error(error)}; expected a writable one") from error
     keep = False
-    before = _end_on_signals()
     try:
-        partition = f"partition {request.partition}" if request.partition else "the default partition"
-        where = "here" if request.cluster == "local" else f"in {partition}"
-        say(f"nodes: {request.nodes}, ranks: {request.world_size}, {where}; logs: {work}")
-        problem = _prove_locally(page, work) if request.cluster == "local" else _prove_on_slurm(page, work)
-        keep = bool(problem or page.status)
-        return _finish(page, folder, work, problem, as_json)
+        with ending_as_interrupt():
+            partition = f"partition {request.partition}" if request.partition else "the default partition"
+            where = "here" if request.cluster == "local" else f"in {partition}"
+            say(f"nodes: {request.nodes}, ranks: {request.world_size}, {where}; logs: {work}")
+            problem = _prove_locally(page, work) if request.cluster == "local" else _prove_on_slurm(page, work)
+            keep = bool(problem or page.status)
+            return _finish(page, folder, work, problem, as_json)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds pages
                 folder.rmdir()
-
-
-def _end_on_signals() -> dict[signal.Signals, Any]:
-    """Let TERM, and a closed terminal, end this program as Ctrl-C does: its jobs end with it."""
-    before: dict[signal.Signals, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.default_int_handler)
-    return before
 
 
 def _finish(page: Page, folder: Path, work: Path, problem: str, as_json: bool) -> int:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from launch.runs import LOCAL_LOG, read_own_note
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.preemption import STOP_SIGNALS, Stop
+from mnist_dist.preemption import STOP_SIGNALS, Stop, deferring_signals, ending_as_interrupt
 from mnist_dist.record import make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
@@ -250,50 +250,41 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     waiting = deque((config, 0) for config in configs)
     active: dict[str, tuple[Config, int, LocalJob[None]]] = {}
     statuses: dict[str, int] = {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless this runs under nohup
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
     stopping = False
-    while waiting or active:
-        try:
-            while waiting and len(active) < parallel:
-                config, restarts = waiting.popleft()
-                with _holding_back_stops():  # of a job that is not known here yet, nobody would be told to save
-                    active[config.run_dir] = (config, restarts, _start_locally(request, config))
-            for run_dir, (config, restarts, job) in list(active.items()):
-                if not job.done():
-                    continue
-                del active[run_dir]
-                end = read_own_note(Path(run_dir), "end")
-                status = end.get("status") if end.get("job") == job.job_id else None
-                statuses[run_dir] = status if isinstance(status, int) else _LOST
-                if statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < request.max_requeues and not stopping:
-                    waiting.appendleft((config, restarts + 1))
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            stopping = True
-            waiting.clear()
-            print("saving and stopping")
-            for _, _, job in active.values():
-                if job._process is not None and job._process.poll() is None:
-                    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
+    try:
+        with ending_as_interrupt():
+            while waiting or active:
+                try:
+                    while waiting and len(active) < parallel:
+                        config, restarts = waiting.popleft()
+                        with deferring_signals():  # a job that is not known here yet would not be told to save
+                            active[config.run_dir] = (config, restarts, _start_locally(request, config))
+                    for run_dir, (config, restarts, job) in list(active.items()):
+                        if not job.done():
+                            continue
+                        del active[run_dir]
+                        end = read_own_note(Path(run_dir), "end")
+                        status = end.get("status") if end.get("job") == job.job_id else None
+                        statuses[run_dir] = status if isinstance(status, int) else _LOST
+                        if statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < request.max_requeues and not stopping:
+                            waiting.appendleft((config, restarts + 1))
+                    time.sleep(0.1)
+                except KeyboardInterrupt:
+                    stopping = True
+                    waiting.clear()
+                    print("saving and stopping")
+                    _stop(active.values())
+    except BaseException:
+        _stop(active.values())  # nobody would watch them any more
+        raise
     return statuses
 
 
-@contextlib.contextmanager
-def _holding_back_stops() -> Iterator[None]:
-    """Raise KeyboardInterrupt for the signals that come meanwhile, but only at the end."""
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in [number for number, handler in before.items() if handler != signal.SIG_IGN]:
-        signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
+def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]]) -> None:
+    """Tell jobs on this machine to save and end."""
+    for _, _, job in active:
+        if job._process is not None and job._process.poll() is None:
+            job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
 
 
 def _start_locally(request: Request, config: Config) -> LocalJob[None]:

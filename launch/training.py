@@ -14,7 +14,7 @@ from typing import Any
 from launch.runs import is_run
 from mnist_dist.config import parse_command_line
 from mnist_dist.errors import UserError
-from mnist_dist.files import mark_folder
+from mnist_dist.files import mark_folder, write_atomically
 from mnist_dist.record import make_timestamp
 from mnist_dist.train import main  # here, so that nothing is left to import between submitit's signal handlers and ours
 from mnist_dist.world import find_world
@@ -63,10 +63,8 @@ def write_note(run_dir: Path, name: str, values: dict[str, Any]) -> None:
     """Write RUN_DIR/slurm/NAME.json: `job` says which job has the run, `end` how it ended. Raises OSError."""
     folder = run_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    now = make_timestamp()
-    new = folder / f".{name}.{os.getpid()}"
-    new.write_text(json.dumps({"time": now, "folder": mark_folder(run_dir), **values}) + "\n")
-    new.replace(folder / f"{name}.json")
+    note = {"time": make_timestamp(), "folder": mark_folder(run_dir), **values}
+    write_atomically(folder / f"{name}.json", (json.dumps(note) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,7 @@ from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.data import Piece, Probe, load_data
 from mnist_dist.model import build_model
+from mnist_dist.preemption import deferring_signals
 from mnist_dist.randomness import seed_generators
 from mnist_dist.record import CHECKPOINTS, METRICS_FILE
 from mnist_dist.source import describe_exception
@@ -213,7 +214,7 @@ class Ranks:
             variables = World(rank, self.size, rank, self.size, port=port).variables() if self.size > 1 else {}
             arguments = (str(self.folder), self.job, environ | variables, str(log))
             process = _context.Process(target=testify, args=arguments)
-            with _deferring_signals():
+            with deferring_signals():
                 process.start()
                 self.processes.append(process)
 
@@ -267,17 +268,3 @@ class Ranks:
         self.wait()
         answers = [json.loads(path.read_text()) for path in sorted(self.folder.glob("evaluation-*.json"))]
         return next((answer for answer in answers if "error" in answer), answers[0])
-
-
-@contextlib.contextmanager
-def _deferring_signals() -> Iterator[None]:
-    """Let a signal that ends this program wait until what was begun stands on a list. Masking them would not do: torch has threads."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)

@@ -8,7 +8,7 @@ import enum
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class Stop(enum.IntEnum):
@@ -123,3 +123,36 @@ def _keep_from_children() -> None:
 def _say(text: bytes) -> None:
     with contextlib.suppress(OSError):  # nobody may be reading any more
         os.write(2, text)
+
+
+@contextlib.contextmanager
+def ending_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, and a closed terminal, end what is done here as Ctrl-C does, by KeyboardInterrupt (main thread only)."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = [(number, signal.signal(number, signal.default_int_handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Let the signals that end a program wait until what is done here is done (main thread only).
+
+    A mask would not do: torch's threads would take the signals, and processes that are started here would inherit it.
+    """
+    came: list[int] = []
+    # What is ignored stays so, for those processes, too: of nohup.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = [(number, signal.signal(number, lambda number, _: came.append(number))) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
