@@ -86,7 +86,7 @@ def _time(batches: Iterator[Any], count: int) -> float:
 
 def measure_workers(options: argparse.Namespace, pixels: int, workers: int) -> list[Row]:
     """Seconds an image of both, in each round."""
-    values = {"pixels": pixels, "steps": 10**9, "batch_size": options.batch_size, "workers": workers, "device": "cpu"}
+    values = {"pixels": pixels, "steps": 10**6, "batch_size": options.batch_size, "workers": workers, "device": "cpu"}
     config = make_config(values, task=PictureTask)
     data = config.task.load()
     config = config.with_sizes((_PICTURES, _PICTURES))

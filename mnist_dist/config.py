@@ -22,6 +22,7 @@ from mnist_dist.task import Task
 
 SIZE_NAMES = ("training_samples", "test_samples")
 _STEPS_MAX = 10**9
+_ROWS_MAX = 900_000  # of a record: more could not be read again
 # Options that matter only while another one has one of some values.
 _MIRRORED = ("wandb", ("auto", "online", "offline"))
 _ONLY_WITH = {
@@ -144,6 +145,14 @@ class Config(Options):
             raise ValueError(f"holdout is {self.holdout}; allowed: less than the {count + self.holdout} training {samples}")
         if self.batch_size > count:
             raise ValueError(f"batch_size is {self.batch_size}, more than the {count} training {samples}; at most that many are allowed")
+        intervals = {"log_every": self.log_every, "evaluate_every": self.evaluate_every or self.steps_per_epoch}
+        rows = sum(self.total_steps // every for every in intervals.values())
+        if rows > _ROWS_MAX:
+            name = min(intervals, key=lambda name: intervals[name])
+            raise ValueError(
+                f"{name} is {intervals[name]}: {self.total_steps:,} steps make some {rows:,} rows, and a record has at most {_ROWS_MAX:,}; "
+                f"use a higher {name}"
+            )
 
     def with_sizes(self, sizes: tuple[int, int]) -> "Config":
         """The same config, where the data are known to hold so many samples to train on and to test on. Raises `UserError`."""

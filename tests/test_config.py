@@ -79,6 +79,11 @@ def test_help_names_every_option_in_under_a_second_without_torch():
             ["warmup has no effect with schedule constant", "use schedule one_cycle"],
         ),
         (["--nesterov", "false"], ["nesterov has no effect with optimizer muon"]),
+        (["--steps", "2000000", "--log_every", "1"], ["log_every is 1", "some 2,002,134 rows", "at most 900,000"]),
+        (
+            ["--epochs", "1000000", "--log_every", "1000000", "--evaluate_every", "1"],
+            ["evaluate_every is 1:", "use a higher evaluate_every"],
+        ),
         (["--config", "course", "--warmup", "0.1"], ["warmup has no effect with schedule step"]),
         (["--wandb", "disabled", "--wandb_project", "x"], ["wandb_project has no effect with wandb disabled"]),
         (["--log_with", "mlflow"], ["log_with is 'mlflow'; allowed: tensorboard, or none"]),
