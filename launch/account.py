@@ -46,7 +46,7 @@ class Account:
         return status or (128 + signal if 0 < signal < _OUT_OF_MEMORY else None)
 
     def describe(self) -> str:
-        """In words: `job 12 is TIMEOUT: 1 min 13 s of 1 min 00 s, on n1`."""
+        """In words: `job 12 is TIMEOUT: time 1 min 13 s of 1 min 00 s, on n1 (sacct)`."""
         words = []
         if self.elapsed_s is not None and self.has_started:
             limit = "" if self.limit_s is None else f" of {format_duration(self.limit_s)}"

@@ -139,7 +139,7 @@ def gather_facts(path: Path, job: str) -> Facts:
     is_slurms &= not find_noted_log(noted, job).endswith(LOCAL_LOG)
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
-    # The queue holds this user's jobs alone, and may not answer; of an account without a controller a lost job runs for ever.
+    # squeue lists this user's jobs alone, and may not answer. sacct shows a job that its controller has lost as running for ever.
     is_unseen = number == len(starts) and not state.is_in_queue
     if is_unseen and account is not None and cluster.is_active_state(account.state) and (account.is_current or unanswered):
         state = read_state(path, [*queue, cluster.Job(job, job.partition("_")[0], account.state, account.reason, account.nodes, 0)])

@@ -206,8 +206,8 @@ def _explain_run(path: Path, job: str) -> Explanation:
     if facts.account is not None:
         answer.slurm, answer.account = facts.account.describe(), dataclasses.asdict(facts.account)
     if kind not in _UNFINISHED | {"finished"}:
-        _name_ranks(facts, answer)
-        _name_status(facts, answer)
+        _add_ranks(facts, answer)
+        _add_status(facts, answer)
         if not facts.has_begun and kind not in ("not started", "damaged") and "before the training" not in _describe_details(facts, kind):
             answer.notes.append("the training had not begun")
         if kind == "not started" and not facts.logs:
@@ -369,7 +369,7 @@ def _find_age(path: Path) -> float | None:
         return None
 
 
-def _name_ranks(facts: Facts, answer: Explanation) -> None:
+def _add_ranks(facts: Facts, answer: Explanation) -> None:
     """Who was the first, its last lines, and whose end followed from it."""
     kind = answer.end
     if kind in _SAVED or (facts.why.startswith("stopped") and kind in WEAK_STATES.values()):
@@ -415,7 +415,7 @@ def _parse_ranks(text: str) -> list[int]:
     return sorted(set(numbers))
 
 
-def _name_status(facts: Facts, answer: Explanation) -> None:
+def _add_status(facts: Facts, answer: Explanation) -> None:
     own = facts.end.get("status") if facts.has_begun and is_count(facts.end.get("status")) else facts.status
     account = facts.account
     jobs = account.status if account is not None else None

@@ -246,7 +246,7 @@ def list_noted_jobs(noted: Row) -> list[str]:
 
 
 def _is_of_note(job: Job, noted: Row) -> bool:
-    """Whether a job in the queue is one of those in a note, and not of another cluster, or a process on this machine, with that number."""
+    """Whether a queued job is one that a note names. A job of another cluster, or a process of this machine, may have the same number."""
     log = str(noted.get("log") or "")
     if job.name not in list_noted_jobs(noted) or log.endswith(LOCAL_LOG):
         return False

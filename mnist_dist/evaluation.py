@@ -130,7 +130,7 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
 
 @contextlib.contextmanager
 def _refusing_mistakes(task: Task, group: Group, count: int, what: str, *more: type[Exception]) -> Iterator[None]:
-    """Turn errors into `UserError` that are of any samples; warn of another: a division by zero may come of there being but `count`."""
+    """Raise `UserError` for a mistake that any samples would show. Any other is a warning: it may come of there being only `count`."""
     try:
         yield
     except UserError:

@@ -48,8 +48,8 @@ STEPS = 5  # of a short run
 _ROWS = 16  # samples of a step that is only looked at
 _EVALUATED = 101  # samples: two processes do not have equally many
 _CLEANUP_S = 5.0
-# A server that has imported torch, and nothing of the task: each process is forked from it in milliseconds.
 _PATH_MAX = 60  # of TMPDIR, below which a socket is made in it
+# A server that has imported torch, and nothing of the task: each process is forked from it in milliseconds.
 _context = multiprocessing.get_context("forkserver")
 
 

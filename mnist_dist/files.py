@@ -11,6 +11,8 @@ import secrets
 import stat
 from pathlib import Path
 
+from mnist_dist.errors import UserError
+
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")
 _LINES_BYTES_MAX = 16 << 20
 
@@ -53,9 +55,10 @@ def read_kernel_count(path: str, name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def is_free_name(path: Path) -> bool:
-    """Whether a new file can have this name: nothing has it, and its folder is there and may be written to."""
-    return not os.path.lexists(path) and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
+def check_free_name(name: str, path: Path) -> None:
+    """Raise `UserError` unless the new file of the option `name` can be called `path`: a new name, in a folder that may be written to."""
+    if os.path.lexists(path) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{name} is {path}, which exists, or whose folder cannot be written to; expected a new name in an existing folder")
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -144,7 +144,7 @@ class Inspection:
             losses.append(torch.cat(self.noted))
             places.append(own)
             if step == 1:
-                self._first_gradient = self._compare_first(state)
+                self._first_gradient = self._sketch_gradient(state)
             if step in (1, state.config.total_steps) or step % _WEIGHTS_EVERY == 0:
                 self._compare_weights(state, step)
         self._judge(group, [loss.double().cpu() for loss in losses], places, strange)
@@ -184,7 +184,7 @@ class Inspection:
 
     # The steps.
 
-    def _compare_first(self, state: TrainingState) -> Sketch:
+    def _sketch_gradient(self, state: TrainingState) -> Sketch:
         return take_print(parameter.grad for parameter in state.bare_model.parameters() if parameter.grad is not None).sketch
 
     def _compare_weights(self, state: TrainingState, step: int) -> None:
@@ -313,7 +313,7 @@ class Inspection:
         )
 
     def _name(self, ranks: Iterable[int]) -> str:
-        return name_ranks(ranks, self.ranks)
+        return describe_ranks(ranks, self.ranks)
 
     def _advise(self, ranks: Iterable[int]) -> str:
         return advise(ranks, self.ranks)
@@ -326,7 +326,7 @@ def _keep_finite(value: float) -> float | None:
 _ADVICE = "this machine or this world does not train right: run it on one process, then on one host, to see where it begins"
 
 
-def name_ranks(ranks: Iterable[int], known: Sequence[Rank]) -> str:
+def describe_ranks(ranks: Iterable[int], known: Sequence[Rank]) -> str:
     """Ranks in words: `rank 1 on host a (cpu, AMD EPYC ...)`."""
     ordered = sorted(ranks)
     words = [f"rank {rank} on host {known[rank].host} ({known[rank].device}, {known[rank].kind})" for rank in ordered[:_SHOWN]]
@@ -373,13 +373,13 @@ def compare_gradients(ranks: Sequence[Rank], reference: Reference | None, roundi
     if wrong:
         values["ranks"] = sorted(wrong)[:64]
         worst = max(wrong, key=lambda rank: wrong[rank])
-        parts = [f"{name_ranks([worst], ranks)} is {wrong[worst]:.1e} {tail if far[worst] > allowed else 'off'}"]
+        parts = [f"{describe_ranks([worst], ranks)} is {wrong[worst]:.1e} {tail if far[worst] > allowed else 'off'}"]
         if rest := {*wrong} - {worst}:
-            parts.append(f"so {'is' if len(rest) == 1 else 'are'} {name_ranks(rest, ranks)}, at least {min(wrong.values()):.1e}")
+            parts.append(f"so {'is' if len(rest) == 1 else 'are'} {describe_ranks(rest, ranks)}, at least {min(wrong.values()):.1e}")
         if right := [off for rank, off in enumerate(far) if rank not in wrong]:
             parts.append(f"the other {len(right)} rank{'s' * (len(right) > 1)} at most {max(right):.1e}")
         if odd_data:
-            parts.append(f"other data are on {name_ranks(odd_data, ranks)}")
+            parts.append(f"other data are on {describe_ranks(odd_data, ranks)}")
         if {*wrong} <= {*odd_data}:
             next_step = "give all hosts the same data, then run verify again"
         elif not is_unknown:
@@ -396,7 +396,7 @@ def compare_gradients(ranks: Sequence[Rank], reference: Reference | None, roundi
         text += f", at most {max(far):.1e} {tail}"
     if strange := {**apart, **unsure}:
         values["ranks"] = sorted(strange)[:64]
-        text += f"; {name_ranks(strange, ranks)}: other bits than ranks of the same kind, off by {max(strange.values()):.1e}"
+        text += f"; {describe_ranks(strange, ranks)}: other bits than ranks of the same kind, off by {max(strange.values()):.1e}"
         return Finding("gradients", "WARN", text, f"run verify again: if the same rank differs, {advise(strange, ranks)}", values)
     return Finding("gradients", "ok", text, "", values)
 

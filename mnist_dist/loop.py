@@ -76,7 +76,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
     config.check_world(world.size)
     with join_group(world, config) as group, RunFolder(config, group) as run:
         signals.defer(announced=group.is_main)
-        # What is trained, by which code, and when the ranks meet for more than a step.
+        # All ranks agree on what is trained, by which code, and after which steps they do more than train.
         source = {"the source of the task": config.task.source}
         shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
         shared |= {"micro_batch": config.micro_batch}

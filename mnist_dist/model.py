@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from mnist_dist.errors import UserError
 from mnist_dist.program import make_table
 from mnist_dist.randomness import derive_seed
-from mnist_dist.source import explaining, find_task
+from mnist_dist.source import BUILT_IN, explaining, find_task
 from mnist_dist.task import Task
 
 _BUFFER_TYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)  # those that all backends exchange
@@ -112,4 +112,4 @@ def describe_model(model: nn.Module, example: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    print(describe_model(build_model(find_task("mnist")(), seed=0), torch.zeros(1, 1, 28, 28)))
+    print(describe_model(build_model(find_task(BUILT_IN)(), seed=0), torch.zeros(1, 1, 28, 28)))

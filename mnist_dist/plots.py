@@ -26,7 +26,7 @@ from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
-from mnist_dist.source import Unknown, explaining
+from mnist_dist.source import BUILT_IN, Unknown, explaining
 from mnist_dist.task import Data, Panel, format_measure
 from mnist_dist.weights import load_model
 
@@ -144,7 +144,7 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
     model: nn.Module | None = None
     measures: Row = {}
     if run.result is not None:
-        trained = load_model(run.path, None if config.task.name == "mnist" else config.task.name)
+        trained = load_model(run.path, None if config.task.name == BUILT_IN else config.task.name)
         model, config = trained.model.to(device), config.with_facts(trained.task.facts)
         measures = pick_measures(run.result, config.evaluated_split)
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mnist_dist.config import configure
 from mnist_dist.errors import RunError, UserError, first_line
-from mnist_dist.files import is_free_name
+from mnist_dist.files import check_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_printable, print_answer
@@ -63,10 +63,8 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
     world = find_world(os.environ)
     if (check == "files") != (folder is not None):
         raise UserError(f"--folder is {folder or 'not given'}; expected with the check files, and only there")
-    if world.rank == 0 and answer is not None and not is_free_name(answer):
-        raise UserError(
-            f"the answer goes into {answer}, which exists, or whose folder cannot be written to; expected a new name in an existing folder"
-        )
+    if world.rank == 0 and answer is not None:
+        check_free_name("answer", answer)
     out = Answer(check, answer, world.rank == 0)
     with _deadline(world, timeout_s, out):
         from mnist_dist.console import set_up_logging

@@ -31,7 +31,7 @@ from mnist_dist.network import check_exchange
 from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
-from mnist_dist.source import find_task
+from mnist_dist.source import BUILT_IN, find_task
 from mnist_dist.world import World, find_host
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
@@ -357,7 +357,7 @@ def _list_slow(best_s: list[float]) -> list[int]:
 
 def make_step(device: torch.device) -> Callable[[], object]:
     """One training step of the built-in model on random images, the same on every rank, to the end of its work."""
-    model = build_model(find_task("mnist")(), seed=0).to(device).train()
+    model = build_model(find_task(BUILT_IN)(), seed=0).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     size = _STEP_SAMPLES[device.type]
     images = torch.randn(size, 1, 28, 28, generator=make_generator(0, "probe")).to(device)

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,27 +324,21 @@ class AccelerateTracker(NoTracker):
                 self._tracker.log(_flatten(row), step=row["step"])
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:  # noqa: D102
-        if not hasattr(self._tracker, "log_images"):
-            return
-        import numpy
-        from PIL import Image
-
-        with self._giving_up():
-            for name, path in images.items():
-                image = Image.open(path).convert("RGB")
-                self._tracker.log_images({name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
+        self._show(step, images.items())
 
     def log_panels(self, step: int, panels: Sequence[Panel]) -> None:  # noqa: D102
+        self._show(step, ((panel.name, io.BytesIO(render(panel.figure))) for panel in panels if panel.figure is not None))
+
+    def _show(self, step: int, pictures: Iterable[tuple[str, Path | io.BytesIO]]) -> None:
         if not hasattr(self._tracker, "log_images"):
             return
         import numpy
         from PIL import Image
 
         with self._giving_up():
-            for panel in panels:
-                if panel.figure is not None:
-                    image = Image.open(io.BytesIO(render(panel.figure))).convert("RGB")
-                    self._tracker.log_images({panel.name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
+            for name, file in pictures:
+                image = Image.open(file).convert("RGB")
+                self._tracker.log_images({name: numpy.asarray(image)[None]}, step=step, dataformats="NHWC")
 
     def finish(self, summary: Mapping[str, Any] | None, stopped: bool = False) -> None:  # noqa: D102
         if self._tracker is not None:

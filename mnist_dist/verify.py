@@ -21,7 +21,7 @@ from typing import Any
 
 from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import describe_error, is_free_name
+from mnist_dist.files import check_free_name, describe_error
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument, trait
 from mnist_dist.preemption import StopSignals
@@ -136,11 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parser.parse(arguments)
         files = {name: Path(path) for name in ("reference", "record", "answer") if (path := given.pop(name)) is not None}
         for name in ("record", "answer"):
-            path = files.get(name)
-            if path is not None and not is_free_name(path):
-                raise UserError(
-                    f"{name} is {path}, which exists, or whose folder cannot be written to; expected a new name in an existing folder"
-                )
+            if name in files:
+                check_free_name(name, files[name])
         config = make_config(take_options(given, _UNUSED, "verify"), recipe)
         reference = None
         if "record" not in files:
