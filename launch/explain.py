@@ -35,7 +35,7 @@ from launch.runs import (
 )
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import as_argument
+from mnist_dist.files import as_argument, check_readable
 from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
@@ -166,6 +166,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
 def explain(what: str) -> list[Explanation]:
     """Explain a run folder or a job; of a job that is an array, each of its runs. Raises `UserError` where there is neither."""
     path = Path(what)
+    check_readable(path)
     if os.path.isdir(path):
         if not is_run(path):
             raise UserError(f"{path} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")

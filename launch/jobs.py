@@ -22,7 +22,7 @@ from launch import cluster
 from launch.runs import RunState, find_noted_log, find_runs, find_saved_step, is_run, read_own_note, read_state
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import as_argument
+from mnist_dist.files import as_argument, check_readable
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_table, print_answer, say
 from mnist_dist.task import format_measure
@@ -54,6 +54,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
         if len(words) != 2 or given["json"]:
             raise UserError(f"{words[0]} takes one run folder: python -m launch.jobs {words[0]} RUN")
         run_dir = Path(words[1])
+        check_readable(run_dir)
         if not is_run(run_dir):
             raise UserError(f"{run_dir} is no run folder; python -m launch.jobs RUNS_DIR lists those in RUNS_DIR")
         return follow(run_dir) if words[0] == "follow" else cancel(run_dir)
@@ -63,6 +64,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
 
 
 def _list(folder: Path, as_json: bool) -> int:
+    check_readable(folder)
     if not folder.is_dir() and folder == _RUNS:
         print("[]" if as_json else f"no runs yet in {folder}; python -m mnist_dist.train, or python -m launch.submit, starts one")
         return 0
@@ -71,7 +73,11 @@ def _list(folder: Path, as_json: bool) -> int:
     jobs, unanswered = cluster.find_jobs()
     if unanswered:
         say(f"note: {unanswered}")
-    runs = [read_state(path, jobs) for path in find_runs(folder)]
+    unread: list[str] = []
+    runs = [read_state(path, jobs) for path in find_runs(folder, unread=unread)]
+    if unread:
+        more = f" and {len(unread) - 1} more folder{'s' * (len(unread) > 2)}" if len(unread) > 1 else ""
+        say(f"note: {unread[0]}{more} cannot be read: runs that may be there are not listed")
     if as_json:
         print(json.dumps([{**dataclasses.asdict(run), "path": str(run.path)} for run in runs], indent=2))
     elif runs:

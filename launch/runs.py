@@ -13,7 +13,7 @@ from launch.endings import STRONG_STATES, shorten
 from launch.request import Request
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import is_marked
+from mnist_dist.files import check_readable, is_marked
 from mnist_dist.lock import LOCK_FILE, find_process, is_locked_elsewhere, read_holder
 from mnist_dist.options import make_options
 from mnist_dist.preemption import Stop
@@ -101,20 +101,25 @@ def describe_best(run: RunState) -> str:
     return f"{'held-out' if split == 'holdout' else split} {name.replace('_', ' ')} {format_measure(name, run.best)}"
 
 
-def find_runs(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The run folders in `folder`, itself included."""
+def find_runs(folder: Path, depth: int = _DEPTH, unread: list[str] | None = None) -> Iterator[Path]:
+    """The run folders in `folder`, itself included. Those that this user may not read are added to `unread`."""
     if is_run(folder):
         yield folder
         if any(os.path.lexists(folder / name) for name in (METRICS_FILE, *_CLAIMS)):
             return  # else the config.yaml may be another program's
     try:
+        check_readable(folder)
         # A link to a run counts; one to anything else may lead out of here, or round in a circle.
         found = [entry for entry in os.scandir(folder) if not entry.is_symlink() or is_run(Path(entry.path))]
         inner = sorted(entry.path for entry in found if entry.is_dir())
+    except UserError:
+        if unread is not None:
+            unread.append(str(folder))
+        return
     except OSError:
         return
     for path in inner if depth else []:
-        yield from find_runs(Path(path), depth - 1)
+        yield from find_runs(Path(path), depth - 1, unread)
 
 
 def is_run(folder: Path) -> bool:

@@ -55,6 +55,17 @@ def read_kernel_count(path: str, name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def check_readable(folder: str | Path) -> None:
+    """Raise `UserError` for a folder that is there, as far as this user can tell, and may not be read: what it holds is not known."""
+    try:
+        os.scandir(folder).close()
+        os.stat(os.path.join(folder, "."))  # one that can be listed and not entered
+    except PermissionError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError):  # what it is instead, others say
+        return
+
+
 def check_free_name(name: str, path: Path) -> None:
     """Raise `UserError` unless the new file of the option `name` can be called `path`: a new name, in a folder that may be written to."""
     if os.path.lexists(path) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):

@@ -17,7 +17,7 @@ from typing import Any
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import describe_error, find_final_name, read_file, read_kernel_count, write_atomically
+from mnist_dist.files import check_readable, describe_error, find_final_name, read_file, read_kernel_count, write_atomically
 from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Task, shorten_name
@@ -181,6 +181,7 @@ class Run:
 
 def read_run(run_dir: Path, config: Config | None = None) -> Run:
     """Read the run in `run_dir`, whose config may be known. Raises `UserError` where it is no run folder or a file is damaged."""
+    check_readable(run_dir)
     if not os.path.isfile(run_dir / CONFIG_FILE):  # unlike Path.is_file, False for a name that the system refuses
         raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}; expected the folder that --run_dir named")
     starts = read_starts(run_dir)

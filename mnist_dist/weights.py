@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mnist_dist.checkpoint import is_finite
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError, first_line
+from mnist_dist.files import check_readable
 from mnist_dist.model import build_model
 from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_object, read_named_config
@@ -37,6 +38,7 @@ class TrainedModel(NamedTuple):
 
 def find_weights(path: str | Path) -> Path:
     """The file of weights that `path` means: a .safetensors file, or that of a run folder. Raises `UserError` where there is none."""
+    check_readable(path)
     if os.path.isdir(path):
         file = Path(path) / WEIGHTS_FILE
         if not os.path.isfile(file):

@@ -24,6 +24,7 @@ from launch import chain, cluster, explain, jobs, submission, submit, sweep
 from launch.request import Request, list_arguments
 from launch.runs import RunState, find_runs, find_saved_step, read_state
 from launch.training import Training, write_note
+from mnist_dist import evaluate, report
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, make_config, parse_command_line
 from mnist_dist.console import format_duration
@@ -984,6 +985,24 @@ def test_a_config_of_another_program_hides_no_run_below_it(tmp_path):
         for file in files:
             (tmp_path / name / file).touch()
     assert [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)] == [".", "a", "b"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(no_slurm, tmp_path, capsys, monkeypatch):
+    for name in ("theirs", "more", "mine"):
+        (tmp_path / name).mkdir()
+    scandir = os.scandir
+
+    def scan_as_a_stranger(path="."):
+        if os.path.basename(path) in ("theirs", "more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan_as_a_stranger)
+    assert jobs.main([str(tmp_path)]) == 0
+    assert f"note: {tmp_path / 'more'} and 1 more folder cannot be read" in capsys.readouterr().err
+    for main, *words in ((jobs.main,), (jobs.main, "follow"), (explain.main,), (report.main,), (evaluate.main,)):
+        assert main([*words, str(tmp_path / "theirs")]) == 2
+        assert f"{tmp_path / 'theirs'} cannot be read: Permission denied" in capsys.readouterr().err
 
 
 def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):
