@@ -200,6 +200,8 @@ def read_jobs() -> list[Job]:
         raise
     lines = [[word.strip() for word in line.split("|")] for line in text.splitlines()]
     rows = [row for row in lines if len(row) > len(fields) and row[1].isdigit()]
+    if not rows and (unread := re.search(r"^ *(JOBID|\d+[\d_]* ).*", text, re.MULTILINE)):  # beside its rows, a site may say anything
+        raise RunError(f"squeue's answer is not in the format that was asked for: {unread[0][:100]!r}")
     return [Job(row[0], row[1], row[2], find_reason(row[2], row[3]), row[4], _read_number(row[5]), row[6]) for row in rows]
 
 

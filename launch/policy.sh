@@ -11,7 +11,7 @@ MAX_REQUEUES=${MAX_REQUEUES:-20} # after so many restarts, of any kind, the job 
 REQUEUE_STATUS=85                # of the training: saved, and wants to run on
 srun_options=()                  # more of srun's; an empty array is unset to bash before 4.4
 
-say() { printf 'launch: %s\n' "$*" >&2; }
+say() { printf 'launch: %s\n' "$*" >&2 || true; } # a log whose disk is full ends no job
 
 read_field() { grep -Eo "\b$1=[^ ]*" <<<"$job" | head -n 1 | cut -d= -f2 || true; }
 

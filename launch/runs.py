@@ -155,6 +155,9 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     # Of a chain the one that runs counts, else the first that waits.
     matching = [job for job in jobs if _is_of_note(job, noted) or (number and job.number == number)]
     job = max(matching, key=lambda job: (job.is_active, job.runs, int(job.number) * (-1 if job.is_active else 1)), default=None)
+    # Where Slurm has forgotten them: of a chain, the last job that has done something.
+    done = [name for name in (str(row.get("job")) for row in (ended, *starts[-1:])) if name in noted_jobs]
+    last = max(done, key=noted_jobs.index, default=str(noted.get("job") or number))
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
@@ -171,7 +174,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "measure": measure,
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
-        "job": job.name if job else str(noted.get("job") or number),
+        "job": job.name if job else last,
         "waiting": tuple(other.name for other in matching if other.is_active and other is not job),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }

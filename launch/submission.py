@@ -1,8 +1,10 @@
 """Submits runs through submitit, to Slurm or to this machine. Imports no torch."""
 
 import contextlib
+import fcntl
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,19 +15,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
 import mnist_dist
-from launch.cluster import run_slurm
+from launch.cluster import read_jobs, run_slurm
 from launch.request import Request, list_arguments, note_request, split_options
-from launch.runs import LOCAL_LOG, read_own_note
+from launch.runs import LOCAL_LOG, RunState, read_own_note, read_state
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import STOP_SIGNALS, Stop, deferring_signals, ending_as_interrupt
-from mnist_dist.record import make_timestamp
+from mnist_dist.record import check_folder, make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
 from mnist_dist.world import list_inherited
@@ -65,7 +68,11 @@ class _Executor(SlurmExecutor):
         return 2
 
     def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
-        self.queued = SlurmExecutor._get_job_id_from_submission_command(string)
+        text = string.decode(errors="replace") if isinstance(string, bytes) else string
+        numbers = re.findall(r"^Submitted batch job (\d{1,18})\b", text, re.MULTILINE)  # beside it, a site may say anything
+        if not numbers:
+            raise RunError(f"sbatch's answer has no number of a job, which may be queued all the same (squeue --me): {text[:300]!r}")
+        self.queued = numbers[-1]
         return self.queued
 
 
@@ -170,6 +177,35 @@ def submit_to_slurm(
     is queued; `RunError` names what is queued and could not be withdrawn.
     """
     made = _prepare_folders(configs, folder)
+    with _submitting_alone(folder):
+        try:
+            jobs = read_jobs()
+            for config in configs:
+                check_free(read_state(Path(config.run_dir), jobs), config)
+        except BaseException:
+            _withdraw([], made, "")
+            raise
+        return _submit(request, configs, folder, parallel, group, chain, made)
+
+
+@contextlib.contextmanager
+def _submitting_alone(folder: Path) -> Iterator[None]:
+    """Raise `UserError` where another submission to `folder` is under way: of two, each could find the folder free."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another submission to {folder.parent} is under way: wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _submit(
+    request: Request, configs: Sequence[Config], folder: Path, parallel: int | None, group: str, chain: int, made: list[Path]
+) -> list[list[str]]:
     names: list[list[str]] = [[] for _ in configs]
     more: dict[str, Any] = {"request": note_request(request), "time": make_timestamp()}  # it may begin before all is written
     executors: list[_Executor] = []
@@ -199,6 +235,15 @@ def submit_to_slurm(
     return names
 
 
+def check_free(run: RunState, config: Config) -> bool:
+    """Whether `config` may begin or go on in the folder of `run`; False where it is finished. Raises `UserError` for a folder not free."""
+    check_folder(run.path, config)
+    if run.is_active:
+        by = f"job {run.job}" if run.job else f"process {run.pid}" if run.pid else "another process"
+        raise UserError(f"run_dir {run.path} is in use by {by} ({run.state}): wait for it, or use another run_dir")
+    return not run.is_finished
+
+
 def _withdraw(queued: list[str], made: list[Path], words: str) -> None:
     """As if nothing had been asked for. Raises `RunError`, which begins with `words`, and leaves the files where jobs stay queued."""
     if queued:
@@ -224,6 +269,7 @@ def queueing(request: Request) -> Iterator[None]:
     before = dict(os.environ)
     given = [names for option, names in _SBATCH_VARIABLES.items() if getattr(request, option)]
     names = {f"SBATCH_{name}" for names in given for name in names.split()}
+    names.add("SBATCH_WAIT")  # sbatch would return when the job has ended
     for name in names.intersection(before) | {*list_inherited(before)}:
         del os.environ[name]
     try:
@@ -270,9 +316,13 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
                             waiting.appendleft((config, restarts + 1))
                     time.sleep(0.1)
                 except KeyboardInterrupt:
+                    if stopping:
+                        print("stopping at once")
+                        _stop(active.values(), at_once=True)
+                        continue
                     stopping = True
                     waiting.clear()
-                    print("saving and stopping")
+                    print("saving and stopping; Ctrl-C again stops at once")
                     _stop(active.values())
     except BaseException:
         _stop(active.values())  # nobody would watch them any more
@@ -280,11 +330,17 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     return statuses
 
 
-def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]]) -> None:
-    """Tell jobs on this machine to save and end."""
+def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]], *, at_once: bool = False) -> None:
+    """Tell jobs on this machine to save and end, or end them `at_once`."""
     for _, _, job in active:
-        if job._process is not None and job._process.poll() is None:
+        if job._process is None or job._process.poll() is not None:
+            continue
+        if not at_once:
             job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
+            continue
+        with contextlib.suppress(psutil.Error):
+            for process in [*psutil.Process(job._process.pid).children(recursive=True), job._process]:
+                process.kill()
 
 
 def _start_locally(request: Request, config: Config) -> LocalJob[None]:

@@ -17,14 +17,13 @@ from typing import Any
 
 from launch import cluster
 from launch.request import Request, place_config
-from launch.runs import RunState, describe_best, read_state
-from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
-from mnist_dist.config import Config, add_config_options, find_given_task, resolve_config, take_options
+from launch.runs import describe_best, read_state
+from launch.submission import check_free, make_slurm_executor, run_locally, submit_to_slurm, write_script
+from mnist_dist.config import add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
 from mnist_dist.preemption import Stop
 from mnist_dist.program import print_answer, say
-from mnist_dist.record import check_folder
 
 
 class Chain(Options):
@@ -152,15 +151,6 @@ def list_jobs(*, is_needed: bool) -> list[cluster.Job]:
     if unanswered:
         say(f"note: {unanswered}")
     return jobs
-
-
-def check_free(run: RunState, config: Config) -> bool:
-    """Whether `config` may begin or go on in the folder of `run`; False where it is finished. Raises `UserError` for a folder not free."""
-    check_folder(run.path, config)
-    if run.is_active:
-        by = f"job {run.job}" if run.job else f"process {run.pid}" if run.pid else "another process"
-        raise UserError(f"run_dir {run.path} is in use by {by} ({run.state}): wait for it, or use another run_dir")
-    return not run.is_finished
 
 
 if __name__ == "__main__":

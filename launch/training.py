@@ -31,9 +31,11 @@ class Training:
         """Train. Always ends the process, with the training's exit status."""
         # The program's own handlers replace submitit's, which would save and requeue from one rank, between any two bytecodes.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        was_there = os.path.lexists(self.run_dir)
         self._note_end(None)  # this start may end without noting how
         status = main(self.arguments)
-        self._note_end(status)
+        if os.path.lexists(self.run_dir) or not was_there:  # one that was removed meanwhile is not made anew
+            self._note_end(status)
         # No result for submitit: the run folder is the record.
         sys.exit(status)
 

@@ -113,9 +113,9 @@ class Lock:
         # Where the disk is gone, or the file server does not answer, what is to be written there will tell.
         with self._checking, contextlib.suppress(OSError):
             before, self._gone = self._gone, self._find_whether_gone()
-            if self._gone and not before:
+            self._lost = self._lost or self._find_loss()
+            if self._gone and not before and not self._lost:
                 _log.warning("%s", self._gone)
-            self._lost = self._lost or ("" if self._gone else self._find_loss())
         if self._lost:
             raise RunError(self._lost)
         if self._gone and at_end:
@@ -125,7 +125,9 @@ class Lock:
         """In words, that there is nothing under the folder's name; empty where something is. Raises OSError."""
         if self._is_in_place() or os.path.lexists(self.run_dir):
             return ""
-        return f"run_dir {self.run_dir} is gone{self._tell_where()}; nothing of this run can be saved until it is back"
+        path = self._find_path()
+        where = f": somebody moved it to {path}" if path else ""
+        return f"run_dir {self.run_dir} is gone{where}; nothing of this run can be saved until it is back"
 
     def find_folder(self) -> Path:
         """The folder that was locked, wherever it is today. Raises `RunError` if another job has it, or nobody can tell; and OSError."""
@@ -152,18 +154,16 @@ class Lock:
                 return Path(path)
         return None
 
-    def _tell_where(self) -> str:
-        """Where the folder that was locked is today, as the end of a sentence; empty where that is not known."""
-        with contextlib.suppress(OSError):
-            if not os.fstat(self._descriptors[0]).st_nlink:
-                return ": somebody removed it"
-        path = self._find_path()
-        return f": somebody moved it to {path}" if path else ""
-
     def _find_loss(self) -> str:
         """How this run has lost the folder, in words; empty where it has not, or could take it again. Raises OSError."""
         if not self._is_in_place():
-            return f"another folder is in the place of this run's, {self.run_dir}{self._tell_where()}; the run stops and leaves it alone"
+            if not os.fstat(self._descriptors[0]).st_nlink:
+                return f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
+            if self._gone:
+                return ""
+            path = self._find_path()
+            where = f": somebody moved it to {path}" if path else ""
+            return f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return ""

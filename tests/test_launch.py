@@ -255,7 +255,7 @@ def test_a_job_submitted_within_another_inherits_nothing_of_it(fake_slurm, tmp_p
     (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nenv >../seen\necho Submitted batch job 11\n")
     outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "none", "SLURM_GPUS_PER_TASK": "1", "RANK": "3"}
     own = {"SLURM_CONF": "/x", "SBATCH_ACCOUNT": "mine", "SBATCH_EXCLUSIVE": "user"}
-    over = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "B:TERM", "SBATCH_MEM_PER_CPU": "1"}
+    over = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "B:TERM", "SBATCH_MEM_PER_CPU": "1", "SBATCH_WAIT": "1"}
     for name, value in (outer | own | over).items():
         monkeypatch.setenv(name, value)
 
@@ -553,6 +553,51 @@ def test_a_job_that_sbatch_refuses_leaves_no_folder_but_those_that_were_there(fa
     assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
     assert Path("runs/a/slurm/notes").read_text() == "mine"
     assert Path("runs/a/slurm").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_a_site_prints_beside_sbatchs_answer_is_no_job(fake_slurm, capsys):
+    fake_slurm(sinfo=(0, SINFO), sbatch=(0, "NOTE: you have 5 job 3 slots left\nSubmitted batch job 17 on cluster one\nsee job 4"))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 0
+    assert "submitted job 17:" in capsys.readouterr().out
+    assert json.loads(Path("runs/a/slurm/job.json").read_text())["job"] == "17"
+    (Path("../bin") / "sbatch").write_text("#!/bin/sh\necho 'job 5 it is'\n")
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/b"]) == 1
+    assert "sbatch's answer has no number of a job, which may be queued all the same" in capsys.readouterr().err
+
+
+def test_an_answer_of_squeue_in_another_format_is_no_empty_queue(fake_slurm, capsys):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, "  JOBID PARTITION NAME\n   31 debug run"))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 1
+    assert "squeue's answer is not in the format that was asked for: '  JOBID PARTITION NAME'" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_of_two_submissions_at_once_to_one_folder_the_second_is_refused(fake_slurm, capsys):
+    fake_slurm(sinfo=(0, SINFO))
+    (Path("../bin") / "sbatch").write_text("#!/bin/sh\nmkfifo ../go; cat ../go >/dev/null\necho 'Submitted batch job 17'\n")
+    options = ["--config", "smoke", "--run_dir", "runs/a"]
+    first = subprocess.Popen([sys.executable, "-m", "launch.submit", *options], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not Path("../go").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert submit.main([*options, "--seed", "2"]) == 2
+    assert re.search("another submission to .*/runs/a is under way: wait for it", capsys.readouterr().err)
+    assert Path("runs/a/slurm").is_dir()
+    Path("../go").write_text("on")
+    assert first.wait(60) == 0
+    assert json.loads(Path("runs/a/slurm/job.json").read_text())["job"] == "17"
+
+
+def test_a_log_on_a_full_disk_ends_no_job():
+    program = f"source {ROOT}/launch/policy.sh; say hello; echo reached"
+    answer = subprocess.run(["bash", "-c", f"{program} 2>/dev/full"], text=True, capture_output=True)
+    assert (answer.returncode, answer.stdout) == (0, "reached\n")
+
+
+def test_of_a_chain_that_slurm_has_forgotten_the_last_job_is_shown(no_slurm, tmp_path):
+    write_note(tmp_path, "job", {"job": "12", "chain": "12:13:14", "log": str(tmp_path / "slurm/12.log")})
+    write_note(tmp_path, "end", {"job": "13", "status": 85})
+    assert read_state(tmp_path, []).job == "13"
 
 
 def count_up(first):

@@ -497,25 +497,32 @@ def test_a_run_folder_that_cannot_be_used_is_refused(tmp_path, fault):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("fault", ["moved", "removed"])
-def test_a_run_folder_that_vanishes_ends_the_run_with_an_error(tmp_path, fault):
+def test_a_run_folder_that_was_moved_ends_the_run_with_an_error(tmp_path):
     folder = tmp_path / "run"
     ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder), "--checkpoint_every", "3"]), 2)
     ranks[0].wait_for(lambda: saved_steps(folder))
     folder.rename(tmp_path / "gone")
-    if fault == "removed":
-        shutil.rmtree(tmp_path / "gone")
     ranks[0].wait_for(lambda: "training goes on without it" in ranks[0].text)
     ranks[0].kill(signal.SIGTERM)
     assert [rank.wait() for rank in ranks] == [1, 1]
-    where = f"moved it to {tmp_path / 'gone'}" if fault == "moved" else "removed it"
-    assert ranks[0].text.count(f"run_dir {folder} is gone: somebody {where}") == 2  # a warning at once, and the error
+    # A warning at once, and the error.
+    assert ranks[0].text.count(f"run_dir {folder} is gone: somebody moved it to {tmp_path / 'gone'}") == 2
     assert f"run_dir {folder} is gone" in ranks[1].text
     assert not folder.exists()
-    if fault == "moved":  # put back, it tells why the run ended
-        (tmp_path / "gone").rename(folder)
-        [end] = read_ends(folder)
-        assert find_kind(end["why"]) == "folder gone"
+    (tmp_path / "gone").rename(folder)  # put back, it tells why the run ended
+    [end] = read_ends(folder)
+    assert find_kind(end["why"]) == "folder gone"
+
+
+def test_a_run_folder_that_was_removed_ends_the_run_at_once(tmp_path):
+    folder = tmp_path / "run"
+    ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder)]), 2)
+    ranks[0].wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    folder.rename(tmp_path / "gone")  # at one moment
+    shutil.rmtree(tmp_path / "gone")
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert all(f"run_dir {folder} is gone: somebody removed it, and the run stops" in rank.text for rank in ranks)
+    assert not folder.exists()
 
 
 def test_a_run_whose_folder_is_put_back_goes_on(tmp_path):
