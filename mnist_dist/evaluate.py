@@ -104,7 +104,7 @@ def _make_config(options: argparse.Namespace, config: Config) -> Config:
         values["dataset"] = config.task.facts["dataset"]
     given = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     # The batch of a training may be larger than the split that is left: an evaluation has none.
-    taken = {name: values[name] for name in ("train_size", "test_size", "holdout", "precision", *config.task.model_dump())}
+    taken = {name: values[name] for name in ("train_size", "test_size", "holdout", "precision", "seed", *config.task.model_dump())}
     source = str(Path(options.run) / CONFIG_FILE) if os.path.isdir(options.run) and not given else ""
     return make_config(taken | {"task": config.task.name, "batch_size": 1} | given, source, type(config.task))
 

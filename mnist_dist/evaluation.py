@@ -89,6 +89,8 @@ def evaluate(
         )
     with explaining(task.name, "in measure"):
         measures = task.measure(sums)
+    if isinstance(measures, dict):  # one without a value, such as the precision where nothing was found, has none in the record
+        measures = {name: value if name in ("loss", task.best) else _replace_unknown(value, None) for name, value in measures.items()}
     _check_measures(task, measures)
     # Only now, so that no batch waits for the device.
     examples: list[tuple[float, Example]] = []
@@ -125,7 +127,7 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
         with _refusing_mistakes(task, group, count, "measure", IndexError):
-            _check_measures(task, _fill_in(task.measure(tally.sums.cpu())))
+            _check_measures(task, _replace_unknown(task.measure(tally.sums.cpu()), 0.0))
 
 
 @contextlib.contextmanager
@@ -181,13 +183,13 @@ def _check_measures(task: Task, measures: Any) -> None:
         _refuse_measures(task, f"{wrong[0]} is {measures[wrong[0]]!r:.80}")
 
 
-def _fill_in(value: Any) -> Any:
-    """The same measures with a number in the place of each that is not known yet, as of a few samples."""
+def _replace_unknown(value: Any, by: float | None) -> Any:
+    """The same measures with `by` in the place of each that is None or no finite number, as where too few samples were counted."""
     if isinstance(value, dict):
-        return {name: _fill_in(entry) for name, entry in value.items()}
+        return {name: _replace_unknown(entry, by) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_fill_in(entry) for entry in value]
-    return 0.0 if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+        return [_replace_unknown(entry, by) for entry in value]
+    return by if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:

@@ -100,7 +100,8 @@ def watch_losses(task: type[Task], noted: list[Tensor]) -> type[Task]:
     class Watched(task):  # type: ignore[valid-type, misc]
         def losses(self, model: Any, batch: Any, drawn: Any) -> Tensor:
             found: Tensor = super().losses(model, batch, drawn)
-            if isinstance(found, Tensor) and found.requires_grad:
+            # An evaluation may take gradients, too: of a penalty.
+            if isinstance(found, Tensor) and found.requires_grad and model.training:
                 noted.append(found.detach())
             return found
 

@@ -191,7 +191,10 @@ class Task(Options):
         return Tally(torch.stack([losses.new_full((), len(losses)), losses.sum()]))
 
     def measure(self, sums: "Tensor") -> Row:
-        """The measures (numbers, or lists of numbers) that the `sums` float64 [k] of a whole split mean; `loss` and `best` among them."""
+        """The measures (numbers, or lists of numbers) that the `sums` float64 [k] of a whole split mean; `loss` and `best` among them.
+
+        Any other may be None or NaN where it has no value, such as a precision where nothing was found.
+        """
         return {"loss": float(sums[1] / sums[0])}
 
     def draw(self, seed: int, step: int, size: int) -> "Tensor | None":

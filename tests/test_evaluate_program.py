@@ -66,6 +66,15 @@ def test_the_measures_of_a_run_with_shards_are_the_same_bits(tmp_path):
         assert answer["test/loss"] == result["test/loss"]
 
 
+def test_samples_that_are_drawn_are_those_of_the_runs_seed(tmp_path):
+    noisy = ["--task", str(Path(__file__).with_name("noisy_task.py")), "--batch_size", "12", "--steps", "2", "--seed", "5"]
+    options = ["--precision", "fp32", "--threads", "1", "--report", "false", "--wandb", "disabled", "--run_dir", str(tmp_path / "run")]
+    run_ranks(tmp_path, Train([*noisy, *options]))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    answer = read_answer(run_ranks(tmp_path, EvaluateProgram((str(tmp_path / "run"), "--json"))))
+    assert answer["test/loss"] == result["test/loss"]
+
+
 def test_the_training_images_are_those_of_the_run_and_a_bare_file_means_all_images(run, capsys):
     assert evaluate.main([str(run), "--split", "train", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)

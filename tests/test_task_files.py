@@ -913,6 +913,14 @@ def test_a_task_in_a_folder_whose_name_cannot_be_written_is_refused(tmp_path, mo
         find_task("mine.py")
 
 
+def test_a_measure_without_a_value_ends_no_run(tmp_path):
+    undefined = "'precision': float('nan'), 'parts': [float('inf'), 0.5], 'recall': None"
+    name = write(tmp_path / "mine.py", SANE, (BUILD, MEASURE.format(undefined)))
+    run_ranks(tmp_path, Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert [result[f"test/{name}"] for name in ("precision", "parts", "recall")] == [None, [None, 0.5], None]
+
+
 @pytest.mark.slow
 def test_jobs_and_sweeps_take_a_task(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)

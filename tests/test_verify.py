@@ -14,8 +14,18 @@ from processes import run_ranks
 
 from mnist_dist.errors import UserError
 from mnist_dist.finding import Finding, read_findings, write_findings
-from mnist_dist.inspection import CURVE_TOLERANCE, GRADIENT_TOLERANCE, Print, Rank, compare_gradients, measure_distance, take_print
+from mnist_dist.inspection import (
+    CURVE_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    Print,
+    Rank,
+    compare_gradients,
+    measure_distance,
+    take_print,
+    watch_losses,
+)
 from mnist_dist.reference import BATCHES, SKETCH, read_reference
+from mnist_dist.task import Task
 from mnist_dist.verify import main
 
 SHIPPED = Path(str(resources.files("mnist_dist.tasks.mnist"))) / "reference.json"
@@ -354,3 +364,17 @@ def test_findings_come_back_from_their_file_and_others_are_refused(tmp_path):
         path.write_text(value if isinstance(value, str) else json.dumps(value))
         with pytest.raises(UserError, match="is not a list of findings"):
             read_findings(path)
+
+
+def test_only_the_losses_of_a_training_are_noted():
+    class Penalty(Task):
+        def losses(self, model, batch, drawn):
+            with torch.enable_grad():  # of a gradient penalty, in an evaluation, too
+                return model(batch).square().sum(1)
+
+    noted = []
+    task, model = watch_losses(Penalty, noted)(), torch.nn.Linear(2, 3)
+    task.losses(model.train(), torch.ones(4, 2), None)
+    with torch.no_grad():
+        task.losses(model.eval(), torch.ones(5, 2), None)
+    assert [len(losses) for losses in noted] == [4]
