@@ -13,7 +13,7 @@ from launch.endings import STRONG_STATES, shorten
 from launch.request import Request
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import check_readable, is_marked
+from mnist_dist.files import is_marked
 from mnist_dist.lock import LOCK_FILE, find_process, is_locked_elsewhere, read_holder
 from mnist_dist.options import make_options
 from mnist_dist.preemption import Stop
@@ -108,15 +108,13 @@ def find_runs(folder: Path, depth: int = _DEPTH, unread: list[str] | None = None
         if any(os.path.lexists(folder / name) for name in (METRICS_FILE, *_CLAIMS)):
             return  # else the config.yaml may be another program's
     try:
-        check_readable(folder)
+        os.stat(os.path.join(folder, "."))  # else one that can be listed and not entered would seem to be empty
         # A link to a run counts; one to anything else may lead out of here, or round in a circle.
         found = [entry for entry in os.scandir(folder) if not entry.is_symlink() or is_run(Path(entry.path))]
         inner = sorted(entry.path for entry in found if entry.is_dir())
-    except UserError:
-        if unread is not None:
+    except OSError as error:
+        if unread is not None and isinstance(error, PermissionError):
             unread.append(str(folder))
-        return
-    except OSError:
         return
     for path in inner if depth else []:
         yield from find_runs(Path(path), depth - 1, unread)
@@ -155,9 +153,6 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     # Of a chain the one that runs counts, else the first that waits.
     matching = [job for job in jobs if _is_of_note(job, noted) or (number and job.number == number)]
     job = max(matching, key=lambda job: (job.is_active, job.runs, int(job.number) * (-1 if job.is_active else 1)), default=None)
-    # Where Slurm has forgotten them: of a chain, the last job that has done something.
-    done = [name for name in (str(row.get("job")) for row in (ended, *starts[-1:])) if name in noted_jobs]
-    last = max(done, key=noted_jobs.index, default=str(noted.get("job") or number))
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
@@ -174,7 +169,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "measure": measure,
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
-        "job": job.name if job else last,
+        "job": job.name if job else find_last_done(noted, ended, *starts[-1:]) or str(noted.get("job") or number),
         "waiting": tuple(other.name for other in matching if other.is_active and other is not job),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }
@@ -251,6 +246,12 @@ def find_saved_step(path: Path) -> int | None:
 def list_noted_jobs(noted: Row) -> list[str]:
     """The jobs in the note of a run's last submission: one, or those of a chain; an empty name where none is noted."""
     return str(noted.get("chain") or noted.get("job") or "").split(":")
+
+
+def find_last_done(noted: Row, *rows: Row) -> str:
+    """Of the jobs in a note, the last that has done something, as some `rows` tell: those of a chain after it had nothing to do."""
+    jobs = list_noted_jobs(noted)
+    return max((name for row in rows if (name := str(row.get("job"))) in jobs), key=jobs.index, default="")
 
 
 def _is_of_note(job: Job, noted: Row) -> bool:

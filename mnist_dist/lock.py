@@ -112,22 +112,30 @@ class Lock:
         """
         # Where the disk is gone, or the file server does not answer, what is to be written there will tell.
         with self._checking, contextlib.suppress(OSError):
-            before, self._gone = self._gone, self._find_whether_gone()
-            self._lost = self._lost or self._find_loss()
-            if self._gone and not before and not self._lost:
-                _log.warning("%s", self._gone)
+            if not self._lost:
+                self._look()
         if self._lost:
             raise RunError(self._lost)
         if self._gone and at_end:
             raise RunError(self._gone)
 
-    def _find_whether_gone(self) -> str:
-        """In words, that there is nothing under the folder's name; empty where something is. Raises OSError."""
-        if self._is_in_place() or os.path.lexists(self.run_dir):
-            return ""
+    def _look(self) -> None:
+        """Note in words how this run has lost the folder for good, or for now, if it has; of the latter, warn once. Raises OSError."""
+        if self._is_in_place():
+            self._gone = ""
+            self._lost = self._keep_file()
+            return
+        before, self._gone = self._gone, ""
         path = self._find_path()
         where = f": somebody moved it to {path}" if path else ""
-        return f"run_dir {self.run_dir} is gone{where}; nothing of this run can be saved until it is back"
+        if not os.fstat(self._descriptors[0]).st_nlink:
+            self._lost = f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
+        elif os.path.lexists(self.run_dir):
+            self._lost = f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
+        else:
+            self._gone = f"run_dir {self.run_dir} is gone{where}; nothing of this run can be saved until it is back"
+            if not before:
+                _log.warning("%s", self._gone)
 
     def find_folder(self) -> Path:
         """The folder that was locked, wherever it is today. Raises `RunError` if another job has it, or nobody can tell; and OSError."""
@@ -154,16 +162,8 @@ class Lock:
                 return Path(path)
         return None
 
-    def _find_loss(self) -> str:
-        """How this run has lost the folder, in words; empty where it has not, or could take it again. Raises OSError."""
-        if not self._is_in_place():
-            if not os.fstat(self._descriptors[0]).st_nlink:
-                return f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
-            if self._gone:
-                return ""
-            path = self._find_path()
-            where = f": somebody moved it to {path}" if path else ""
-            return f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
+    def _keep_file(self) -> str:
+        """Take the file of the lock again if somebody removed it; in words, that another job was quicker. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
                 return ""
