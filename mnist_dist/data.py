@@ -48,6 +48,8 @@ _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _SHOWN = 32  # numbers of samples in a message
 _PROBED = 4  # samples by which a data set is known, and a model is tried
+_PROBED_MOST = 64  # on which it is tried whether a loss sees other samples
+_GOLDEN_RATIO = 0.6180339887498949  # its multiples spread evenly, however many there are
 
 
 class Piece(NamedTuple):
@@ -492,11 +494,12 @@ class Probe:
             draws.append(draw(config, 0, max(_PROBED, config.batch_size), UserError))
         drawn, again = draws
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
-        self._drawn = None if drawn is None else drawn[:_PROBED].clone()
+        self.most = max(_PROBED, min(_PROBED_MOST, config.batch_size, config.micro_batch or _PROBED_MOST))  # as a step may compute at once
+        self._drawn = None if drawn is None else drawn[: self.most].clone()
         self.half = self.take(range(_PROBED // 2))
         self.is_stored = False  # a batch has tensors that the data set itself holds
-        places = [place % len(self._kept) for place in self.half.places]
-        self.changed = () if self._is_unchanged() else tuple(locate(split, "training", places)[1])
+        indices = self._find(self.half.places)
+        self.changed = () if self._is_unchanged() else tuple(locate(split, "training", indices)[1])
         self.whole = self.take(range(_PROBED))
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
@@ -511,13 +514,19 @@ class Probe:
             self.collate_draws = read_generators() != after
 
     def take(self, places: Sequence[int]) -> Piece:
-        """A batch of the samples at some places of the whole."""
-        piece = self._read(places, places)
+        """A batch of the samples at some places, of which there are `most`; the first ones are those of the whole."""
+        piece = self._read(self._find(places), places)
         return piece._replace(drawn=None if self._drawn is None else self._drawn[list(places)])
 
     def _read(self, indices: Sequence[int], places: Sequence[int]) -> Piece:
-        [piece] = read(self._kept, Batch.of([index % len(self._kept) for index in indices], places))
+        [piece] = read(self._kept, Batch.of(indices, places))
         return piece
+
+    def _find(self, places: Sequence[int]) -> list[int]:
+        """The samples at some places: by turns two from the beginning, and two from all over, for data may be sorted by class, or mixed."""
+        count = len(self._kept)
+        pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
+        return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
 
     def _is_unchanged(self) -> bool:
         """Whether the samples of the half are the same once more, after they were read at other places, which are seeded otherwise."""
@@ -526,8 +535,9 @@ class Probe:
         tensors, others = _list_parts(self.half.samples)
         first = [tensor.clone() for tensor in tensors]  # of what may lie in the data set itself
         places = self.half.places
-        self._read(places, [place + _PROBED for place in places])
-        again, other = _list_parts(self._read(places, places).samples)
+        indices = self._find(places)
+        self._read(indices, [place + _PROBED for place in places])
+        again, other = _list_parts(self._read(indices, places).samples)
         one, two = ({tensor.untyped_storage().data_ptr() for tensor in some if tensor.numel()} for some in (tensors, again))
         self.is_stored = bool(one & two)
         return len(first) == len(again) and all(map(is_same, first, again)) and others == other

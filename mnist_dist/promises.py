@@ -32,7 +32,9 @@ from mnist_dist.tier import (
     describe_unused,
     find_first_difference,
     find_gradients,
+    find_size,
     is_close,
+    is_mixing,
     keeping,
     list_unused,
 )
@@ -124,6 +126,8 @@ def _check_rows(subject: Subject) -> Found:
         check_losses(subject.task, whole.losses, probe.whole.size)
         if whole.drew is None:
             where = find_first_difference(whole, subject.trace(probe.take(half)))
+            if where is None and is_mixing(subject.task, subject.trace, probe, find_size(probe, whole)):
+                where = "the losses"
         else:
             # The same numbers are drawn only for tensors of the same shapes; samples that are padded to the longest need it among them.
             others = [subject.trace(probe.take([*half, *[place] * len(half)])) for place in probe.whole.places[len(half) :]]

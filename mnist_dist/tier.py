@@ -1,4 +1,4 @@
-"""What a model's step depends on beside its samples: a probe on a few of them, in float32 on the CPU, before anything is prepared.
+"""What a model's step depends on beside its samples: a probe on some of them, in float32 on the CPU, before anything is prepared.
 
 *Any world*: no sample sees another one, nothing random happens but what the task draws for the whole batch, and only the optimizer changes
 the model. Then a step is the same on any number of processes. *This world*: there is BatchNorm, dropout, a moving average or the like. Then
@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ _GRADIENT_TOLERANCE = 1e-2  # of a gradient's norm
 _GRADIENT_NOISE = 1e-5  # of the norm of all
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
+_SHOWN = 8  # losses in a message
+_OUTPUTS_BYTES = 1 << 28  # of the layers of a batch that is tried; the pass takes a few times as much
 
 
 class Tier(NamedTuple):
@@ -64,7 +67,7 @@ class Trace(NamedTuple):
 
 
 def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
-    """Compute the losses of a few samples and of half of them, in training mode; the model stays as it was.
+    """Compute the losses of a few samples, and of a batch and of its half, in training mode; the model stays as it was.
 
     Raises `UserError` where the losses are not one finite number for each sample, no parameter gets a gradient, or `draw` does not repeat.
     """
@@ -111,6 +114,8 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             reason = f"in {mixing} the samples of a batch see each other"
         elif moved:
             reason = f"each forward pass changes {moved[0]}"
+        elif is_mixing(task, partial(trace, task, model), probe, size := find_size(probe, whole)):
+            reason = f"in the losses some of {size} samples see each other"
         elif hooked := list_hooked(model):
             reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
         else:
@@ -120,6 +125,22 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does a hook clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
+
+
+def find_size(probe: Probe, few: Trace) -> int:
+    """How many samples a model is tried on: as a step may compute at once, if memory should bear it by the outputs of a `few`."""
+    bytes_each = sum(output.nbytes for _, output in few.outputs) // len(few.losses)
+    return max(len(few.losses), min(probe.most, _OUTPUTS_BYTES // max(bytes_each, 1)))
+
+
+def is_mixing(task: Task, compute: Callable[[Piece], Trace], probe: Probe, size: int) -> bool:
+    """Whether every other sample of a batch has another loss where the rest is not with it.
+
+    A loss may see only some others, such as those of its class, of which there is none among a few samples.
+    """
+    whole, half = (compute(probe.take(range(0, size, step))).losses.detach() for step in (1, 2))
+    check_losses(task, whole, size)
+    return not is_close(whole[::2], half, _LOSS_TOLERANCE)
 
 
 def describe_flaw(probe: Probe) -> str:
@@ -158,8 +179,9 @@ def check_losses(task: Task, losses: Any, count: int) -> None:
     check_shape(task, losses, count)
     if not losses.is_floating_point():
         raise UserError(f"task {task.name}: the losses are {str(losses.dtype).removeprefix('torch.')}; expected floating-point numbers")
-    if not losses.isfinite().all():
-        raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
+    if not (finite := losses.isfinite()).all():
+        found = f"are {losses.tolist()}" if count <= _SHOWN else f"hold {losses[~finite][0].item()}"
+        raise UserError(f"task {task.name}: the losses of {count} samples {found}; expected finite numbers")
 
 
 def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Tensor | None]:

@@ -150,6 +150,15 @@ FAULTS = {
         return losses - 0.5 * losses.mean()
 """,
     ),
+    "a loss that sees the samples of one kind alone": (
+        "rows",
+        ["in the losses the samples of a batch see each other"],
+        """
+    def losses(self, model, batch, drawn):
+        alike = batch[0][:, :1].mul(3).round()
+        return super().losses(model, batch, drawn) * (alike == alike.T).sum(0)
+""",
+    ),
     "a layer that mixes rows beside dropout": (
         "rows",
         ["in 1 (Mixing) the samples of a batch see each other"],

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from mnist_dist import tier
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
-from mnist_dist.data import Piece, load_data
+from mnist_dist.data import Piece, Probe, load_data
 from mnist_dist.distributed import join_group
+from mnist_dist.errors import UserError
+from mnist_dist.model import build_model
 from mnist_dist.state import TrainingState
-from mnist_dist.task import Data
+from mnist_dist.task import Data, Task
 from mnist_dist.tasks.classification import Classification
 from mnist_dist.witness import read_batch
 from mnist_dist.world import World, find_world
@@ -86,6 +89,61 @@ def test_the_pieces_of_a_batch_of_any_kind_have_the_gradients_of_the_whole(made)
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
         assert whole.any()
+
+
+class Pull(Task):
+    """Samples of one class attract each other; or not, where each is alone in its class."""
+
+    kinds: int = 20
+    is_sorted: bool = False
+    width: int = 8
+
+    def load(self):
+        generator = torch.Generator().manual_seed(1)
+        kinds = torch.randint(self.kinds, (600,), generator=generator) if self.kinds < 600 else torch.arange(600)
+        inputs = torch.randn(600, 8, generator=generator)
+        return Data(*[TensorDataset(inputs, kinds.sort().values if self.is_sorted else kinds)] * 2)
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 8))
+
+    def losses(self, model, batch, drawn):
+        inputs, kinds = batch
+        outputs = model(inputs)
+        others = (kinds[:, None] == kinds) & ~torch.eye(len(kinds), dtype=torch.bool)
+        pulled = ((outputs[:, None] - outputs).square().sum(2) * others).sum(1) / others.sum(1).clamp(min=1)
+        return (outputs - inputs).square().sum(1) + pulled
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "in the losses some of 64 samples see each other"),
+        ({"batch_size": 12, "is_sorted": True}, "in the losses some of 12 samples see each other"),
+        ({"kinds": 300, "is_sorted": True}, "in the losses some of 64 samples see each other"),
+        ({"kinds": 2, "is_sorted": True}, "in the losses the samples of a batch see each other"),
+        ({"kinds": 600}, ""),
+        ({"micro_batch": 1}, ""),
+        ({"width": 1000, "is_sorted": True}, "in the losses some of 32 samples see each other"),  # of which no more fit
+    ],
+)
+def test_samples_that_see_only_those_of_their_class_are_of_this_world(monkeypatch, options, reason):
+    monkeypatch.setattr(tier, "_OUTPUTS_BYTES", 1 << 18)
+    config, data = load_data(make_config(options, task=Pull))
+    assert tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
+
+
+class Cracked(Pull):
+    """One sample of a batch, but none of the first ones, has no loss."""
+
+    def losses(self, model, batch, drawn):
+        return super().losses(model, batch, drawn) / (batch[1] != 23)
+
+
+def test_a_loss_that_is_not_finite_among_many_is_refused_at_the_start():
+    config, data = load_data(make_config({"kinds": 600}, task=Cracked))
+    with pytest.raises(UserError, match=r"the losses of 64 samples hold inf; expected finite numbers"):
+        tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config))
 
 
 def test_the_optimizer_that_is_stepped_is_the_one_that_accelerate_prepared():
