@@ -206,14 +206,14 @@ class Worker:
             images = torch.randn(batch_size // shards, 1, 28, 28, device=accelerator.device)
             labels = torch.arange(len(images), device=accelerator.device) % 10
 
-            def compute(_: int) -> Tensor:
+            def compute(_: int) -> list[Tensor]:
                 with accelerator.autocast():
                     logits = model(images)
                 loss = functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / batch_size
-                return flat.pack(torch.autograd.grad(loss, parameters), [loss.detach()])
+                return [flat.pack(torch.autograd.grad(loss, parameters), [loss.detach()])]
 
             def step() -> None:
-                total = tree(compute)
+                [total] = tree(compute)
                 for parameter, gradient in zip(parameters, flat.views(total), strict=True):
                     parameter.grad = gradient
                 optimizer.step()

@@ -115,7 +115,7 @@ def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Grou
     def find(part: int) -> Tensor:
         return sums_of.get(part, nothing).clone()
 
-    return (TreeSum(config.shards, group)(find) if config.shards else group.sum(find(mine[0]))).cpu()
+    return (TreeSum(config.shards, group)(lambda part: [find(part)])[0] if config.shards else group.sum(find(mine[0]))).cpu()
 
 
 def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: Collection[str]) -> None:

@@ -39,17 +39,17 @@ def find_subtrees(mine: Range, node: Range) -> Iterator[Range]:
             yield from find_subtrees(mine, half)
 
 
-def add_up(node: Range, find: Callable[[Range], Tensor | None]) -> Tensor:
-    """The sum over a subtree, along the tree; `find` knows some subtrees' sums, each of which may be written over."""
+def add_up(node: Range, find: Callable[[Range], Sequence[Tensor] | None]) -> Sequence[Tensor]:
+    """The sums over a subtree, along the tree; `find` knows some subtrees' sums, each of which may be written over."""
     found = find(node)
     if found is None:
         left, right = split_tree(node)
-        found = add_up(left, find).add_(add_up(right, find))
+        found = [one.add_(other) for one, other in zip(add_up(left, find), add_up(right, find), strict=True)]
     return found
 
 
 class TreeSum:
-    """Adds up one vector of numbers for each shard, over all processes of a group."""
+    """Adds up some vectors of numbers for each shard, over all processes of a group."""
 
     def __init__(self, shards: int, group: Group) -> None:
         self.shards = shards
@@ -57,10 +57,14 @@ class TreeSum:
         self.mine = split_shards(shards, group.rank, group.size)
         self.subtrees = [list(find_subtrees(split_shards(shards, rank, group.size), (0, shards))) for rank in range(group.size)]
 
-    def __call__(self, compute: Callable[[int], Tensor]) -> Tensor:
-        """The sum of `compute(shard)`, float [n] on the device, over all shards, of which this process computes its own, in their order."""
+    def __call__(self, compute: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The sums of `compute(shard)`, each float [n] on the device, over all shards; this process computes its own, in their order."""
         sums = [add_up(node, lambda part: compute(part[0]) if part[1] - part[0] == 1 else None) for node in self.subtrees[self.group.rank]]
-        return sums[0] if self.group.size == 1 else self._exchange(sums)
+        return sums[0] if self.group.size == 1 else [self._exchange(vectors) for vectors in zip(*sums, strict=True)]
+
+    def repeat(self, vector: Tensor) -> Tensor:
+        """The sum of a vector that is the same for all shards."""
+        return add_up((0, self.shards), lambda part: [vector.clone()] if part[1] - part[0] == 1 else None)[0]
 
     def _exchange(self, sums: Sequence[Tensor]) -> Tensor:
         size, length = self.group.size, len(sums[0])
@@ -73,9 +77,9 @@ class TreeSum:
         received = torch.empty(sum(counts), dtype=sent.dtype, device=sent.device)
         dist.all_to_all_single(received, sent.view(-1), counts, [len(sums) * segment] * size)
         nodes = [node for subtrees in self.subtrees for node in subtrees]
-        known = dict(zip(nodes, received.view(-1, segment), strict=True))
+        known = {node: [values] for node, values in zip(nodes, received.view(-1, segment), strict=True)}
         total = torch.empty(size * segment, dtype=sent.dtype, device=sent.device)
-        _gather(total, add_up((0, self.shards), known.get))
+        _gather(total, add_up((0, self.shards), known.get)[0])
         return total[:length]
 
 
@@ -86,8 +90,8 @@ _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 class Flat:
     """Some tensors as one vector, in the memory layout of each."""
 
-    def __init__(self, tensors: Sequence[Tensor], extra: int = 0) -> None:
-        self.tensors = list(tensors)
+    def __init__(self, tensors: Sequence[Tensor], extra: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        self.tensors, self.dtype = list(tensors), dtype
         self.length = sum(tensor.numel() for tensor in self.tensors) + extra
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -103,8 +107,7 @@ class Flat:
 
     def pack(self, values: Sequence[Tensor], extra: Sequence[Tensor] = ()) -> Tensor:
         """A new vector of `values`, which are shaped as the tensors, and of `extra` numbers behind them."""
-        first: Any = values[0]
-        flat = torch.empty(self.length, dtype=torch.float32, device=first.device)
+        flat = torch.empty(self.length, dtype=self.dtype, device=values[0].device)
         for view, value in zip(self.views(flat), values, strict=True):
             view.copy_(value)
         for place, number in enumerate(extra, start=self.length - len(extra)):

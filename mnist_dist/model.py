@@ -53,8 +53,9 @@ def build_model(task: Task, seed: int) -> nn.Module:
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
-                f"task {task.name}: {name} of its model holds values that are not finite, as a mask may; keep it out of checkpoints: "
-                "register_buffer(..., persistent=False)"
+                f"task {task.name}: {name} of its model holds values that are not finite; a smallest value so far may begin with "
+                "torch.finfo(torch.float32).max, and a mask that never changes may be left out of checkpoints: register_buffer(..., "
+                "persistent=False)"
             )
     for name, buffer in model.named_buffers():
         if buffer.dtype not in _BUFFER_TYPES:

@@ -68,9 +68,10 @@ class TrainingState:
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
-            self.averaged = list(averaged)
-            self.flat = Flat([*self.trained, *averaged.values()], extra=1)
+            self.averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
+            self.flat = Flat(self.trained, extra=1)
+            # In float64 a sum of equal float32 numbers is exact, and so is their mean.
+            self.flat_averaged = Flat([*self.averaged.values()], dtype=torch.float64)
             self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
         else:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
@@ -179,9 +180,8 @@ class TrainingState:
     def _add_up(self, tree: TreeSum, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
         starts = {name: value.clone() for name, value in self._list_moving().items()}
-        bases = {name: torch.where(starts[name].isfinite(), starts[name], 0) for name in self.averaged}
 
-        def compute(shard: int) -> Tensor:
+        def compute(shard: int) -> list[Tensor]:
             with torch.no_grad():  # each shard begins with the same statistics
                 for name, value in self._list_moving().items():
                     value.copy_(starts[name])
@@ -191,23 +191,25 @@ class TrainingState:
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
-            # What has not moved has no difference, and from an infinite number there is none.
-            changes = [
-                torch.where((now[name] == starts[name]) & starts[name].isfinite(), 0, now[name] - bases[name]) for name in self.averaged
-            ]
-            return self.flat.pack([*gradients, *changes], [loss])
+            statistics = [self.flat_averaged.pack([now[name] for name in self.averaged])] if self.averaged else []
+            return [self.flat.pack(gradients, [loss]), *statistics]
 
-        total = tree(compute)
-        views = self.flat.views(total)
-        for parameter, gradient in zip(self.trained, views, strict=False):
+        total, *statistics = tree(compute)
+        for parameter, gradient in zip(self.trained, self.flat.views(total), strict=True):
             parameter.grad = gradient
-        with torch.no_grad():
-            now = self._list_moving()
-            for name, change in zip(self.averaged, views[len(self.trained) :], strict=True):
-                now[name].copy_(bases[name] + change / tree.shards)
+        now = self._list_moving()
+        for vector in statistics:
+            for name, value in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
+                self._average(tree, now[name], starts[name], value)
         # What counts is not averaged: the last shard's counts are everybody's.
         self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
+
+    @torch.no_grad()
+    def _average(self, tree: TreeSum, value: Tensor, start: Tensor, total: Tensor) -> None:
+        """Set a buffer to the mean of its shards' values; one that none of them has moved keeps its value, to the last bit."""
+        mean = total / tree.shards
+        value.copy_(torch.where(total == tree.repeat(start), start, mean) if start.dtype == torch.float64 else mean)
 
     def _list_moving(self) -> dict[str, Tensor]:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""

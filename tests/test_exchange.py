@@ -41,9 +41,15 @@ class AddUp:
             def compute(shard):
                 asked.append(shard)
                 generator = torch.Generator().manual_seed(shard)
-                return torch.randn(self.length, generator=generator) * 10.0 ** torch.randint(-4, 4, (self.length,), generator=generator)
+                large = torch.randn(self.length, generator=generator) * 10.0 ** torch.randint(-4, 4, (self.length,), generator=generator)
+                return large, large[:1].double()
 
-            total = TreeSum(self.shards, group)(compute)
+            tree = TreeSum(self.shards, group)
+            total, first = tree(compute)
+            assert first.dtype == torch.float64
+            assert float(first) == pytest.approx(float(total[0]), rel=1e-4)
+            third = torch.tensor([1 / 3])
+            assert torch.equal(tree.repeat(third), tree(lambda _: [third.clone()])[0])
             assert asked == list(range(*split_shards(self.shards, group.rank, group.size)))
             digests = group.gather(hashlib.sha256(total.numpy().tobytes()).hexdigest())
             assert len(set(digests)) == 1

@@ -535,6 +535,44 @@ def test_an_infinite_number_that_becomes_finite_does_so_with_shards(tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["test/loss"] > 0
 
 
+TRACKED = """model = Tracking()
+        return model
+
+class Tracking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.register_buffer("low", torch.full((3,), torch.finfo(torch.float32).max))
+        self.register_buffer("high", torch.full((3,), -1e9, dtype=torch.float64))
+        self.register_buffer("still", torch.tensor([1 / 9, 1e300, -torch.inf], dtype=torch.float64), persistent=False)
+        self.register_buffer("short", torch.tensor([1 / 9, 1e38]))
+
+    def forward(self, inputs):
+        if self.training:
+            self.low.copy_(torch.minimum(self.low, inputs.amin(0)))
+            self.high.copy_(torch.maximum(self.high, inputs.amax(0)))
+        assert self.still.tolist() == [1 / 9, 1e300, -torch.inf]
+        return self.inner(inputs)
+"""
+
+
+def test_buffers_of_any_size_are_averaged_over_shards_without_loss(tmp_path):
+    name = write(tmp_path / "tracks.py", SANE, (f"return {SEQUENTIAL}", TRACKED))
+    files = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        run_ranks(tmp_path / "logs", Train(["--task", name, *SHORT, "--shards", "7", "--threads", "1", "--run_dir", str(folder)]), size)
+        files.append((folder / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    found = load_file(tmp_path / "2/model.safetensors")
+    # A few samples in each shard: its extremes lie between those of all data, and their mean does, too.
+    assert (found["low"] >= -1).all()
+    assert (found["low"] <= found["high"]).all()
+    assert (found["high"] <= 1).all()
+    # What no pass moves keeps its bits (the task looks at one in float64). Seven ninths added up, and a seventh of that, are no ninth.
+    assert torch.equal(found["short"], torch.tensor([1 / 9, 1e38]))
+
+
 LAYOUTS = {
     "transposed": "model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))\n"
     "        model[0].weight = nn.Parameter(torch.randn(3, 8).t())\n        return model",
