@@ -6,6 +6,7 @@ other is read sample by sample, in this process or by workers, each sample under
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,13 +37,14 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
-from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
+from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_own_generators, read_places, seed_generators
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Row, Task
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_OPEN_FILES = "/proc/self/fd"  # of Linux
 _FACT_TOLERANCE = 1e-4  # threads and processors may round differently
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
@@ -501,6 +504,7 @@ class Probe:
         indices = self._find(self.half.places)
         self.changed = () if self._is_unchanged() else tuple(locate(split, "training", indices)[1])
         self.whole = self.take(range(_PROBED))
+        self.draws_from_own = self._draws_from_own(split)
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
             raise UserError(
@@ -527,6 +531,16 @@ class Probe:
         count = len(self._kept)
         pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
         return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
+
+    def _draws_from_own(self, split: Dataset[Any]) -> bool:
+        """Whether the samples draw from generators of the data set, even if few of them do; by what is seeded anew it draws nothing."""
+        if isinstance(self._kept, InMemory) or not read_own_generators(split):
+            return False
+        states = []
+        for _ in range(2):
+            self.take(range(self.most))
+            states.append(read_own_generators(split))
+        return states[0] != states[1]
 
     def _is_unchanged(self) -> bool:
         """Whether the samples of the half are the same once more, after they were read at other places, which are seeded otherwise."""
@@ -730,8 +744,21 @@ def _has_dead_worker(iterator: Any) -> bool:
     return is_dead
 
 
+def _reopen_files() -> None:
+    """Open anew each regular file that is open for reading: forked processes share the place at which they read, and move it together."""
+    for name in os.listdir(_OPEN_FILES) if os.path.isdir(_OPEN_FILES) else ():
+        with contextlib.suppress(OSError):  # the folder itself, which was open while it was listed
+            number = int(name)
+            if stat.S_ISREG(os.fstat(number).st_mode) and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                own = os.open(f"{_OPEN_FILES}/{number}", os.O_RDONLY | os.O_CLOEXEC)
+                os.lseek(own, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.dup2(own, number, inheritable=os.get_inheritable(number))
+                os.close(own)
+
+
 def _begin_work(workers: Tensor, number: int) -> None:
     """Make this process a worker that ends with the process it reads for, and never before."""
+    _reopen_files()
     # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)

@@ -145,11 +145,13 @@ def is_mixing(task: Task, compute: Callable[[Piece], Trace], probe: Probe, size:
 
 def describe_flaw(probe: Probe) -> str:
     """Why no promise can be kept on such data; empty where there is no reason."""
-    numbers = " or ".join(map(str, dict.fromkeys(probe.changed)))
-    return numbers and (
-        f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data set "
-        "stores (clone it first), and draw from the generators of torch, numpy and random alone, which are seeded before each sample"
-    )
+    drawing = "draw from the generators of torch, numpy and random alone, which are seeded before each sample"
+    if numbers := " or ".join(map(str, dict.fromkeys(probe.changed))):
+        return (
+            f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data "
+            f"set stores (clone it first), and {drawing}"
+        )
+    return f"the training data draw from a generator of their own, whose state is in no checkpoint: {drawing}" * probe.draws_from_own
 
 
 def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) -> list[str]:

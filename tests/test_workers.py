@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import signal
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pytest
 import torch
 from processes import Train, run_ranks, start_ranks
 from safetensors.torch import load_file
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import data
@@ -37,7 +38,7 @@ from mnist_dist.data import (
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
-from mnist_dist.tier import find_tier
+from mnist_dist.tier import describe_flaw, find_tier
 from mnist_dist.world import World
 
 TASK = str(Path(__file__).with_name("noisy_task.py"))
@@ -305,6 +306,70 @@ class Halved(TensorDataset):
 def test_what_collate_does_may_make_a_step_depend_on_the_world(option, reason):
     config, data = load_data(make_config({"task": str(Path(__file__).with_name("ragged_task.py")), **option}))
     assert find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
+
+
+MODULES_OWN = np.random.default_rng(0)
+
+
+class Drawing(Dataset):
+    """Samples of which few draw from a generator: one of the object's, of its class's, of this module's; or one that is seeded anew."""
+
+    classes_own = random.Random(0)
+
+    def __init__(self, whose):
+        self.whose = whose
+        self.transforms = [{"noise": np.random.RandomState(0)}, torch.Generator()]
+
+    def __len__(self):
+        return 600
+
+    def __getitem__(self, index):
+        if index % 13 == 12:
+            if self.whose == "the object's":
+                self.transforms[0]["noise"].rand()
+            elif self.whose == "the class's":
+                self.classes_own.random()
+            elif self.whose == "the module's":
+                MODULES_OWN.random()
+            elif self.whose == "seeded anew":
+                torch.rand(3, generator=self.transforms[1].manual_seed(index))
+            else:
+                random.random()
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize("whose", ["the object's", "the class's", "the module's", "seeded anew", "Python's"])
+def test_a_data_set_that_seldom_draws_from_a_generator_of_its_own_is_found(whose):
+    split = take_samples(Drawing(whose), range(500))
+    flaw = describe_flaw(Probe(split, make_config({"batch_size": 64})))
+    assert ("draw from a generator of their own" in flaw) is (whose not in ("seeded anew", "Python's"))
+
+
+def test_workers_do_not_share_the_place_in_a_file_that_is_open(tmp_path):
+    size, file = 1 << 12, tmp_path / "records"
+    numbers = torch.arange(500).repeat_interleave(size // 8)
+    file.write_bytes(numbers.numpy().tobytes())
+
+    class Records(Dataset):
+        def __init__(self):
+            self.file = file.open("rb", buffering=0)
+
+        def __len__(self):
+            return 500
+
+        def __getitem__(self, index):
+            self.file.seek(index * size)
+            time.sleep(0.001)  # in which other workers come to the same point
+            return torch.tensor(int.from_bytes(self.file.read(8), "little"))
+
+    config, records = make_config({"batch_size": 20, "workers": 4}), Records()
+    with join_group(World(), config) as group:
+        batches = [Batch.of(torch.arange(start, start + 20), range(20)) for start in range(0, 500, 20)]
+        with Reader(records, config, group, "training", batches) as reader:
+            found = torch.cat([batch.pieces[0].samples for batch in reader])
+    assert found.tolist() == list(range(500))
+    # This process reads on from where it was.
+    assert records.file.tell() == 0
 
 
 def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
