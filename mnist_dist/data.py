@@ -490,7 +490,8 @@ class Probe:
     """
 
     def __init__(self, split: Dataset[Any], config: Config) -> None:
-        self._kept = keep_split(split, config, "training", torch.device("cpu"))
+        self._kept, self._split = keep_split(split, config, "training", torch.device("cpu")), split
+        self._is_gathered = is_in_memory(split) and config.holdout > 0  # whose samples have other numbers than those that load returned
         draws = []  # of generators that are seeded differently
         for seed in range(2):
             seed_generators(seed)
@@ -504,7 +505,7 @@ class Probe:
         indices = self._find(self.half.places)
         self.changed = () if self._is_unchanged() else tuple(locate(split, "training", indices)[1])
         self.whole = self.take(range(_PROBED))
-        self.draws_from_own = self._draws_from_own(split)
+        self.draws_from_own = self._draws_from_own()
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
             raise UserError(
@@ -526,20 +527,24 @@ class Probe:
         [piece] = read(self._kept, Batch.of(indices, places))
         return piece
 
+    def name(self, place: int) -> str:
+        """How messages name the sample at a place."""
+        return "one of the training data" if self._is_gathered else name_sample(self._split, "training", self._find([place])[0])
+
     def _find(self, places: Sequence[int]) -> list[int]:
         """The samples at some places: by turns two from the beginning, and two from all over, for data may be sorted by class, or mixed."""
         count = len(self._kept)
         pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
         return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
 
-    def _draws_from_own(self, split: Dataset[Any]) -> bool:
+    def _draws_from_own(self) -> bool:
         """Whether the samples draw from generators of the data set, even if few of them do; by what is seeded anew it draws nothing."""
-        if isinstance(self._kept, InMemory) or not read_own_generators(split):
+        if isinstance(self._kept, InMemory) or not read_own_generators(self._split):
             return False
         states = []
         for _ in range(2):
             self.take(range(self.most))
-            states.append(read_own_generators(split))
+            states.append(read_own_generators(self._split))
         return states[0] != states[1]
 
     def _is_unchanged(self) -> bool:

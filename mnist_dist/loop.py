@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,8 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 evaluation: Evaluation | None = None
                 if evaluate_now:
                     state.unfinished = row  # what the start after a stop goes on with
-                    evaluation = evaluate_model()
+                    with run.saving_what_is_done(state):
+                        evaluation = evaluate_model()
                     state.unfinished = None
                     row = row | evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
                     run.show_evaluation(state.step, data, evaluation)
@@ -156,7 +157,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             try:
                 if state.unfinished is not None:
                     evaluation = record(state.unfinished, evaluate_now=True)
-                for batch in turns(batches, state):
+                for batch in turns(_read(batches, run, state), state):
                     if batch.step != state.step:
                         raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
                     learning_rate = learning_rate_at(config, state.step)
@@ -190,6 +191,11 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         _log.info("finished: %s", _summarize(config, values))
         run.publish(values, data, evaluation)
         return Result(Stop.NONE, state.step, values)
+
+
+def _read(batches: Iterable[Batch], run: RunFolder, state: TrainingState) -> Iterator[Batch]:
+    with run.saving_what_is_done(state):
+        yield from batches
 
 
 def _check_data(state: TrainingState, group: Group) -> None:

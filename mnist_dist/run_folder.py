@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line, is_loss
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import Stop, Stopped
 from mnist_dist.record import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -74,6 +74,7 @@ class RunFolder:
         self._saved_s = time.monotonic()
         self._starts = 0  # with this one
         self._memory_kills: int | None = None  # of this host, before this start
+        self._begun = 0  # the step that this start resumes from
         self._step = 0  # of the last row or checkpoint
         self._stop = Stop.NONE
         self._is_finished = False
@@ -162,7 +163,7 @@ class RunFolder:
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int], rows_end: int) -> None:
         assert self._record is not None
-        self._step = step
+        self._begun = self._step = step
         self._memory_kills = count_memory_kills()
         start = {
             "time": make_timestamp(),
@@ -291,17 +292,33 @@ class RunFolder:
 
     def save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
         """Write the checkpoint with which this start ends, because of `stop` or at the end. Raises `RunError` where that fails."""
+        return self.group.on_main(lambda: self._save_last(state, stop))
 
-        def save() -> Path:
-            assert self._writer is not None
-            assert self._record is not None
-            assert self._lock is not None
-            self._lock.check(at_end=True)
-            path = self._writer.finish(state.step, state.copy(self._record.copy_steps()))
-            self._stop, self._step = stop, state.step
-            return path
+    def _save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
+        assert self._writer is not None
+        assert self._record is not None
+        assert self._lock is not None
+        self._lock.check(at_end=True)
+        path = self._writer.finish(state.step, state.copy(self._record.copy_steps()))
+        self._stop, self._step = stop, state.step
+        return path
 
-        return self.group.on_main(save)
+    @contextlib.contextmanager
+    def saving_what_is_done(self, state: "TrainingState") -> Iterator[None]:
+        """Save the steps of this start where what comes fails, which leaves the state as it is: an evaluation, or a sample to be read."""
+        try:
+            yield
+        except (Stopped, NotFiniteError):  # one is saved anyway, and the other would come again
+            raise
+        except Exception as error:
+            if is_loss(error) and self.group.size > 1:
+                self.group.explain(error)  # the others wait for this rank's answer
+            if self._writer is not None and state.step > self._begun:
+                try:
+                    _log.info("saved %s: the steps before the failure", self._save_last(state))
+                except Exception as another:  # such as of a device that has failed
+                    _log.warning("the steps since the last checkpoint cannot be saved: %s", another)
+            raise
 
     def finish(self, result: Row, weights: bytes) -> None:
         """Write model.safetensors, then result.json, whose presence means that the run is finished. Raises `RunError`."""

@@ -30,7 +30,6 @@ _GRADIENT_TOLERANCE = 1e-2  # of a gradient's norm
 _GRADIENT_NOISE = 1e-5  # of the norm of all
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
-_SHOWN = 8  # losses in a message
 _OUTPUTS_BYTES = 1 << 28  # of the layers of a batch that is tried; the pass takes a few times as much
 
 
@@ -139,7 +138,9 @@ def is_mixing(task: Task, compute: Callable[[Piece], Trace], probe: Probe, size:
     A loss may see only some others, such as those of its class, of which there is none among a few samples.
     """
     whole, half = (compute(probe.take(range(0, size, step))).losses.detach() for step in (1, 2))
-    check_losses(task, whole, size)
+    check_shape(task, whole, size)
+    for place in (~whole.isfinite()).nonzero().flatten().tolist():
+        raise UserError(f"task {task.name}: the loss of {probe.name(place)} is {whole[place]:g}; expected a finite number")
     return not is_close(whole[::2], half, _LOSS_TOLERANCE)
 
 
@@ -181,9 +182,8 @@ def check_losses(task: Task, losses: Any, count: int) -> None:
     check_shape(task, losses, count)
     if not losses.is_floating_point():
         raise UserError(f"task {task.name}: the losses are {str(losses.dtype).removeprefix('torch.')}; expected floating-point numbers")
-    if not (finite := losses.isfinite()).all():
-        found = f"are {losses.tolist()}" if count <= _SHOWN else f"hold {losses[~finite][0].item()}"
-        raise UserError(f"task {task.name}: the losses of {count} samples {found}; expected finite numbers")
+    if not losses.isfinite().all():
+        raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
 
 def find_gradients(task: Task, model: nn.Module, losses: Tensor) -> dict[str, Tensor | None]:

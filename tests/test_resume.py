@@ -146,6 +146,33 @@ def test_a_stop_amid_an_evaluation_is_heeded_and_the_next_start_evaluates(tmp_pa
     assert text.count("of 4, amid an evaluation, which the next start repeats; saved") == 2 * 7 + 5
 
 
+NOISY = ["--task", str(Path(__file__).with_name("noisy_task.py")), "--batch_size", "12", "--steps", "12", "--evaluate_every", "4", "--norm"]
+NOISY += ["--optimizer", "sgd", "--precision", "fp32", "--threads", "1", "--report", "false", "--wandb", "disabled"]
+
+
+def assert_goes_on(folder, faulty, world, words):
+    """A run that fails and is started again, without the fault, has lost no step; the steps at which it was started."""
+    for name, more, status in (("unbroken", (), 0), ("run", faulty, 1), ("run", (), 0)):
+        arguments = [*NOISY, "--checkpoint_every", "0", *more, "--run_dir", str(folder / name)]
+        text = run_ranks(folder, Train(arguments), world, {"LAST": str(world - 1)}, expect=status)
+        assert all((word in text) is (status == 1) for word in (*words, "the steps before the failure"))
+    assert read_rows(folder / "run") == read_rows(folder / "unbroken")
+    assert all(torch.equal(value, read_weights(folder / "unbroken")[name]) for name, value in read_weights(folder / "run").items())
+    return [json.loads(line)["step"] for line in (folder / "run/starts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_was_trained_before_an_evaluation_that_fails_is_saved(tmp_path, world):
+    assert assert_goes_on(tmp_path, ["--fault", "in tally", "--fault_at", "2"], world, ["these weights are odd"]) == [0, 8]
+
+
+@pytest.mark.parametrize(("fault", "workers"), [("raises", 0), ("raises", 2), ("dies", 2)])
+def test_what_was_trained_before_a_sample_that_cannot_be_read_is_saved(tmp_path, fault, workers):
+    faulty = ["--workers", str(workers), "--fault", fault, "--fault_at", "37"]
+    first, second = assert_goes_on(tmp_path, faulty, 1, ["sample 37"])
+    assert first == 0 < second
+
+
 @dataclass(frozen=True)
 class DieAfter(TrainUntil):
     """A start that is killed after a step, whose row is in the record."""

@@ -142,7 +142,7 @@ class Cracked(Pull):
 
 def test_a_loss_that_is_not_finite_among_many_is_refused_at_the_start():
     config, data = load_data(make_config({"kinds": 600}, task=Cracked))
-    with pytest.raises(UserError, match=r"the losses of 64 samples hold inf; expected finite numbers"):
+    with pytest.raises(UserError, match=r"the loss of sample 23 of the training data is inf; expected a finite number"):
         tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config))
 
 
