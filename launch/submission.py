@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -293,41 +294,55 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     for config in configs:
         _prepare_folders([config], Path(config.run_dir) / "slurm")
     _prepare_environment(group, type(configs[0].task))
-    waiting = deque((config, 0) for config in configs)
-    active: dict[str, tuple[Config, int, LocalJob[None]]] = {}
-    statuses: dict[str, int] = {}
-    stopping = False
+    runs = _LocalRuns(request, parallel, deque((config, 0) for config in configs))
     try:
         with ending_as_interrupt():
-            while waiting or active:
+            while runs.waiting or runs.active:
                 try:
-                    while waiting and len(active) < parallel:
-                        config, restarts = waiting.popleft()
-                        with deferring_signals():  # a job that is not known here yet would not be told to save
-                            active[config.run_dir] = (config, restarts, _start_locally(request, config))
-                    for run_dir, (config, restarts, job) in list(active.items()):
-                        if not job.done():
-                            continue
-                        del active[run_dir]
-                        end = read_own_note(Path(run_dir), "end")
-                        status = end.get("status") if end.get("job") == job.job_id else None
-                        statuses[run_dir] = status if isinstance(status, int) else _LOST
-                        if statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < request.max_requeues and not stopping:
-                            waiting.appendleft((config, restarts + 1))
+                    runs.start_and_collect()
                     time.sleep(0.1)
                 except KeyboardInterrupt:
-                    if stopping:
-                        print("stopping at once")
-                        _stop(active.values(), at_once=True)
-                        continue
-                    stopping = True
-                    waiting.clear()
-                    print("saving and stopping; Ctrl-C again stops at once")
-                    _stop(active.values())
+                    runs.stop()
     except BaseException:
-        _stop(active.values())  # nobody would watch them any more
+        _stop(runs.active.values())  # nobody would watch them any more
         raise
-    return statuses
+    return runs.statuses
+
+
+@dataclass
+class _LocalRuns:
+    """Runs on this machine, some of them at a time: those that wait, each with how often it was started again, and those that train."""
+
+    request: Request
+    parallel: int
+    waiting: deque[tuple[Config, int]]
+    active: dict[str, tuple[Config, int, LocalJob[None]]] = field(default_factory=dict)
+    statuses: dict[str, int] = field(default_factory=dict)
+    is_stopping: bool = False
+
+    def start_and_collect(self) -> None:
+        """Start as many as there is room for, and note the exit statuses of those that have ended."""
+        while self.waiting and len(self.active) < self.parallel:
+            config, restarts = self.waiting.popleft()
+            with deferring_signals():  # a job that is not known here yet would not be told to save
+                self.active[config.run_dir] = (config, restarts, _start_locally(self.request, config))
+        for run_dir, (config, restarts, job) in list(self.active.items()):
+            if not job.done():
+                continue
+            del self.active[run_dir]
+            end = read_own_note(Path(run_dir), "end")
+            status = end.get("status") if end.get("job") == job.job_id else None
+            self.statuses[run_dir] = status if isinstance(status, int) else _LOST
+            asks_again = self.statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < self.request.max_requeues
+            if asks_again and not self.is_stopping:
+                self.waiting.appendleft((config, restarts + 1))
+
+    def stop(self) -> None:
+        """Let all save and end; the second time, end them at once."""
+        at_once, self.is_stopping = self.is_stopping, True
+        print("stopping at once" if at_once else "saving and stopping; Ctrl-C again stops at once")
+        self.waiting.clear()
+        _stop(self.active.values(), at_once=at_once)
 
 
 def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]], *, at_once: bool = False) -> None:

@@ -399,10 +399,8 @@ def _choose_variables(world: World, device: str, threads: int, place: Place | No
             if device == "cuda" and not place.is_local:
                 variables["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={interface}"
     if device == "cuda":
-        # cuBLAS and cuDNN repeat their results only with a fixed workspace and fixed algorithms.
+        # cuBLAS repeats its results only with a fixed workspace.
         variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; who wants less asks for bf16
         if world.size > 1:
             variables["LOCAL_RANK"] = str(choose_gpu(world))  # Accelerate and DDP take the GPU's number from here
     return variables

@@ -142,7 +142,9 @@ def repeating_bits() -> Iterator[None]:
     Where torch knows of an operation that cannot, a warning names that once.
     """
     settings: Any = torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
     mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    fixed, short = cudnn.deterministic, cudnn.allow_tf32
     show, told = warnings.showwarning, set[str]()
 
     def tell(message: Warning | str, *more: Any, **others: Any) -> None:
@@ -156,12 +158,14 @@ def repeating_bits() -> Iterator[None]:
     # As `torch.use_deterministic_algorithms(True, warn_only=True)` does, which would make torch import its compiler.
     torch.set_deterministic_debug_mode(max(mode, 1))
     settings.fill_uninitialized_memory = False  # nothing of ours reads it
+    cudnn.deterministic, cudnn.allow_tf32 = True, False  # float32 means float32; who wants less asks for bf16
     warnings.showwarning = tell
     try:
         yield
     finally:
         warnings.showwarning = show
         settings.fill_uninitialized_memory = fills
+        cudnn.deterministic, cudnn.allow_tf32 = fixed, short
         torch.set_deterministic_debug_mode(mode)
 
 

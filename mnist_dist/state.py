@@ -358,14 +358,28 @@ class TrainingState:
             raise type(error)(f"checkpoint {saved.path}: {error}") from error
 
     def _restore(self, state: dict[str, Any], named_step: int) -> list[int]:
-        model, optimizer = _read_field(state, "model", dict), _read_field(state, "optimizer", dict)
-        slots = {
-            f"{index!r}/{name}": value
-            for index, tensors in _read_field(optimizer, "state", dict).items()
-            for name, value in (tensors if isinstance(tensors, dict) else {"": None}).items()
-        }
+        self._check_run(state)
+        self._check_world(state.get("world"))
+        self._check_numbers(state)
         step, elapsed_s = _read_field(state, "step", int), _read_field(state, "elapsed_s", float)
-        rows = state.get("rows", torch.tensor([], dtype=torch.int64))
+        if step != named_step or not 1 <= step <= self.config.total_steps:
+            raise RunError(f"it is damaged: its step is {step}, its name says {named_step}, and the run has {self.config.total_steps}")
+        if not 0 <= elapsed_s < math.inf:
+            raise RunError(f"it is damaged: its elapsed_s is {elapsed_s}")
+        rows = _read_rows(state, step)
+        unfinished = state.get("unfinished")  # older versions finished each evaluation
+        if unfinished is not None and (not is_step_row(unfinished) or unfinished["step"] != step or step in rows):
+            raise RunError(f"it is damaged: its unfinished row is not the one of step {step}")
+        self.bare_model.load_state_dict(state["model"])
+        # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        self.step, self.unfinished = step, unfinished
+        self._start_s = time.perf_counter() - elapsed_s
+        return rows
+
+    def _check_run(self, state: dict[str, Any]) -> None:
+        """Raise `UserError` for a checkpoint of another recipe, model or data set."""
         # Options that came later had no say in an older run: their defaults do what it did.
         stored = _read_field(state, "recipe", dict)
         if not all(isinstance(name, str) and isinstance(value, str | int | float | None) for name, value in stored.items()):
@@ -373,7 +387,8 @@ class TrainingState:
         defaults = {name: field.default for name, field in self.config.fields().items() if trait(field, "recipe")}
         recipe = {"task": BUILT_IN} | defaults | stored
         check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
-        check_same(_shapes(model), _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
+        model = _shapes(_read_field(state, "model", dict))
+        check_same(model, _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
         check_same(
             {"data": _read_field(state, "data", str)},
             {"data": self.fingerprint},
@@ -387,43 +402,46 @@ class TrainingState:
                 f"it was trained on other data: its facts were others ({', '.join(differing)}); use another run_dir, or the same data (a "
                 "set of words has another order in each process: sort it)"
             )
-        world = state.get("world")
+
+    def _check_world(self, world: Any) -> None:
+        """Raise `UserError` for a checkpoint of another number of processes, where a step depends on that."""
         if world is not None and not isinstance(world, str):
             raise RunError("it is damaged: its world is not a text")
-        if not self.tier.is_any_world and world not in (None, self._describe_world()):
-            made, now, advice = str(world)[:80], self._describe_world(), "start as many"
-            if "micro_batch" in made + now:
-                made, now = (one if "micro_batch" in one else f"{one}, without micro_batch" for one in (made, now))
-                advice = "start as many with the same micro_batch"
-            raise UserError(
-                f"it was made by {made}, and this start has {now}; a step of this task is the same only there, because {self.tier.reason}: "
-                f"{advice}, or use another run_dir"
-            )
+        if self.tier.is_any_world or world in (None, self._describe_world()):
+            return
+        made, now, advice = str(world)[:80], self._describe_world(), "start as many"
+        if "micro_batch" in made + now:
+            made, now = (one if "micro_batch" in one else f"{one}, without micro_batch" for one in (made, now))
+            advice = "start as many with the same micro_batch"
+        raise UserError(
+            f"it was made by {made}, and this start has {now}; a step of this task is the same only there, because {self.tier.reason}: "
+            f"{advice}, or use another run_dir"
+        )
+
+    def _check_numbers(self, state: dict[str, Any]) -> None:
+        """Raise `RunError` unless model and optimizer are complete, in finite numbers of their kinds."""
+        slots = {
+            f"{index!r}/{name}": value
+            for index, tensors in _read_field(_read_field(state, "optimizer", dict), "state", dict).items()
+            for name, value in (tensors if isinstance(tensors, dict) else {"": None}).items()
+        }
         expected = describe_state(self.bare_model.parameters(), self.config)
         check_same(_shapes(slots), expected, "it is damaged, its optimizer's state is not complete:")
         kinds = {name: tensor.dtype for name, tensor in self.bare_model.state_dict().items()}
-        for name, tensor in [*model.items(), *slots.items()]:
+        for name, tensor in [*state["model"].items(), *slots.items()]:
             kind = kinds.get(name, torch.float32)
             if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not checkpoint.is_finite(tensor):
                 raise RunError(f"it is damaged: {name} holds values that are not finite {str(kind).removeprefix('torch.')} numbers")
-        if step != named_step or not 1 <= step <= self.config.total_steps:
-            raise RunError(f"it is damaged: its step is {step}, its name says {named_step}, and the run has {self.config.total_steps}")
-        if not 0 <= elapsed_s < math.inf:
-            raise RunError(f"it is damaged: its elapsed_s is {elapsed_s}")
-        if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype != torch.int64 or rows.ndim != 1:
-            raise RunError("it is damaged: its rows are not a list of steps")
-        if len(rows) > step or (len(rows) and (rows[0] < 1 or rows[-1] > step or bool((rows.diff() <= 0).any()))):
-            raise RunError(f"it is damaged: its rows are not rising steps from 1 to {step}")
-        unfinished = state.get("unfinished")  # older versions finished each evaluation
-        if unfinished is not None and (not is_step_row(unfinished) or unfinished["step"] != step or step in rows):
-            raise RunError(f"it is damaged: its unfinished row is not the one of step {step}")
-        self.bare_model.load_state_dict(model)
-        # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": settings})
-        self.step, self.unfinished = step, unfinished
-        self._start_s = time.perf_counter() - elapsed_s
-        return [int(row) for row in rows.tolist()]
+
+
+def _read_rows(state: dict[str, Any], step: int) -> list[int]:
+    """The steps whose rows metrics.jsonl must have. Raises `RunError` where they are none."""
+    rows = state.get("rows", torch.tensor([], dtype=torch.int64))
+    if not isinstance(rows, Tensor) or rows.is_meta or rows.layout != torch.strided or rows.dtype != torch.int64 or rows.ndim != 1:
+        raise RunError("it is damaged: its rows are not a list of steps")
+    if len(rows) > step or (len(rows) and (rows[0] < 1 or rows[-1] > step or bool((rows.diff() <= 0).any()))):
+        raise RunError(f"it is damaged: its rows are not rising steps from 1 to {step}")
+    return [int(row) for row in rows.tolist()]
 
 
 def _note(reached: set[str], name: str, _: Tensor) -> None:

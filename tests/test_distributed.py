@@ -51,8 +51,6 @@ def test_slurm_says_how_many_threads_a_task_has(monkeypatch):
 def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     task = find_world(SRUN)
     assert machine.choose_device(configure(), task) == "cuda"
     variables = distributed._choose_variables(task, "cuda", 1)
@@ -63,6 +61,18 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert machine.choose_device(configure(), find_world(SUBMITIT)) == "cuda"
     assert machine.choose_gpu(find_world(SUBMITIT)) == 0
+
+
+def test_a_run_leaves_the_settings_of_torch_as_they_were():
+    def read():
+        cudnn = torch.backends.cudnn
+        mode = torch.get_deterministic_debug_mode()
+        return mode, cudnn.deterministic, cudnn.allow_tf32, torch.utils.deterministic.fill_uninitialized_memory
+
+    before = read()
+    with machine.repeating_bits():
+        assert read() == (1, True, False, False)
+    assert read() == before == (0, False, True, True)
 
 
 def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():
