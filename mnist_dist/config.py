@@ -223,7 +223,8 @@ class Config(Options):
         if self.world_size is not None and world_size != self.world_size:
             raise UserError(
                 f"world_size is {world_size}, but {self.world_size} was asked for: this program was started "
-                f"{world_size} time(s) as one group (torchrun --nproc-per-node {self.world_size} starts {self.world_size} on one machine)"
+                f"{world_size} time{'s' * (world_size != 1)} as one group (torchrun --nproc-per-node {self.world_size} starts "
+                f"{self.world_size} on one machine)"
             )
         if world_size > self.batch_size:
             raise UserError(f"batch_size is {self.batch_size}, less than the {world_size} processes: allowed is one for each sample")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -26,12 +27,15 @@ from mnist_dist.machine import (
     choose_precision,
     choose_threads,
     count_open_files,
+    count_usable_cores,
     keep_memory,
     raise_file_limit,
     repeating_bits,
 )
 from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet
 from mnist_dist.world import World
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -241,6 +245,8 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     check_graph(config, world, device)
     precision = choose_precision(config, device)
     threads = config.threads or choose_threads(world)
+    if threads > (cores := count_usable_cores()) and world.local_rank == 0:
+        _log.warning("threads is %d, and this process may use %d core%s: they wait for each other", threads, cores, "s" * (cores > 1))
     torch.set_num_threads(threads)
     if device == "cpu":
         keep_memory()

@@ -332,7 +332,8 @@ def _check_resume(subject: Subject) -> Found:
     subject.train("broken", size, _SAVED_AT, _KILLED_AT, kill=True).wait()
     resumed = subject.train("broken again", size)
     _compare_states(unbroken, resumed, f"after {STEPS} steps where the run was killed at step {_KILLED_AT} and resumed from {_SAVED_AT}")
-    return f"killed at step {_KILLED_AT} and resumed from {_SAVED_AT}, {STEPS} steps on {size} process(es) end in the same bits", {}
+    where = f"{STEPS} steps on {size} process{'es' * (size > 1)}"
+    return f"killed at step {_KILLED_AT} and resumed from {_SAVED_AT}, {where} end in the same bits", {}
 
 
 def _check_cost(subject: Subject) -> Found:
@@ -368,8 +369,8 @@ def _check_cost(subject: Subject) -> Found:
     values |= {"evaluation_s": evaluation_s, "threads": threads, "signal_delay_s": grace_s}
     text = (
         f"{parameters:,} parameters; a checkpoint is {len(content):,} bytes and takes {checkpoint_s:.2g} s; a step of {config.batch_size} "
-        f"takes {step_s:.2g} s and an evaluation {evaluation_s:.2g} s on {threads} thread(s) of this CPU; twice two steps, two checkpoints "
-        f"and an evaluation: --signal_delay_s at least {grace_s}"
+        f"takes {step_s:.2g} s and an evaluation {evaluation_s:.2g} s on {threads} thread{'s' * (threads > 1)} of this CPU; twice two "
+        f"steps, two checkpoints and an evaluation: --signal_delay_s at least {grace_s}"
     )
     return text, values
 

@@ -482,7 +482,7 @@ def test_what_is_legitimate_makes_the_tier(check, name):
     if runs:
         assert "this world: 1 (BatchNorm1d) sees the whole batch" in answers["rows"]["text"]
         assert "same bits in two runs" in answers["two processes"]["text"]
-        assert "on 2 process(es)" in answers["resume"]["text"]
+        assert "on 2 processes" in answers["resume"]["text"]
 
 
 def test_a_digest_is_of_all_that_an_object_holds():

@@ -240,6 +240,13 @@ def test_a_nan_stops_every_rank_and_is_named_with_its_step_and_rank(tmp_path):
     run_ranks(tmp_path, Train(arguments), 2)
 
 
+def test_more_threads_than_cores_are_warned_of(tmp_path):
+    many = ["--threads", str(4 * (os.cpu_count() or 1)), "--steps", "1", "--run_dir", str(tmp_path / "run")]
+    text = run_ranks(tmp_path, Train([*TINY, *many]), 2)
+    assert text.count("they wait for each other") == 1
+    assert f"threads is {many[1]}, and this process may use" in text
+
+
 def test_the_learning_rate_is_a_function_of_the_step():
     config = configure(steps=100, learning_rate=0.5, warmup=0.2)
     rates = [learning_rate_at(config, step) for step in range(100)]
