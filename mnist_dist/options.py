@@ -103,7 +103,8 @@ def _explain(model: type[Options], detail: Any, known: Collection[str]) -> str:
         return f"{name} has a value of more than {_TEXT_MAX} characters or 64 bits; allowed: {_describe_allowed(model, name)}"
     if detail["type"] != "value_error":  # pydantic's own words; those of our validators stay
         message = f"allowed: {_describe_allowed(model, name)}"
-    return f"{name} is {reprlib.repr(detail['input'])}; {message}"
+    several = "; several values are a sweep's (python -m launch.sweep)" if isinstance(detail["input"], list) else ""
+    return f"{name} is {reprlib.repr(detail['input'])}; {message}{several}"
 
 
 def explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
@@ -126,13 +127,15 @@ def find_by_initials(name: str, known: Collection[str]) -> str | None:
 
 
 def _describe_allowed(model: type[Options], name: str) -> str:
-    """What an option takes, such as `a whole number, at least 1` or `sgd, adamw`."""
+    """What an option takes, such as `a whole number (minutes), at least 1` or `sgd, adamw`."""
     field = model.model_fields[name]
-    words = [", ".join(_literals(model, name)) or describe_kind(model, name) or ""]
+    unit = re.search(r" \((minutes|seconds|GB)\)", field.description or "")
+    words = [", ".join(_literals(model, name)) or f"{describe_kind(model, name) or ''}{unit[0] if unit else ''}"]
     for limit in field.metadata:
         for attribute, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"), ("min_length", "not empty")):
             if hasattr(limit, attribute):
-                words.append(f"{word} {getattr(limit, attribute):g}" if word != "not empty" else word)
+                value = getattr(limit, attribute)
+                words.append(word if word == "not empty" else f"{word} {value:{',' if isinstance(value, int) else 'g'}}")
     return ", ".join([*words, "or none"] if type(None) in get_args(field.annotation) else words)
 
 
