@@ -72,7 +72,7 @@ class Subject:
     """The task under examination, with its data and its model, and the processes that look at it, too."""
 
     def __init__(self, config: Config, folder: Path, deadline_s: float, stack: contextlib.ExitStack, names: Collection[str]) -> None:
-        _context.set_forkserver_preload(["mnist_dist.loop", "mnist_dist.witness"])
+        _context.set_forkserver_preload(["mnist_dist.loop", "mnist_dist.witness", "mnist_dist.frozen"])
         _start_server()
         self.given, self.folder, self.deadline_s, self.stack = config, folder, deadline_s, stack
         self.config, self.data = load_data(config)

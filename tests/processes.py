@@ -20,7 +20,7 @@ from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.task import Task
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mnist_dist.loop", "torchvision.datasets"])
+_context.set_forkserver_preload(["pytest", "mnist_dist.loop", "torchvision.datasets", "mnist_dist.frozen"])
 
 TINY = ["--dataset", "synthetic", "--train_size", "26", "--test_size", "30", "--batch_size", "6", "--steps", "10"]
 TINY += ["--precision", "fp32", "--threads", "1", "--log_every", "1", "--learning_rate", "0.01", "--evaluate_every", "5"]

@@ -260,6 +260,7 @@ def launch(tmp_path, *command):
     return done, folder
 
 
+@pytest.mark.slow  # test_signals.py has one that is not
 def test_torchrun_starts_two_ranks_of_one_run(tmp_path):
     done, folder = launch(
         tmp_path, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(find_free_port()), "-m"
@@ -270,7 +271,8 @@ def test_torchrun_starts_two_ranks_of_one_run(tmp_path):
     assert "[rank 1]" not in done.stderr
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # test_starts.py has what starts the ranks, without the seconds of torch
+@pytest.mark.parametrize("size", [1, 2])
 def test_accelerate_launch_starts_the_program_and_two_processes_are_not_one(tmp_path, size):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
     done, folder = launch(tmp_path, *command, "--num_processes", str(size), "-m")

@@ -132,18 +132,22 @@ class StopInTurn:
             TrainUntil([*self.recipe, "--run_dir", f"{self.folder}/{name}"], stops)()
 
 
-def test_a_stop_amid_an_evaluation_is_heeded_and_the_next_start_evaluates(tmp_path):
+# After a step; at the beginning, amid and at the end of each evaluation. All places are a slow test.
+@pytest.mark.parametrize("places", [(1, 2, 5, 9, 11, 17), pytest.param(range(1, 18), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_stop_amid_an_evaluation_is_heeded_and_the_next_start_evaluates(tmp_path, places):
     # A stop is asked for after each step but the last, and between the eight batches of each of the two evaluations.
     steps = [1, *[2] * 8, 3, *[4] * 7]
-    stops = {str(asked): [asked] for asked in range(1, len(steps) + 1)}
+    stops = {str(asked): [asked] for asked in places}
     recipe = [*TINY, *CALM, "--steps", "4", "--evaluate_every", "2", "--micro_batch", "4"]
     run_ranks(tmp_path, Train([*recipe, "--run_dir", str(tmp_path / "unbroken")]))
     text = run_ranks(tmp_path, StopInTurn(str(tmp_path), recipe, stops | {"again": [4, 1, 6, 12, 5]}))
-    for name, expected in [*((str(asked), [0, step]) for asked, step in enumerate(steps, start=1)), ("again", [0, 2, 2, 2, 4, 4])]:
+    for name, expected in [*((str(asked), [0, steps[asked - 1]]) for asked in places), ("again", [0, 2, 2, 2, 4, 4])]:
         starts = [json.loads(line)["step"] for line in (tmp_path / name / "starts.jsonl").read_text().splitlines()]
         assert starts == expected  # no step is done twice
         assert_same_run(tmp_path / name, tmp_path / "unbroken", exactly=True)
-    assert text.count("of 4, amid an evaluation, which the next start repeats; saved") == 2 * 7 + 5
+    assert (
+        text.count("of 4, amid an evaluation, which the next start repeats; saved") == sum(asked not in (1, 9, 10) for asked in places) + 5
+    )
 
 
 NOISY = ["--task", str(Path(__file__).with_name("noisy_task.py")), "--batch_size", "12", "--steps", "12", "--evaluate_every", "4", "--norm"]

@@ -81,7 +81,7 @@ def read_measures(folder):
 @pytest.mark.parametrize("recipe", QUICK, ids=ALL)
 def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_path, recipe):
     arguments = [*COMMON, *recipe, "--shards", "8", "--steps", "3", "--test_size", "30"]
-    for world in (1, 3, 4):
+    for world in (1, 3):  # all up to eight are a slow test
         text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(world))]), world)
         assert "any world: the same bits on 1 to 8 processes" in text
         assert read_bytes(tmp_path / str(world)) == read_bytes(tmp_path / "1")

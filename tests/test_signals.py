@@ -42,9 +42,14 @@ def saved_steps(folder):
     return [int(path.name[5:13]) for path in checkpoint.list_newest_first(folder / "checkpoints")]
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-@pytest.mark.parametrize("to", ["alone", "one", "all"])
-def test_a_signal_while_training_saves_and_stops_every_rank(tmp_path, number, to):
+def list_signals(to):
+    """Where and which; those that do as another one does are for slow tests, but for one rank alone."""
+    alike = () if to == "alone" else (signal.SIGUSR2, signal.SIGHUP)
+    return [pytest.param(to, number, marks=[pytest.mark.slow] * (number in alike), id=f"{to}-{number.name}") for number in CODES]
+
+
+@pytest.mark.parametrize(("to", "number"), [case for to in ("alone", "one", "all") for case in list_signals(to)])
+def test_a_signal_while_training_saves_and_stops_every_rank(tmp_path, to, number):
     folder = tmp_path / "run"
     ranks = start_ranks(tmp_path, Train([*LONG, "--run_dir", str(folder)]), 1 if to == "alone" else 3)
     ranks[0].wait_for(lambda: count_rows(folder) >= 2)
@@ -109,8 +114,8 @@ def test_a_second_ctrl_c_stops_at_once_even_in_a_collective(tmp_path):
     ranks[1].wait()
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-def test_a_signal_during_start_up_ends_the_process_with_its_code_and_leaves_nothing(tmp_path, number):
+@pytest.mark.parametrize(("place", "number"), list_signals("amid the imports"))
+def test_a_signal_during_start_up_ends_the_process_with_its_code_and_leaves_nothing(tmp_path, place, number):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "mnist_dist.train", *LONG, "--run_dir", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -26,7 +26,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI"
 PROBE = """
 import os, signal, sys, time
 if "RANK" in os.environ:
-    time.sleep(0.5)  # signals come before the handlers
+    time.sleep(float(os.environ.get("LATE_S", "0")))  # signals come before the handlers
 from mnist_dist.preemption import StopSignals
 signals = StopSignals()
 if "RANK" in os.environ:
@@ -164,7 +164,8 @@ WAIT = "while not signals.received: time.sleep(0.01)\ntime.sleep(0.3)\n"
 
 def start(tmp_path, probe, action, size=2, **options):
     command = [*accelerate(tmp_path, "--cpu", "--num_processes", size), *probe, action]
-    return subprocess.Popen(command, env=make_environ(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    environ = make_environ(LATE_S="0.5" if action.startswith(WAIT) else "0")
+    return subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def find_child(pid):

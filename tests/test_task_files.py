@@ -583,8 +583,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+OPTIMIZERS = ("muon", "sgd", "adamw")
+
+
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        pytest.param(layout, optimizer, marks=[] if row == column else pytest.mark.slow)
+        for row, layout in enumerate(LAYOUTS)
+        for column, optimizer in enumerate(OPTIMIZERS)
+    ],
+)
 def test_a_model_of_any_layout_is_trained_alike_with_shards_and_resumed(tmp_path, layout, optimizer):
     name = write(tmp_path / "laid_out.py", SANE, (f"return {SEQUENTIAL}", LAYOUTS[layout]))
     # No momentum, by which rounding would grow: what is wrong is wrong by much.

@@ -323,8 +323,9 @@ def play_bad_end(mode):
 FAULTS = ("refuse", "hang", "401", "429", "500")
 PLAYS |= {f"{mode} at the start": play_bad_start(mode) for mode in FAULTS}
 PLAYS |= {f"{mode} in the middle": play_bad_end(mode) for mode in FAULTS}
+LONG_PLAYS = {"stop_pressed_on_the_page", "offline_twice_then_uploaded", "mirror_stopped"}  # of slow tests, too, and looked at as all are
 SLOW_FAULTS = ("refuse", "429", "500")  # to wandb they are like a server that hangs
-SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")}
+SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")} | LONG_PLAYS
 mark_faults = pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW_FAULTS else f for f in FAULTS])
 
 
@@ -874,8 +875,14 @@ def test_under_an_agent_a_new_folder_is_the_agents_run_and_stays_it(plays):
     assert play.logs.count("this run folder is the run agents0id on W&B; not heeded: WANDB_RUN_ID, WANDB_RESUME, WANDB_SWEEP_ID") == 1
 
 
-def test_nothing_is_left_of_any_mirror(plays):
-    for name in PLAYS.keys() - SLOW_PLAYS:
+mark_plays = pytest.mark.parametrize(
+    "names", [PLAYS.keys() - SLOW_PLAYS, pytest.param(LONG_PLAYS, marks=pytest.mark.slow)], ids=["usual", "long"]
+)
+
+
+@mark_plays
+def test_nothing_is_left_of_any_mirror(plays, names):
+    for name in sorted(names):
         play = plays(name)
         psutil.wait_procs(play.processes, 30)  # W&B's helper looks from time to time whether the mirror is there
         assert play.processes == [], name
@@ -883,8 +890,9 @@ def test_nothing_is_left_of_any_mirror(plays):
         assert [path for path in (play.folder / "run" / "wandb").glob("mirror-tmp-*") if not path.is_symlink()] == [], name
 
 
-def test_no_key_is_written_printed_or_sent_in_a_body(plays):
-    for name in PLAYS.keys() - SLOW_PLAYS:
+@mark_plays
+def test_no_key_is_written_printed_or_sent_in_a_body(plays, names):
+    for name in sorted(names):
         play = plays(name)
         for path in play.folder.rglob("*"):
             if path.is_file() and path.name != ".netrc":
