@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import stat
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +51,7 @@ _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _SHOWN = 32  # numbers of samples in a message
+_LOOK_S = 1.0  # between two looks at the workers
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 _PROBED_MOST = 64  # on which it is tried whether a loss sees other samples
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples spread evenly, however many there are
@@ -686,6 +688,9 @@ class Reader:
         # Accelerate wraps it as for one process, because the batches are this rank's already: `accelerator.prepare` would shard it a second
         # time, and half of the samples would never be seen.
         self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+        if len(self.workers):
+            base: Any = self.loader.base_dataloader
+            base._get_iterator = partial(_start_workers, base._get_iterator)
 
     def __iter__(self) -> Iterator[Batch]:
         self._is_waiting = True
@@ -712,18 +717,12 @@ class Reader:
         # A worker that dies while its samples are on their way breaks the connection, maybe before torch has seen that it is dead.
         is_cut_off = self._is_waiting and isinstance(error, (OSError, EOFError)) and iterator is not None
         if iterator is not None:
-            try:
-                is_cut_off = is_cut_off and _has_dead_worker(iterator)
-                iterator._shutdown_workers()
-            except RuntimeError as late:  # a worker may be lost at this very moment
-                if not is_lost_worker(late):
-                    raise
-                error = late if is_cut_off else error or late
+            is_cut_off = is_cut_off and _has_dead_worker(iterator)
+            iterator._shutdown_workers()
         numbers = set(self.workers[:, 0].tolist())
         for process in multiprocessing.active_children():  # not by their numbers: those that have gone may be others' by now
             if process.pid in numbers:
                 process.kill()
-        # torch raises these wherever this process happens to be when a worker is lost.
         if error is None or not (is_cut_off or is_lost_worker(error)):
             return
         what = f"task {self.task.name}: a worker that reads the {locate(self.split, self.what)[0]}"
@@ -739,6 +738,29 @@ class Reader:
             if sample >= 0
         ]
         return ", ".join(gone[:8]) or "none was at a sample"
+
+
+def _start_workers(make_iterator: Callable[[], Any]) -> Any:
+    """Torch's iterator over the batches of workers, which notices within a second of waiting that one of them is dead.
+
+    torch would raise that in a handler of SIGCHLD, wherever this process is: amid a step, whose work would be lost, or where Python drops
+    the error, and then wait for the dead one as for a silent one.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = make_iterator()
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    get = iterator._try_get_data
+
+    def look_and_get(timeout_s: float) -> tuple[bool, Any]:
+        end_s = time.monotonic() + timeout_s
+        while True:  # torch looks for dead workers whenever nothing has come
+            found: tuple[bool, Any] = get(max(0.0, min(_LOOK_S, end_s - time.monotonic())))
+            if found[0] or time.monotonic() >= end_s:
+                return found
+
+    iterator._try_get_data = look_and_get
+    return iterator
 
 
 def _has_dead_worker(iterator: Any) -> bool:
