@@ -303,8 +303,8 @@ def _describe_kill(facts: Facts) -> tuple[str, list[str]]:
     before, now = start.get("memory_kills"), count_memory_kills()
     if not is_count(before) or now is None:
         return "killed", ["the kernel of this host does not tell whether it was killed for its memory"]
-    if now > before:  # type: ignore[operator]
-        count = _count(now - before, "process", "processes")  # type: ignore[operator]
+    if now > before:
+        count = _count(now - before, "process", "processes")
         return "killed", [f"the kernel of this host has killed {count} for memory since it began: perhaps this one"]
     return "killed", [f"{_NOT_FOR_MEMORY}: the kernel of this host has killed no process for memory since it began"]
 

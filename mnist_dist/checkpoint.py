@@ -133,15 +133,23 @@ class Writer:
 
     def finish(self, step: int, state: dict[str, Any]) -> Path:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
-        self.close()
-        if not _is_finite(state):
-            raise NotFiniteError(
-                f"the weights, or the optimizer's state, are not finite after step {step}; the run stops here and keeps its last checkpoint"
-            )
-        try:
+        self._report()
+
+        def write() -> Path:
+            if not _is_finite(state):
+                raise NotFiniteError(
+                    f"the weights, or the optimizer's state, are not finite after step {step}; the run stops here and keeps its last "
+                    "checkpoint"
+                )
             return self._write(step, state)
+
+        try:
+            # In the thread, too: the main thread of a rank that is about to leave may not seem to hang in anything but a wait.
+            return self._thread.submit(write).result()
         except OSError as error:
             raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}") from error
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, if any. A failure is a warning."""

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
@@ -38,10 +39,12 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
-from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_own_generators, read_places, seed_generators
+from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Row, Task
+
+_log = logging.getLogger(__name__)
 
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -52,6 +55,7 @@ _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
+_READ_S = 1.0  # for samples that are read to be read again
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 _PROBED_MOST = 64  # on which it is tried whether a loss sees other samples
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples spread evenly, however many there are
@@ -210,10 +214,7 @@ class Seeded:
         if worker is None and threads > 1:
             torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
         try:
-            # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
-            first = derive_seed(self.seed, self.what, batch.step)
-            seeds = [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in batch.places]
-            samples = self._read(batch.indices.tolist(), seeds, at.data)
+            samples = self._read(batch.indices.tolist(), self._derive_seeds(batch.step, batch.places), at.data)
             if isinstance(samples, str):
                 return self._fail(samples)
             made, done = [], 0
@@ -233,6 +234,16 @@ class Seeded:
             at[1] = -1
             if worker is None and threads > 1:
                 torch.set_num_threads(threads)
+
+    def read_sample(self, index: int, place: int) -> Any | _Failure:
+        """A sample as it is read in the first step for a place in the batch, or why it cannot be read."""
+        samples = self._read([index], self._derive_seeds(0, [place]), np.zeros(2, np.int64).data)
+        return self._fail(samples) if isinstance(samples, str) else samples[0]
+
+    def _derive_seeds(self, step: int, places: Sequence[int]) -> list[int]:
+        # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
+        first = derive_seed(self.seed, self.what, step)
+        return [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in places]
 
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
@@ -500,14 +511,10 @@ class Probe:
             draws.append(draw(config, 0, max(_PROBED, config.batch_size), UserError))
         drawn, again = draws
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
-        self.most = max(_PROBED, min(_PROBED_MOST, config.batch_size, config.micro_batch or _PROBED_MOST))  # as a step may compute at once
+        self.most = max(_PROBED, min(_PROBED_MOST, config.batch_size))
         self._drawn = None if drawn is None else drawn[: self.most].clone()
         self.half = self.take(range(_PROBED // 2))
-        self.is_stored = False  # a batch has tensors that the data set itself holds
-        indices = self._find(self.half.places)
-        self.changed = () if self._is_unchanged() else tuple(locate(split, "training", indices)[1])
         self.whole = self.take(range(_PROBED))
-        self.draws_from_own = self._draws_from_own()
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
             raise UserError(
@@ -539,29 +546,55 @@ class Probe:
         pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
         return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
 
-    def _draws_from_own(self) -> bool:
-        """Whether the samples draw from generators of the data set, even if few of them do; by what is seeded anew it draws nothing."""
-        if isinstance(self._kept, InMemory) or not read_own_generators(self._split):
-            return False
-        states = []
-        for _ in range(2):
-            self.take(range(self.most))
-            states.append(read_own_generators(self._split))
-        return states[0] != states[1]
-
-    def _is_unchanged(self) -> bool:
-        """Whether the samples of the half are the same once more, after they were read at other places, which are seeded otherwise."""
+    @cached_property
+    def is_stored(self) -> bool:
+        """Whether a batch has tensors that the data set itself holds."""
         if isinstance(self._kept, InMemory):
-            return True
-        tensors, others = _list_parts(self.half.samples)
-        first = [tensor.clone() for tensor in tensors]  # of what may lie in the data set itself
+            return False
+        again = self.take(self.half.places)
+        one, two = (
+            {tensor.untyped_storage().data_ptr() for tensor in list_tensors(some.samples) if tensor.numel()} for some in (self.half, again)
+        )
+        return bool(one & two)
+
+    @cached_property
+    def changed(self) -> list[int]:
+        """Samples that are others when they are read once more, after others, and after themselves at other places, seeded otherwise.
+
+        A batch of two is looked at, and then as many samples as a second has time for: only few of them may be random.
+        """
+        if isinstance(self._kept, InMemory):
+            return []
         places = self.half.places
-        indices = self._find(places)
-        self._read(indices, [place + _PROBED for place in places])
-        again, other = _list_parts(self._read(indices, places).samples)
-        one, two = ({tensor.untyped_storage().data_ptr() for tensor in some if tensor.numel()} for some in (tensors, again))
-        self.is_stored = bool(one & two)
-        return len(first) == len(again) and all(map(is_same, first, again)) and others == other
+        indices, before = self._find(places), _digest(self.take(places).samples)
+        self._read(indices, [place + _PROBED_MOST for place in places])
+        if before != _digest(self.take(places).samples):
+            return locate(self._split, "training", indices)[1]
+        digests: dict[int, bytes] = {}
+        end_s = time.monotonic() + _READ_S
+        for place in range(self.most):
+            if place >= _PROBED and time.monotonic() > end_s:
+                break
+            digests[place] = self._digest_sample(self._kept, place)
+        changed = (place for place, digest in digests.items() if self._digest_sample(self._kept, place) != digest)
+        return locate(self._split, "training", self._find([*itertools.islice(changed, 1)]))[1]
+
+    def _digest_sample(self, kept: Seeded, place: int) -> bytes:
+        """A hash of a sample as it is read for a place, before there is a batch of it."""
+        sample = kept.read_sample(self._find([place])[0], place)
+        if isinstance(sample, _Failure):
+            raise UserError(sample.reason)
+        return _digest(sample)
+
+
+def _digest(samples: Any) -> bytes:
+    """A hash of all numbers and texts in samples."""
+    tensors, others = _list_parts(samples)
+    digest = hashlib.sha256(b"".join(others))
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tensor.shape} ".encode())
+        digest.update(encode_tensor(tensor))
+    return digest.digest()
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:
@@ -773,19 +806,30 @@ def _has_dead_worker(iterator: Any) -> bool:
 
 def _reopen_files() -> None:
     """Open anew each regular file that is open for reading: forked processes share the place at which they read, and move it together."""
-    for name in os.listdir(_OPEN_FILES) if os.path.isdir(_OPEN_FILES) else ():
-        with contextlib.suppress(OSError):  # the folder itself, which was open while it was listed
-            number = int(name)
-            if stat.S_ISREG(os.fstat(number).st_mode) and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                own = os.open(f"{_OPEN_FILES}/{number}", os.O_RDONLY | os.O_CLOEXEC)
-                os.lseek(own, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
-                os.dup2(own, number, inheritable=os.get_inheritable(number))
-                os.close(own)
+    for number in map(int, os.listdir(_OPEN_FILES) if os.path.isdir(_OPEN_FILES) else ()):
+        try:
+            mode, flags = os.fstat(number).st_mode, fcntl.fcntl(number, fcntl.F_GETFL)
+        except OSError:  # the folder itself, which was open while it was listed
+            continue
+        if not stat.S_ISREG(mode) or flags & os.O_ACCMODE != os.O_RDONLY:
+            continue
+        try:
+            own = os.open(f"{_OPEN_FILES}/{number}", flags & (os.O_DIRECT | os.O_NOATIME) | os.O_CLOEXEC)
+        except OSError as error:
+            name = os.readlink(f"{_OPEN_FILES}/{number}")
+            _log.warning("a worker cannot open %s anew (%s): where a sample is read from it, workers mix them up", name, error.strerror)
+            continue
+        try:
+            os.lseek(own, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.dup2(own, number, inheritable=os.get_inheritable(number))
+        except OSError:  # one of the kernel's, which has no place
+            pass
+        finally:
+            os.close(own)
 
 
 def _begin_work(workers: Tensor, number: int) -> None:
     """Make this process a worker that ends with the process it reads for, and never before."""
-    _reopen_files()
     # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
@@ -793,6 +837,7 @@ def _begin_work(workers: Tensor, number: int) -> None:
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     workers[number, 0] = os.getpid()
+    _reopen_files()
 
 
 def _keep(batch: Any) -> Any:

@@ -121,9 +121,13 @@ class Subject:
 
     def trace(self, piece: Piece) -> Trace:
         """One pass of the losses under a fixed seed, from the initial parameters and buffers."""
-        self._kept.put_back()
+        self.put_back()
         seed_generators(0)
         return trace(self.task, self.model, piece)
+
+    def put_back(self) -> None:
+        """Give the model its initial parameters and buffers."""
+        self._kept.put_back()
 
     def run(self, name: str, size: int, config: Config, **job: Any) -> "Ranks":
         """The processes `name`, started at the first call; they end with this examination."""

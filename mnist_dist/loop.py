@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,9 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             def record(row: Row, *, evaluate_now: bool) -> Evaluation | None:
                 evaluation: Evaluation | None = None
                 if evaluate_now:
-                    state.unfinished = row  # what the start after a stop goes on with
-                    with run.saving_what_is_done(state):
-                        evaluation = evaluate_model()
-                    state.unfinished = None
+                    state.unfinished, state.is_settled = row, True  # what the start after a stop goes on with
+                    evaluation = evaluate_model()
+                    state.unfinished, state.is_settled = None, False
                     row = row | evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
                     run.show_evaluation(state.step, data, evaluation)
                     meter.reset_clock()
@@ -155,28 +154,30 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 return evaluation
 
             try:
-                if state.unfinished is not None:
-                    evaluation = record(state.unfinished, evaluate_now=True)
-                for batch in turns(_read(batches, run, state), state):
-                    if batch.step != state.step:
-                        raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
-                    learning_rate = learning_rate_at(config, state.step)
-                    set_learning_rate(state.optimizer, learning_rate)
-                    batch = add_drawn(batch, config, group.device)
-                    meter.begin_step()
-                    loss = train_step(batch.parts)
-                    state.step += 1
-                    meter.add(loss)
-                    progress.advance()
+                with run.saving_what_is_done(state):
+                    if state.unfinished is not None:
+                        evaluation = record(state.unfinished, evaluate_now=True)
+                    for batch in turns(batches, state):
+                        if batch.step != state.step:
+                            raise AssertionError(f"the loader gave step {batch.step} for step {state.step}: is it sharded twice?")
+                        learning_rate = learning_rate_at(config, state.step)
+                        set_learning_rate(state.optimizer, learning_rate)
+                        batch = add_drawn(batch, config, group.device)
+                        meter.begin_step()
+                        loss = train_step(batch.parts)
+                        state.step += 1
+                        meter.add(loss)
+                        progress.advance()
 
-                    evaluate_now = config.is_evaluation_due(state.step)
-                    if evaluate_now or state.step % config.log_every == 0:
-                        evaluation = record(meter.read(state, learning_rate), evaluate_now=evaluate_now)
-                    if state.step < config.total_steps:  # after it there is no other batch, and finishing is as quick as stopping
-                        heed_stops()
-                        run.save_if_due(state)
-                # An earlier start may have been killed between its last checkpoint and its result.
-                evaluation = evaluation or evaluate_model()
+                        evaluate_now = config.is_evaluation_due(state.step)
+                        if evaluate_now or state.step % config.log_every == 0:
+                            evaluation = record(meter.read(state, learning_rate), evaluate_now=evaluate_now)
+                        state.is_settled = True
+                        if state.step < config.total_steps:  # after it there is no other batch, and finishing is as quick as stopping
+                            heed_stops()
+                            run.save_if_due(state)
+                    # An earlier start may have been killed between its last checkpoint and its result.
+                    evaluation = evaluation or evaluate_model()
             except Stopped as stopped:
                 agreement.finish()
                 meter.check()
@@ -191,11 +192,6 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         _log.info("finished: %s", _summarize(config, values))
         run.publish(values, data, evaluation)
         return Result(Stop.NONE, state.step, values)
-
-
-def _read(batches: Iterable[Batch], run: RunFolder, state: TrainingState) -> Iterator[Batch]:
-    with run.saving_what_is_done(state):
-        yield from batches
 
 
 def _check_data(state: TrainingState, group: Group) -> None:

@@ -28,6 +28,7 @@ from mnist_dist.task import Row
 from mnist_dist.tier import (
     Trace,
     check_losses,
+    compute_many,
     describe_flaw,
     describe_unused,
     find_first_difference,
@@ -126,8 +127,10 @@ def _check_rows(subject: Subject) -> Found:
         check_losses(subject.task, whole.losses, probe.whole.size)
         if whole.drew is None:
             where = find_first_difference(whole, subject.trace(probe.take(half)))
-            if where is None and is_mixing(subject.task, subject.trace, probe, find_size(probe, whole)):
-                where = "the losses"
+            if where is None:
+                many = compute_many(subject.task, subject.model, probe, find_size(probe, whole))
+                subject.put_back()
+                where = "the losses" if is_mixing(subject.task, subject.model, probe, many.losses) else None
         else:
             # The same numbers are drawn only for tensors of the same shapes; samples that are padded to the longest need it among them.
             others = [subject.trace(probe.take([*half, *[place] * len(half)])) for place in probe.whole.places[len(half) :]]

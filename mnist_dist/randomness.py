@@ -4,16 +4,9 @@ import ctypes
 import functools
 import hashlib
 import random
-import sys
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_SEEDED = (torch.default_generator, np.random.mtrand._rand, random._inst)
-_LOOKED_AT = 1000  # values of a container
 
 
 def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
@@ -44,35 +37,6 @@ def read_generators() -> tuple[object, ...]:
     """The state of torch's, numpy's and Python's generators: another one when something was drawn."""
     _kind, keys, *places = np.random.get_state()  # of the normal distribution numpy draws two numbers and keeps one
     return torch.get_rng_state().numpy().tobytes(), np.asarray(keys).tobytes(), places, random.getstate()
-
-
-def spell_generator(generator: Any) -> bytes:
-    """The state of one of `GENERATORS`: another one when something was drawn."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes()
-    if isinstance(generator, np.random.Generator):
-        return repr(generator.bit_generator.state).encode()
-    return repr(generator.get_state(legacy=False) if isinstance(generator, np.random.RandomState) else generator.getstate()).encode()
-
-
-def read_own_generators(value: Any) -> list[bytes]:
-    """The states of the generators that an object, its class or the module of that holds, but for those that are seeded anyway."""
-    states, rest, known = [], [value], set()
-    while rest:
-        value = rest.pop()
-        if isinstance(value, type | ModuleType | str | bytes | torch.Tensor | np.ndarray) or id(value) in known:
-            continue
-        known.add(id(value))
-        if isinstance(value, GENERATORS):
-            states += [] if any(value is seeded for seeded in _SEEDED) else [spell_generator(value)]
-        elif isinstance(value, dict | list | tuple):
-            rest += list(value.values() if isinstance(value, dict) else value)[:_LOOKED_AT]
-        else:
-            state: Any = object.__getstate__(value) or ()  # of slots as well, it is a pair
-            rest += [part for each in (state if isinstance(state, tuple) else [state]) for part in (each or {}).values()]
-            where = [*type(value).__mro__, sys.modules.get(type(value).__module__, random)]
-            rest += [part for place in where for part in vars(place).values() if isinstance(part, GENERATORS)]
-    return states
 
 
 # Where the generators of random and numpy, both Mersenne twisters, keep their place in a block of 624 numbers, and its first number.

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
@@ -467,7 +467,7 @@ def is_measure(value: object, name: str = "") -> bool:
     return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))  # type: ignore[operator]
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether `value` can be a number of steps, images or processes."""
     return type(value) is int and 0 <= value < 2**53
 

@@ -76,6 +76,7 @@ class RunFolder:
         self._memory_kills: int | None = None  # of this host, before this start
         self._begun = 0  # the step that this start resumes from
         self._step = 0  # of the last row or checkpoint
+        self._saved: int | None = None  # the step of the last checkpoint of this start
         self._stop = Stop.NONE
         self._is_finished = False
 
@@ -150,8 +151,12 @@ class RunFolder:
 
     def _find_saved_step(self) -> int:
         """The step that an earlier start began from, or that was saved when one was stopped; 0 where none is noted."""
-        ends = [end for end in read_ends(self.path) if str(end.get("why")).startswith(("stopped", "finished"))]
-        return max((row["step"] for row in [*read_starts(self.path), *ends] if is_count(row.get("step"))), default=0)
+        steps = [row.get("step") for row in read_starts(self.path)]
+        for end in read_ends(self.path):
+            steps.append(end.get("saved"))
+            if str(end.get("why")).startswith(("stopped", "finished")):  # older versions noted no more
+                steps.append(end.get("step"))
+        return max(filter(is_count, steps), default=0)
 
     def start(self, step: int, facts: Row, promised_rows: Sequence[int] = (), *, rows_end: int | None = None) -> None:
         """Begin or continue at `step`: rows later than `rows_end` (None: than it) go, and the start is noted in starts.jsonl.
@@ -237,6 +242,8 @@ class RunFolder:
             folder = self._lock.find_folder()
             end: Row = {"time": make_timestamp(), "step": self._step, "start": self._starts, "why": why, "status": status}
             end["lasting"] = isinstance(error, NotFiniteError)
+            if self._saved is not None:
+                end["saved"] = self._saved
             kills = count_memory_kills()
             if kills is not None and self._memory_kills is not None and kills > self._memory_kills:
                 end["memory_kills"] = kills - self._memory_kills
@@ -300,25 +307,36 @@ class RunFolder:
         assert self._lock is not None
         self._lock.check(at_end=True)
         path = self._writer.finish(state.step, state.copy(self._record.copy_steps()))
-        self._stop, self._step = stop, state.step
+        self._stop, self._step, self._saved = stop, state.step, state.step
         return path
 
     @contextlib.contextmanager
     def saving_what_is_done(self, state: "TrainingState") -> Iterator[None]:
-        """Save the steps of this start where what comes fails, which leaves the state as it is: an evaluation, or a sample to be read."""
+        """Where what comes fails, save the steps of this start, if the state is whole and checkpoints are asked for.
+
+        Needs no other rank.
+        """
         try:
             yield
-        except (Stopped, NotFiniteError):  # one is saved anyway, and the other would come again
+        except Stopped:
             raise
         except Exception as error:
-            if is_loss(error) and self.group.size > 1:
+            is_cut_off = is_loss(error) and self.group.size > 1
+            if is_cut_off:
                 self.group.explain(error)  # the others wait for this rank's answer
-            if self._writer is not None and state.step > self._begun:
-                try:
-                    _log.info("saved %s: the steps before the failure", self._save_last(state))
-                except Exception as another:  # such as of a device that has failed
-                    _log.warning("the steps since the last checkpoint cannot be saved: %s", another)
+            can_save = state.is_whole and not (is_cut_off and self.group.device.type != "cpu")  # a GPU may wait for the lost rank for ever
+            is_asked_for = self._writer is not None and (self.config.checkpoint_every or self.config.checkpoint_every_s)
+            if is_asked_for and can_save and state.step > self._begun:
+                self._save_before_failure(state)
             raise
+
+    def _save_before_failure(self, state: "TrainingState") -> None:
+        try:
+            _log.info("saved %s: the steps before the failure", self._save_last(state))
+        except NotFiniteError:  # of which the failure is one
+            pass
+        except Exception as error:  # such as of a device that has failed
+            _log.warning("the steps since the last checkpoint cannot be saved: %s", error)
 
     def finish(self, result: Row, weights: bytes) -> None:
         """Write model.safetensors, then result.json, whose presence means that the run is finished. Raises `RunError`."""

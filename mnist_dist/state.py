@@ -70,7 +70,6 @@ class TrainingState:
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
             self.averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
             self.flat = Flat(self.trained, extra=1)
-            # In float64 a sum of equal float32 numbers is exact, and so is their mean.
             self.flat_averaged = Flat([*self.averaged.values()], dtype=torch.float64)
             self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
         else:
@@ -90,6 +89,8 @@ class TrainingState:
             self.optimizer = optimizer
             _log.info("the optimizer is stepped without Accelerate's wrapper, which a CUDA graph cannot record")
         self.step = 0
+        self.is_settled = True  # nothing is amid its change: the row of this step, if it has one, is in the record, or unfinished
+        self._versions: list[tuple[int, int]] | None = None  # of what a pass may change, before the one that is not finished
         self.unfinished: Row | None = None  # the row of this step, while what it tells of an evaluation is not known
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
@@ -114,13 +115,23 @@ class TrainingState:
         many of them it computes at once.
         """
         versions = [parameter._version for parameter in self._frozen.values()]
+        self._versions = self._read_versions()
         loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
         if self.tree is not None or self.group.size > 1:
             self._check_frozen(versions)
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
+        self.is_settled, self._versions = False, None
         self.optimizer.step()
         return loss
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a checkpoint may hold the state as it is, even where a step has failed: before it changed anything."""
+        return self.is_settled and self._versions in (None, self._read_versions())
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        return [(id(tensor), tensor._version) for tensor in (*self.bare_model.buffers(), *self._frozen.values())]
 
     def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
@@ -191,7 +202,9 @@ class TrainingState:
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
-            statistics = [self.flat_averaged.pack([now[name] for name in self.averaged])] if self.averaged else []
+            # Each a part of the mean: the sum of large numbers would overflow.
+            shares = [now[name].double() / tree.shards for name in self.averaged]
+            statistics = [self.flat_averaged.pack(shares)] if shares else []
             return [self.flat.pack(gradients, [loss]), *statistics]
 
         total, *statistics = tree(compute)
@@ -199,17 +212,17 @@ class TrainingState:
             parameter.grad = gradient
         now = self._list_moving()
         for vector in statistics:
-            for name, value in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
-                self._average(tree, now[name], starts[name], value)
+            for name, mean in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
+                self._set_mean(tree, now[name], starts[name], mean)
         # What counts is not averaged: the last shard's counts are everybody's.
         self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1]
 
     @torch.no_grad()
-    def _average(self, tree: TreeSum, value: Tensor, start: Tensor, total: Tensor) -> None:
+    def _set_mean(self, tree: TreeSum, value: Tensor, start: Tensor, mean: Tensor) -> None:
         """Set a buffer to the mean of its shards' values; one that none of them has moved keeps its value, to the last bit."""
-        mean = total / tree.shards
-        value.copy_(torch.where(total == tree.repeat(start), start, mean) if start.dtype == torch.float64 else mean)
+        # Of shorter numbers a mean in float64 is exact enough to come back as they were.
+        value.copy_(torch.where(mean == tree.repeat(start / tree.shards), start, mean) if start.dtype == torch.float64 else mean)
 
     def _list_moving(self) -> dict[str, Tensor]:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""

@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ _GRADIENT_TOLERANCE = 1e-2  # of a gradient's norm
 _GRADIENT_NOISE = 1e-5  # of the norm of all
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
-_OUTPUTS_BYTES = 1 << 28  # of the layers of a batch that is tried; the pass takes a few times as much
+_HELD_BYTES = 1 << 29  # of a batch that is tried, and of all its layers' outputs
 
 
 class Tier(NamedTuple):
@@ -80,7 +79,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         names = {*model.state_dict()}
         seed_generators(0)
         whole = trace(task, model, probe.whole)
-        check_losses(task, whole.losses, probe.whole.size)
+        check_losses(task, whole.losses, probe.whole.size, [probe.name(place) for place in probe.whole.places])
         if other := sorted(names ^ {*model.state_dict()}):
             raise UserError(
                 f"task {task.name}: the first forward pass {'removes' if other[0] in names else 'adds'} {other[0]} of its model, which no "
@@ -93,6 +92,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         gradients = find_gradients(task, model, whole.losses)
         unused = tuple(list_unused(gradients))
+        many = compute_many(task, model, probe, find_size(probe, whole))
         changed = kept.list_changed()
         kept.put_back()
         seed_generators(0)
@@ -107,16 +107,16 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 "(register_buffer)"
             )
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
-        if whole.drew is not None or probe.collate_draws:
-            reason = f"{whole.drew or 'collate'} draws random numbers"
+        if drew := whole.drew or many.drew or ("collate" if probe.collate_draws else None):
+            reason = f"{drew} draws random numbers"
         elif mixing := find_first_difference(whole, half := trace(task, model, probe.half)):  # a batch of its own: it may be padded less
             reason = f"in {mixing} the samples of a batch see each other"
         elif moved:
             reason = f"each forward pass changes {moved[0]}"
-        elif is_mixing(task, partial(trace, task, model), probe, size := find_size(probe, whole)):
-            reason = f"in the losses some of {size} samples see each other"
         elif hooked := list_hooked(model):
             reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
+        elif is_mixing(task, model, probe, many.losses):
+            reason = f"in the losses some of {len(many.losses)} samples see each other"
         else:
             rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
             # Samples may reach no parameter.
@@ -127,32 +127,45 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
 
 
 def find_size(probe: Probe, few: Trace) -> int:
-    """How many samples a model is tried on: as a step may compute at once, if memory should bear it by the outputs of a `few`."""
-    bytes_each = sum(output.nbytes for _, output in few.outputs) // len(few.losses)
-    return max(len(few.losses), min(probe.most, _OUTPUTS_BYTES // max(bytes_each, 1)))
+    """How many samples a model is tried on: as a step may have, if the memory bears it by a `few` of them and their outputs."""
+    held = [*(output for _, output in few.outputs), *list_tensors(probe.whole.samples)]
+    bytes_each = sum(tensor.nbytes for tensor in held) // len(few.losses)
+    return max(len(few.losses), min(probe.most, _HELD_BYTES // max(bytes_each, 1)))
 
 
-def is_mixing(task: Task, compute: Callable[[Piece], Trace], probe: Probe, size: int) -> bool:
-    """Whether every other sample of a batch has another loss where the rest is not with it.
+def compute_many(task: Task, model: nn.Module, probe: Probe, size: int, step: int = 1) -> Trace:
+    """The losses of the first, or of every other one, of `size` samples, without gradients where they need none.
+
+    Raises `UserError` where one is not finite.
+    """
+    piece = probe.take(range(0, size, step))
+    seed_generators(0)
+    try:
+        with torch.no_grad():
+            found = trace(task, model, piece, keep_outputs=False)
+    except UserError:  # as of a penalty for gradients
+        seed_generators(0)
+        found = trace(task, model, piece, keep_outputs=False)
+    check_losses(task, found.losses, piece.size, [probe.name(place) for place in piece.places])
+    return found._replace(losses=found.losses.detach())
+
+
+def is_mixing(task: Task, model: nn.Module, probe: Probe, losses: Tensor) -> bool:
+    """Whether every other sample of a batch has another loss than the given one where the rest is not with it.
 
     A loss may see only some others, such as those of its class, of which there is none among a few samples.
     """
-    whole, half = (compute(probe.take(range(0, size, step))).losses.detach() for step in (1, 2))
-    check_shape(task, whole, size)
-    for place in (~whole.isfinite()).nonzero().flatten().tolist():
-        raise UserError(f"task {task.name}: the loss of {probe.name(place)} is {whole[place]:g}; expected a finite number")
-    return not is_close(whole[::2], half, _LOSS_TOLERANCE)
+    half = compute_many(task, model, probe, len(losses), step=2)
+    return not is_close(losses[::2], half.losses, _LOSS_TOLERANCE)
 
 
 def describe_flaw(probe: Probe) -> str:
     """Why no promise can be kept on such data; empty where there is no reason."""
-    drawing = "draw from the generators of torch, numpy and random alone, which are seeded before each sample"
-    if numbers := " or ".join(map(str, dict.fromkeys(probe.changed))):
-        return (
-            f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data "
-            f"set stores (clone it first), and {drawing}"
-        )
-    return f"the training data draw from a generator of their own, whose state is in no checkpoint: {drawing}" * probe.draws_from_own
+    numbers = " or ".join(map(str, dict.fromkeys(probe.changed)))
+    return numbers and (
+        f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data set "
+        "stores (clone it first), and draw from the generators of torch, numpy and random alone, which are seeded before each sample"
+    )
 
 
 def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) -> list[str]:
@@ -177,12 +190,15 @@ def check_shape(task: Task, losses: Any, count: int) -> None:
         raise UserError(f"task {task.name}: losses has shape {list(losses.shape)} for {count} samples; expected [{count}]{hint}")
 
 
-def check_losses(task: Task, losses: Any, count: int) -> None:
-    """Raise `UserError` unless `losses` are one finite number for each of `count` samples."""
+def check_losses(task: Task, losses: Any, count: int, names: Sequence[str] = ()) -> None:
+    """Raise `UserError` unless `losses` are one finite number for each of `count` samples, whose `names` may be known."""
     check_shape(task, losses, count)
     if not losses.is_floating_point():
         raise UserError(f"task {task.name}: the losses are {str(losses.dtype).removeprefix('torch.')}; expected floating-point numbers")
-    if not losses.isfinite().all():
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad and names and len(bad) < count:
+        raise UserError(f"task {task.name}: the loss of {names[bad[0]]} is {losses[bad[0]]:g}; expected a finite number")
+    if bad:
         raise UserError(f"task {task.name}: the losses of {count} samples are {losses.tolist()}; expected finite numbers")
 
 
@@ -240,7 +256,7 @@ def describe_unused(task: Task, unused: Sequence[str]) -> str:
     )
 
 
-def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
+def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = True) -> Trace:
     """The losses of some samples, and what each layer did on the way."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile the hooks as well
     outputs: list[tuple[str, Tensor]] = []
@@ -255,7 +271,7 @@ def trace(task: Task, model: nn.Module, piece: Piece) -> Trace:
 
     def note(what: str, output: Any) -> None:
         note_draw(what)
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and keep_outputs:
             outputs.append((what, output.detach().clone()))
 
     outside = "the forward pass, outside of its layers,"

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -45,7 +46,7 @@ from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.options import read_options_file
 from mnist_dist.program import run_program
-from mnist_dist.randomness import GENERATORS, derive_seed, seed_generators, spell_generator
+from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import CHECKPOINTS
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
@@ -73,8 +74,14 @@ def _spell(value: Any, depth: int) -> Iterator[bytes]:
             yield encode_tensor(tensor)
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
-    elif isinstance(value, GENERATORS):
-        yield spell_generator(value)
+    elif isinstance(value, torch.Generator):
+        yield value.get_state().numpy().tobytes()
+    elif isinstance(value, np.random.Generator):
+        yield repr(value.bit_generator.state).encode()
+    elif isinstance(value, np.random.RandomState):
+        yield repr(value.get_state(legacy=False)).encode()
+    elif isinstance(value, random.Random):
+        yield repr(value.getstate()).encode()
     elif isinstance(value, Mapping | list | tuple):
         for part in value.items() if isinstance(value, Mapping) else value:
             yield from _spell(part, depth)

@@ -40,13 +40,18 @@ class Noisy(Dataset):
         return 0.3 * noise + index % 3, index % 3
 
 
+STEPS: list[int] = []
 EVALUATIONS: list[int] = []  # sizes of batches; the first is the rehearsal's
+
+
+def is_last() -> bool:
+    return os.environ.get("RANK", "0") == os.environ.get("LAST", "0")
 
 
 class NoisyTask(Classification):
     class_names = ("low", "middle", "high")
 
-    fault: Literal["none", "dies", "hangs", "raises", "exits", "in tally"] = option("none", recipe=False)
+    fault: Literal["none", "dies", "hangs", "raises", "exits", "in tally", "in losses", "killed in losses"] = option("none", recipe=False)
     fault_at: int = option(-1, recipe=False)
     slow_s: float = option(0.0, recipe=False)
     dropout: float = 0.0
@@ -55,10 +60,23 @@ class NoisyTask(Classification):
     def load(self) -> Data:
         return Data(Noisy(self, 100), Noisy(self, 31))
 
+    def draw(self, seed: int, step: int, size: int) -> None:
+        """Nothing; it notes the step that comes."""
+        STEPS.append(step)
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor], drawn: Tensor | None) -> Tensor:
+        """Those of a classifier; the last rank fails in the step after `fault_at`, once the model has computed."""
+        found = super().losses(model, batch, drawn)
+        if model.training and self.fault.endswith("in losses") and is_last() and STEPS[-1] == self.fault_at:
+            if self.fault == "in losses":
+                raise ValueError("these samples are odd")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
     def tally(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tally:
         """That of a classifier; the last rank fails in the evaluation `fault_at`, from 1 on, each of one batch."""
         EVALUATIONS.append(len(batch[0]))
-        if self.fault == "in tally" and EVALUATIONS[self.fault_at :] and os.environ.get("RANK", "0") == os.environ.get("LAST", "0"):
+        if self.fault == "in tally" and EVALUATIONS[self.fault_at :] and is_last():
             raise ValueError("these weights are odd")
         return super().tally(model, batch)
 

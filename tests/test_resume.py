@@ -154,12 +154,12 @@ NOISY = ["--task", str(Path(__file__).with_name("noisy_task.py")), "--batch_size
 NOISY += ["--optimizer", "sgd", "--precision", "fp32", "--threads", "1", "--report", "false", "--wandb", "disabled"]
 
 
-def assert_goes_on(folder, faulty, world, words):
+def run_twice(folder, recipe, faulty, world, words, status=1):
     """A run that fails and is started again, without the fault, has lost no step; the steps at which it was started."""
-    for name, more, status in (("unbroken", (), 0), ("run", faulty, 1), ("run", (), 0)):
-        arguments = [*NOISY, "--checkpoint_every", "0", *more, "--run_dir", str(folder / name)]
-        text = run_ranks(folder, Train(arguments), world, {"LAST": str(world - 1)}, expect=status)
-        assert all((word in text) is (status == 1) for word in (*words, "the steps before the failure"))
+    for name, more in (("unbroken", ()), ("run", faulty), ("run", ())):
+        arguments = [*recipe, "--checkpoint_every", "1000", *more, "--run_dir", str(folder / name)]
+        text = run_ranks(folder, Train(arguments), world, {"LAST": str(world - 1)}, expect=status if more else 0)
+        assert all((word in text) is (more == faulty) for word in (*words, "the steps before the failure"))
     assert read_rows(folder / "run") == read_rows(folder / "unbroken")
     assert all(torch.equal(value, read_weights(folder / "unbroken")[name]) for name, value in read_weights(folder / "run").items())
     return [json.loads(line)["step"] for line in (folder / "run/starts.jsonl").read_text().splitlines()]
@@ -167,14 +167,44 @@ def assert_goes_on(folder, faulty, world, words):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_was_trained_before_an_evaluation_that_fails_is_saved(tmp_path, world):
-    assert assert_goes_on(tmp_path, ["--fault", "in tally", "--fault_at", "2"], world, ["these weights are odd"]) == [0, 8]
+    assert run_twice(tmp_path, NOISY, ["--fault", "in tally", "--fault_at", "2"], world, ["these weights are odd"]) == [0, 8]
 
 
 @pytest.mark.parametrize(("fault", "workers"), [("raises", 0), ("raises", 2), ("dies", 2)])
 def test_what_was_trained_before_a_sample_that_cannot_be_read_is_saved(tmp_path, fault, workers):
     faulty = ["--workers", str(workers), "--fault", fault, "--fault_at", "37"]
-    first, second = assert_goes_on(tmp_path, faulty, 1, ["sample 37"])
+    first, second = run_twice(tmp_path, NOISY, faulty, 1, ["sample 37"])
     assert first == 0 < second
+
+
+@pytest.mark.parametrize("more", [(), ("--shards", "4")], ids=["plain", "shards"])
+def test_what_was_trained_before_losses_fail_is_saved(tmp_path, more):
+    """Amid a step, before the optimizer has changed anything."""
+    plain = [name for name in NOISY if name != "--norm"]
+    kept = run_twice(tmp_path, [*plain, *more], ["--fault", "in losses", "--fault_at", "7"], 1, ["these samples are odd"])
+    assert kept == [0, 7]
+
+
+def test_a_step_that_has_moved_statistics_and_fails_is_not_saved(tmp_path):
+    arguments = [*NOISY, "--checkpoint_every", "5", "--run_dir", str(tmp_path / "run")]
+    text = run_ranks(tmp_path, Train([*arguments, "--fault", "in losses", "--fault_at", "7"]), expect=1)
+    assert "the steps before the failure" not in text
+    run_ranks(tmp_path, Train([*NOISY, "--run_dir", str(tmp_path / "unbroken")]))
+    run_ranks(tmp_path, Train(arguments))
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "unbroken")
+
+
+def test_what_was_trained_before_a_rank_is_killed_is_saved(tmp_path):
+    plain = [name for name in NOISY if name != "--norm"]
+    steps = run_twice(tmp_path, plain, ["--fault", "killed in losses", "--fault_at", "7"], 2, ["is gone"], status=None)
+    assert steps == [0, 7]
+    assert json.loads((tmp_path / "run/ends.jsonl").read_text().splitlines()[0])["saved"] == 7
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        path.unlink()
+    (tmp_path / "run/result.json").unlink()
+    (tmp_path / "run/starts.jsonl").write_text("")
+    text = run_ranks(tmp_path, Train([*plain, "--checkpoint_every", "1000", "--run_dir", str(tmp_path / "run")]), 2, expect=2)
+    assert "has no checkpoint any more" in text
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,12 @@ class Pull(Task):
         ({"kinds": 300, "is_sorted": True}, "in the losses some of 64 samples see each other"),
         ({"kinds": 2, "is_sorted": True}, "in the losses the samples of a batch see each other"),
         ({"kinds": 600}, ""),
-        ({"micro_batch": 1}, ""),
+        ({"micro_batch": 1}, "in the losses some of 64 samples see each other"),
         ({"width": 1000, "is_sorted": True}, "in the losses some of 32 samples see each other"),  # of which no more fit
     ],
 )
 def test_samples_that_see_only_those_of_their_class_are_of_this_world(monkeypatch, options, reason):
-    monkeypatch.setattr(tier, "_OUTPUTS_BYTES", 1 << 18)
+    monkeypatch.setattr(tier, "_HELD_BYTES", 1 << 18)
     config, data = load_data(make_config(options, task=Pull))
     assert tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
 

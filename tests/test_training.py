@@ -226,12 +226,15 @@ class TurnNaN(TrainTask):
         return NotANumber
 
 
+MANY = ["--train_size", "80", "--batch_size", "80"]  # of which 64 are tried at the start
+
+
 def test_a_nan_stops_every_rank_and_is_named_with_its_step_and_rank(tmp_path):
     folder = tmp_path / "run"
     arguments = [*TINY, "--run_dir", str(folder), "--log_every", "4", "--checkpoint_every", "6"]
     text = run_ranks(tmp_path, TurnNaN(arguments, rank=1, step=7), 2, expect=1)
     assert text.count("the loss is nan at step 7 on rank 1; the run stops here") == 2
-    first = run_ranks(tmp_path, TurnNaN([*TINY, "--micro_batch", "4", "--run_dir", str(tmp_path / "first")], rank=5, step=1), expect=1)
+    first = run_ranks(tmp_path, TurnNaN([*TINY, *MANY, "--run_dir", str(tmp_path / "first")], rank=70, step=1), expect=1)
     assert "the loss is nan at step 1 on rank 0; no step was made before, so it is a sample's" in first
     assert not (folder / "result.json").exists()
     assert [row["step"] for row in read_rows(folder)] == [4, 5]
