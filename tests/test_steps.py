@@ -133,6 +133,39 @@ def test_samples_that_see_only_those_of_their_class_are_of_this_world(monkeypatc
     assert tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
 
 
+class Crowded(Pull):
+    """What is only done with more than a few samples: a random draw, or a change of a buffer; or else a gradient that the losses need."""
+
+    what: str = "draws"
+
+    def build_model(self):
+        model = super().build_model()
+        model.register_buffer("seen", torch.zeros(()))
+        return model
+
+    def losses(self, model, batch, drawn):
+        inputs = batch[0].clone()
+        if self.what == "needs a gradient":
+            inputs.requires_grad_()
+            (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+            return slope.square().sum(1) + model(inputs).square().sum(1)
+        if len(inputs) > 4:
+            inputs = inputs + 0 * torch.rand(()) if self.what == "draws" else inputs
+            model.seen.add_(self.what == "changes")
+        return (model(inputs) - inputs).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("draws", "draws random numbers"), ("changes", "each forward pass changes seen"), ("needs a gradient", "")],
+)
+def test_what_happens_with_many_samples_alone_is_seen_to(what, reason):
+    config, data = load_data(make_config({"what": what}, task=Crowded))
+    found = tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason
+    assert reason in found
+    assert bool(found) is bool(reason)
+
+
 class Cracked(Pull):
     """One sample of a batch, but none of the first ones, has no loss."""
 
