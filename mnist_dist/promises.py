@@ -128,6 +128,7 @@ def _check_rows(subject: Subject) -> Found:
         if whole.drew is None:
             where = find_first_difference(whole, subject.trace(probe.take(half)))
             if where is None:
+                subject.put_back()
                 many = compute_many(subject.task, subject.model, probe, find_size(probe, whole))
                 subject.put_back()
                 where = "the losses" if is_mixing(subject.task, subject.model, probe, many.losses) else None

@@ -141,9 +141,8 @@ def test_a_sum_that_threads_hurry_to_has_the_same_bits_each_time(caplog):
             assert count_results() == 1
             for _ in range(2):
                 torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
-        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-            "torch has no put_ that gives the same bits each time: two equal runs may differ"
-        ]
+        warnings = [record.getMessage() for record in caplog.records if "threads is" not in record.getMessage()]
+        assert warnings == ["torch has no put_ that gives the same bits each time: two equal runs may differ"]
         assert count_results() > 1  # else this would show nothing
     finally:
         torch.set_num_threads(threads)
