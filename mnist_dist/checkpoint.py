@@ -144,7 +144,7 @@ class Writer:
             return self._write(step, state)
 
         try:
-            # In the thread, too: the main thread of a rank that is about to leave may not seem to hang in anything but a wait.
+            # In the thread, too: a rank with a GPU that is to leave counts as hung where its main thread does much else than wait.
             return self._thread.submit(write).result()
         except OSError as error:
             raise RunError(f"the checkpoint of step {step} could not be written: {describe_error(error)}") from error

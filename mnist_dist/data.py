@@ -214,7 +214,10 @@ class Seeded:
         if worker is None and threads > 1:
             torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
         try:
-            samples = self._read(batch.indices.tolist(), self._derive_seeds(batch.step, batch.places), at.data)
+            # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
+            first = derive_seed(self.seed, self.what, batch.step)
+            seeds = [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in batch.places]
+            samples = self._read(batch.indices.tolist(), seeds, at.data)
             if isinstance(samples, str):
                 return self._fail(samples)
             made, done = [], 0
@@ -234,16 +237,6 @@ class Seeded:
             at[1] = -1
             if worker is None and threads > 1:
                 torch.set_num_threads(threads)
-
-    def read_sample(self, index: int, place: int) -> Any | _Failure:
-        """A sample as it is read in the first step for a place in the batch, or why it cannot be read."""
-        samples = self._read([index], self._derive_seeds(0, [place]), np.zeros(2, np.int64).data)
-        return self._fail(samples) if isinstance(samples, str) else samples[0]
-
-    def _derive_seeds(self, step: int, places: Sequence[int]) -> list[int]:
-        # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
-        first = derive_seed(self.seed, self.what, step)
-        return [(first + place * 0x9E3779B97F4A7C15) % 2**63 for place in places]
 
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
@@ -559,32 +552,22 @@ class Probe:
 
     @cached_property
     def changed(self) -> list[int]:
-        """Samples that are others when they are read once more, after others, and after themselves at other places, seeded otherwise.
+        """Two samples of which one is another when it is read once more, after others, and some at other places, seeded otherwise.
 
-        A batch of two is looked at, and then as many samples as a second has time for: only few of them may be random.
+        As many are looked at as a second has time for: only few of them may be random.
         """
         if isinstance(self._kept, InMemory):
             return []
-        places = self.half.places
-        indices, before = self._find(places), _digest(self.take(places).samples)
-        self._read(indices, [place + _PROBED_MOST for place in places])
-        if before != _digest(self.take(places).samples):
-            return locate(self._split, "training", indices)[1]
-        digests: dict[int, bytes] = {}
+        digests: dict[range, bytes] = {}
         end_s = time.monotonic() + _READ_S
-        for place in range(self.most):
-            if place >= _PROBED and time.monotonic() > end_s:
+        for first in range(0, self.most, 2):
+            if first >= _PROBED and time.monotonic() > end_s:
                 break
-            digests[place] = self._digest_sample(self._kept, place)
-        changed = (place for place, digest in digests.items() if self._digest_sample(self._kept, place) != digest)
-        return locate(self._split, "training", self._find([*itertools.islice(changed, 1)]))[1]
-
-    def _digest_sample(self, kept: Seeded, place: int) -> bytes:
-        """A hash of a sample as it is read for a place, before there is a batch of it."""
-        sample = kept.read_sample(self._find([place])[0], place)
-        if isinstance(sample, _Failure):
-            raise UserError(sample.reason)
-        return _digest(sample)
+            pair = range(first, min(first + 2, self.most))
+            digests[pair] = _digest(self.take(pair).samples)
+        self._read(self._find(self.half.places), [place + _PROBED_MOST for place in self.half.places])
+        changed = (pair for pair, digest in digests.items() if _digest(self.take(pair).samples) != digest)
+        return locate(self._split, "training", self._find(next(changed, ())))[1]
 
 
 def _digest(samples: Any) -> bytes:

@@ -68,9 +68,10 @@ class TrainingState:
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            self.averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
+            averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
+            self.averaged = list(averaged)
             self.flat = Flat(self.trained, extra=1)
-            self.flat_averaged = Flat([*self.averaged.values()], dtype=torch.float64)
+            self.flat_averaged = Flat([*averaged.values()], dtype=torch.float64)
             self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
         else:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])

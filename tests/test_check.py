@@ -269,7 +269,7 @@ class Noise(nn.Module):
     ),
     "an item that depends on how often it was read": (
         "data",
-        ["sample 45 of the training data", "differs when it is read again"],
+        ["45 of the training data differs when it is read again"],
         """
     def load(self):
         return Data(Counting(), Lazy())
