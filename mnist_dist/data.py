@@ -690,7 +690,7 @@ class Reader:
             several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": config.timeout_s}
             several |= {"worker_init_fn": partial(_begin_work, self.workers)}
         pinned = self.device.type == "cuda" and isinstance(kept, Seeded)
-        with warnings.catch_warnings(action="ignore"):  # of more workers than cores, on every rank
+        with _allowing_workers():
             loader: DataLoader[Any] = DataLoader(
                 kept,  # type: ignore[arg-type]
                 batch_sampler=batches,  # type: ignore[arg-type]
@@ -699,11 +699,11 @@ class Reader:
                 pin_memory=pinned,
                 **several,
             )
+            # Accelerate wraps it as for one process, because the batches are this rank's already: `accelerator.prepare` would shard it a
+            # second time, and half of the samples would never be seen.
+            self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
         self._kept = kept
         self._is_waiting = False
-        # Accelerate wraps it as for one process, because the batches are this rank's already: `accelerator.prepare` would shard it a second
-        # time, and half of the samples would never be seen.
-        self.loader = prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
         if len(self.workers):
             base: Any = self.loader.base_dataloader
             base._get_iterator = partial(_start_workers, base._get_iterator)
@@ -756,6 +756,14 @@ class Reader:
         return ", ".join(gone[:8]) or "none was at a sample"
 
 
+@contextlib.contextmanager
+def _allowing_workers() -> Iterator[None]:
+    """Without torch's warning of more workers than cores, which would come on every rank; others stay, also in workers that start here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
+
+
 def _start_workers(make_iterator: Callable[[], Any]) -> Any:
     """Torch's iterator over the batches of workers, which notices within a second of waiting that one of them is dead.
 
@@ -763,7 +771,8 @@ def _start_workers(make_iterator: Callable[[], Any]) -> Any:
     the error, and then wait for the dead one as for a silent one.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = make_iterator()
+    with _allowing_workers():
+        iterator = make_iterator()
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     get = iterator._try_get_data

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+import warnings
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -355,7 +356,7 @@ def test_workers_do_not_share_the_place_in_a_file_that_is_open(tmp_path):
     config, records = make_config({"batch_size": 20, "workers": 4}), Records()
     with join_group(World(), config) as group:
         batches = [Batch.of(torch.arange(start, start + 20), range(20)) for start in range(0, 500, 20)]
-        with Reader(records, config, group, "training", batches) as reader:
+        with warnings.catch_warnings(action="error"), Reader(records, config, group, "training", batches) as reader:
             found = torch.cat([batch.pieces[0].samples for batch in reader])
     assert found.tolist() == list(range(500))
     # This process reads on from where it was.
