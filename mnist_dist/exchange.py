@@ -48,6 +48,11 @@ def add_up(node: Range, find: Callable[[Range], Sequence[Tensor] | None]) -> Seq
     return found
 
 
+def add_shards(node: Range, compute: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The sums of what `compute` gives for each shard of a subtree, in their order."""
+    return add_up(node, lambda part: compute(part[0]) if part[1] - part[0] == 1 else None)
+
+
 class TreeSum:
     """Adds up some vectors of numbers for each shard, over all processes of a group."""
 
@@ -59,12 +64,12 @@ class TreeSum:
 
     def __call__(self, compute: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor]:
         """The sums of `compute(shard)`, each float [n] on the device, over all shards; this process computes its own, in their order."""
-        sums = [add_up(node, lambda part: compute(part[0]) if part[1] - part[0] == 1 else None) for node in self.subtrees[self.group.rank]]
+        sums = [add_shards(node, compute) for node in self.subtrees[self.group.rank]]
         return sums[0] if self.group.size == 1 else [self._exchange(vectors) for vectors in zip(*sums, strict=True)]
 
     def repeat(self, vector: Tensor) -> Tensor:
         """The sum of a vector that is the same for all shards."""
-        return add_up((0, self.shards), lambda part: [vector.clone()] if part[1] - part[0] == 1 else None)[0]
+        return add_shards((0, self.shards), lambda _: [vector.clone()])[0]
 
     def _exchange(self, sums: Sequence[Tensor]) -> Tensor:
         size, length = self.group.size, len(sums[0])

@@ -1,6 +1,7 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -91,7 +92,7 @@ class TrainingState:
             _log.info("the optimizer is stepped without Accelerate's wrapper, which a CUDA graph cannot record")
         self.step = 0
         self.is_settled = True  # nothing is amid its change: the row of this step, if it has one, is in the record, or unfinished
-        self._versions: list[tuple[int, int]] | None = None  # of what a pass may change, before the one that is not finished
+        self._versions: dict[str, tuple[int, int]] | None = None  # of what a pass may change, before the one that is not finished
         self.unfinished: Row | None = None  # the row of this step, while what it tells of an evaluation is not known
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
@@ -115,8 +116,7 @@ class TrainingState:
         The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
         many of them it computes at once.
         """
-        versions = [parameter._version for parameter in self._frozen.values()]
-        self._versions = self._read_versions()
+        self._versions = versions = self._read_versions()
         loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
         if self.tree is not None or self.group.size > 1:
             self._check_frozen(versions)
@@ -131,8 +131,10 @@ class TrainingState:
         """Whether a checkpoint may hold the state as it is, even where a step has failed: before it changed anything."""
         return self.is_settled and self._versions in (None, self._read_versions())
 
-    def _read_versions(self) -> list[tuple[int, int]]:
-        return [(id(tensor), tensor._version) for tensor in (*self.bare_model.buffers(), *self._frozen.values())]
+    def _read_versions(self) -> dict[str, tuple[int, int]]:
+        """Which tensor each buffer and frozen parameter is, and how often it was changed."""
+        changing = itertools.chain(self.bare_model.named_buffers(), self._frozen.items())
+        return {name: (id(tensor), tensor._version) for name, tensor in changing}
 
     def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
@@ -229,10 +231,10 @@ class TrainingState:
         """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
         return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
 
-    def _check_frozen(self, versions: list[int]) -> None:
+    def _check_frozen(self, versions: dict[str, tuple[int, int]]) -> None:
         """Raise `UserError` where a frozen parameter has moved that did not in the first passes, by what was counted before this step."""
-        for (name, parameter), version in zip(self._frozen.items(), versions, strict=True):
-            if parameter._version != version and name not in self._moved:
+        for name, parameter in self._frozen.items():
+            if parameter._version != versions[name][1] and name not in self._moved:
                 raise UserError(
                     f"task {self.config.task.name}: the forward pass of step {self.step + 1} changes {name}, which nobody trains, and the "
                     "first passes did not: each process or shard would change its own; let it change from the first pass on, keep it in a "
