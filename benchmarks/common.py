@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from mnist_dist.config import Config, read_recipe, resolve_config
 from mnist_dist.errors import UserError
 from mnist_dist.loop import Turns, train
-from mnist_dist.machine import count_usable_cores, find_processor, has_native_bfloat16
+from mnist_dist.machine import find_processor, has_native_bfloat16
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
 from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.world import count_usable_cores
 
 Row = dict[str, Any]
 Step = Callable[[], None]

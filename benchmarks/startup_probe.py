@@ -52,7 +52,13 @@ def main() -> int:
     options = _import("import of options", "mnist_dist.config")
     given = options.parse_command_line(sys.argv[1:])
     given.task.load_ahead()
-    program = importlib.import_module("mnist_dist.program")
+    tracking = _import("import of options", "mnist_dist.tracking")
+    with tracking.starting_ahead(given.wandb):
+        return _train(given, command_s, answer)
+
+
+def _train(given: Any, command_s: float, answer: Path) -> int:
+    options, program = (importlib.import_module(f"mnist_dist.{name}") for name in ("config", "program"))
     with program.importing():
         _import("import torch", "torch")
         _import("import accelerate", "accelerate")

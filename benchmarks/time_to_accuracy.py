@@ -34,12 +34,12 @@ from benchmarks.common import Row
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.data import Batch
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.machine import count_usable_cores
 from mnist_dist.program import run_program
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Tally
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.model import CNN
+from mnist_dist.world import count_usable_cores
 
 _NAMES = {
     "ours": "the loop",

@@ -25,15 +25,13 @@ from mnist_dist.machine import (
     choose_device,
     choose_gpu,
     choose_precision,
-    choose_threads,
     count_open_files,
-    count_usable_cores,
     keep_memory,
     raise_file_limit,
     repeating_bits,
 )
 from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet
-from mnist_dist.world import World
+from mnist_dist.world import World, choose_threads, count_usable_cores
 
 _log = logging.getLogger(__name__)
 

@@ -17,39 +17,28 @@ import torch.utils.deterministic
 
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
-from mnist_dist.world import World
+from mnist_dist.world import SHARED_GPUS, World, may_share_gpus
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 _FILES_ENOUGH = 65_536
-_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own variable: it refuses a GPU that two ranks share unless this is 1
 
 _log = logging.getLogger(__name__)
-
-
-def count_usable_cores() -> int:
-    """CPU cores that this process may use: its affinity, cut by the control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no quota
-    return cores
-
-
-def choose_threads(world: World) -> int:
-    """How many threads a process has."""
-    cores = count_usable_cores()
-    # Slurm may bind each task to CPUs of its own or let those of a node share theirs: what it says of a task holds in both cases.
-    return max(1, min(cores, world.cpus) if world.cpus else cores // world.local_size)
 
 
 def choose_device(config: Config, world: World) -> str:
     """The device of this process: cpu or cuda. Raises `UserError` where it may not have what it asks for."""
     available = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     if config.device == "cuda" and not available:
-        raise UserError("device is cuda, but torch finds no GPU here that it may use; allowed: auto, cpu")
+        raise UserError(f"device is cuda, but torch finds no GPU here that it may use ({_explain_no_gpu()}); allowed: auto, cpu")
+    if config.device == "auto" and not available and world.gpus:
+        _log.warning(
+            "Slurm gave this node %d GPUs, and torch finds none that it may use (%s): the run is on the CPU; --device cuda would refuse it",
+            world.gpus,
+            _explain_no_gpu(),
+        )
     if config.device == "cpu" or not available:
         return "cpu"
     gpus = torch.cuda.device_count()
@@ -58,14 +47,21 @@ def choose_device(config: Config, world: World) -> str:
     if not has_own and not may_share_gpus():
         raise UserError(
             f"{world.local_size} processes on this node share {gpus} GPU{'s' * (gpus != 1)}; allowed: at most one process for each GPU "
-            f"(or {_SHARED_GPUS}=1, with NCCL 2.30 or newer, for a test)"
+            f"(or {SHARED_GPUS}=1, with NCCL 2.30 or newer, for a test)"
         )
     return "cuda"
 
 
-def may_share_gpus() -> bool:
-    """Whether NCCL was told that several ranks may have the same GPU."""
-    return os.environ.get(_SHARED_GPUS) == "1"
+def _explain_no_gpu() -> str:
+    """Why torch may find no GPU, as far as this process can know."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return f"ACCELERATE_USE_CPU is {os.environ['ACCELERATE_USE_CPU']!r}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for CPUs"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"torch {torch.__version__}; " + (
+        "is its driver new enough? see nvidia-smi" if visible is None else f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    )
 
 
 def choose_gpu(world: World) -> int:

@@ -2,8 +2,8 @@
 
 `mnist_dist.tracking` starts it. It answers in lines of JSON too: what a person should know. Imports no torch, to be small and quick.
 
-It is started with a bare environment. The one of the training process comes as its first line and is put on for a try online: whatever
-is wrong in it, the run offline, which is the last resort, depends on nothing of it.
+It is started with a bare environment, which the first line completes. The one of the training process comes as the second and is put on
+for a try online: whatever is wrong in it, the run offline, which is the last resort, depends on nothing of it.
 """
 
 import contextlib
@@ -340,24 +340,28 @@ def _shorten(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def _end_with_the_training(source: int, scratch: str, finish_s: float) -> None:
+_scratch: str | None = None  # the folder of temporary files, once it is known
+
+
+def _end_with_the_training(source: int, finish_s: float) -> None:
     """Wait until nobody writes to `source` any more, leave this process `finish_s` to finish, and end it: W&B may hang anywhere."""
     poll = select.poll()
     poll.register(source, 0)  # that it was closed is reported always, whatever waits there to be read
     poll.poll()
     time.sleep(finish_s)
-    _leave(scratch, 1)
+    _leave(1)
 
 
-def _leave(scratch: str, status: int) -> None:
-    shutil.rmtree(scratch, ignore_errors=True)
+def _leave(status: int) -> None:
+    if _scratch is not None:
+        shutil.rmtree(_scratch, ignore_errors=True)
     os._exit(status)  # exit hooks, W&B's and Python's, could wait for ever
 
 
-def main() -> None:
-    """Mirror what comes on standard input."""
-    global wandb
-    scratch, status = os.environ["HOME"], 1
+def main(finish_s: float) -> None:
+    """Mirror what comes on standard input; when that has ended, take at most `finish_s` to finish."""
+    global wandb, _scratch
+    status = 1
     # The pipes move to descriptors that W&B's helper does not inherit: it must not keep them open when this process has ended.
     source, sink = os.fdopen(os.dup(0), "rb"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -369,17 +373,22 @@ def main() -> None:
             os.write(sink, json.dumps({"text": text, **more}).encode() + b"\n")  # a line at once, as several threads tell something
 
     try:
-        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        threading.Thread(target=_end_with_the_training, args=(source.fileno(), finish_s), daemon=True).start()
+        import wandb  # only now that this process will end, come what may
+
+        bare = source.readline()
+        if not bare:  # there is nothing to mirror
+            status = 0
+            return
+        os.environ.update(json.loads(bare))
+        _scratch = os.environ["HOME"]
+        descriptor = os.open(_scratch, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a later start sees by it that the folder is in use
         # The helper's socket lies here, whose path may have 107 characters.
         short = f"/proc/{os.getpid()}/fd/{descriptor}"
-        os.environ["TMPDIR"] = short if os.path.isdir(short) else scratch
+        os.environ["TMPDIR"] = short if os.path.isdir(short) else _scratch
         environ, start = json.loads(source.readline()), json.loads(source.readline())
-        limit_s = start["limits_s"]["finish"]
-        threading.Thread(target=_end_with_the_training, args=(source.fileno(), scratch, limit_s), daemon=True).start()
-        import wandb  # only now that this process will end, come what may
-
         mirror = Mirror(start, environ, tell)
         for line in source:
             mirror.take(json.loads(line))
@@ -389,8 +398,8 @@ def main() -> None:
         tell(f"W&B failed ({_shorten(error)})", warning=True)
         status = 0
     finally:
-        _leave(scratch, status)
+        _leave(status)
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

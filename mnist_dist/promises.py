@@ -20,7 +20,6 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import check_tally
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
-from mnist_dist.machine import choose_threads
 from mnist_dist.model import build_model
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
@@ -41,7 +40,7 @@ from mnist_dist.tier import (
 )
 from mnist_dist.weights import encode_weights
 from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
-from mnist_dist.world import World
+from mnist_dist.world import World, choose_threads
 
 _KILLED_AT, _SAVED_AT = 3, 2
 _TOLERANCE = 1e-4  # of losses, weights and sums: rounding alone makes 1e-7 to 1e-5
@@ -50,7 +49,7 @@ _TRIED_STEPS, _TRIED_S = 3, 10.0
 _GRACE_S = 30
 # Layers that a rule exempts, and that compute each row by itself once they are in evaluation mode.
 _EXEMPT = (_BatchNorm, _DropoutNd, nn.MultiheadAttention, nn.RNNBase)
-_SEEDED = "draw from torch's own generator, which is seeded before; numpy, random, the time or a generator of its own are not"
+_SEEDED = "draw from the generators of torch, numpy and random, which are seeded before; the time or a generator of its own is not"
 
 
 class Answer(NamedTuple):
@@ -218,7 +217,7 @@ def _check_data(subject: Subject) -> Found:
     here = digest_data(config, subject.data)
     _compare("", here, digest_data(config, subject.data, backwards=True), f"when it is read again, in another order: {rule}")
     again, data = load_data(subject.given)
-    fixed = "in load and find_facts, whatever is random needs a generator with a fixed seed"
+    fixed = "in load and find_facts, draw from the generators of torch, numpy and random, which are seeded, or give your own a fixed seed"
     _compare("", here, digest_data(again, data), f"when the data are loaded again: {fixed}; {rule}")
     _compare("", here, subject.found["data"], f"in another process: {fixed}; {rule}")
     kind = find_immovable(subject.probe.whole.samples)

@@ -25,14 +25,14 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
-from mnist_dist.machine import choose_device, choose_gpu, count_usable_cores, may_share_gpus
+from mnist_dist.machine import choose_device, choose_gpu
 from mnist_dist.model import build_model
 from mnist_dist.network import check_exchange
 from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
 from mnist_dist.source import BUILT_IN, find_task
-from mnist_dist.world import World, find_host
+from mnist_dist.world import World, count_usable_cores, find_host, may_share_gpus
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
 

@@ -5,6 +5,7 @@ none of its threads, exit hooks and variables, never waits for a server, and can
 is not used for that reason: it calls W&B within the training process, without a deadline and without a way back to offline.
 
 Accelerate's other trackers, such as TensorBoard, are taken as they are, in the training process, and given up at their first failure.
+Imports no torch: the process may be started while that is imported.
 """
 
 import configparser
@@ -114,32 +115,13 @@ class WandbTracker(NoTracker):
         self._scratch = tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=self._folder)
         if os.path.expanduser("~") == "~":  # a user whom this machine does not know: W&B would not even start
             environ = {**environ, "HOME": self._scratch}
-        self._pending = bytearray(json.dumps(dict(environ)).encode() + b"\n")
-        bare = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ} | {
-            "HOME": self._scratch,
-            "PYTHONUSERBASE": site.getuserbase(),  # which depends on HOME
-            # An empty entry would be the folder in which the user happens to stand: it must not hide a module.
-            "PYTHONPATH": os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
-            **_find_places(self._folder),
-        }
-        # A signal to all processes of a job, as scancel sends it, must not end the mirror at the very moment it has to finish: blocked
-        # here, it stays blocked there. W&B's own helper process dies of it all the same, but the mirror starts it again.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        bare = {"HOME": self._scratch, **_find_places(self._folder)}
+        self._pending = bytearray(b"".join(json.dumps(variables).encode() + b"\n" for variables in (bare, dict(environ))))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("mirror.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=bare,
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C in a terminal is for the training alone
-            )
+            self._process = _ahead.pop() if _ahead else _start_process()
         except OSError:
             shutil.rmtree(self._scratch, ignore_errors=True)
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
@@ -273,11 +255,7 @@ class WandbTracker(NoTracker):
         self._over = True
         if problem is not None:
             self._warn(problem)
-        self._process.kill()
-        self._input.close()
-        self._output.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a dead file server cannot even be killed
-            self._process.wait(1)
+        _end_process(self._process)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -376,6 +354,66 @@ def _is_project(name: str) -> bool:
     return len(name) <= _NAME_LENGTH_MAX and name.isprintable() and not set(name) & set(_NOT_IN_A_PROJECT)
 
 
+_ahead: list[subprocess.Popen[bytes]] = []  # the process that was started ahead, until it is taken
+
+
+@contextlib.contextmanager
+def starting_ahead(mode: Mode) -> Iterator[None]:
+    """Start W&B's process at once, for the first `open_tracker` within the block: it takes a second to import what it needs.
+
+    Without this, `open_tracker` starts one. Never raises for its own sake.
+    """
+    if mode == "auto":
+        mode = "disabled" if _find_switch() == "disabled" else "auto"
+    if mode != "disabled" and _is_installed():
+        with contextlib.suppress(OSError):  # `open_tracker` tries again, and tells it
+            _ahead.append(_start_process())
+    try:
+        yield
+    finally:
+        while _ahead:
+            _end_process(_ahead.pop())
+
+
+def _is_installed() -> bool:
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None  # a mere folder of that name has none
+
+
+def _start_process() -> subprocess.Popen[bytes]:
+    """Start the mirror's process, which imports wandb, and then waits to be told what it mirrors. Raises OSError."""
+    bare = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ} | {
+        "HOME": os.devnull,  # until it is told another: there is nothing to be found, and none to be made
+        "PYTHONUSERBASE": site.getuserbase(),  # which depends on HOME
+        # An empty entry would be the folder in which the user happens to stand: it must not hide a module.
+        "PYTHONPATH": os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    # A signal to all processes of a job, as scancel sends it, must not end the mirror at the very moment it has to finish: blocked
+    # here, it stays blocked there. W&B's own helper process dies of it all the same, but the mirror starts it again.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("mirror.py")), f"{_FINISH_S:g}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=bare,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C in a terminal is for the training alone
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in filter(None, (process.stdin, process.stdout)):
+        pipe.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a dead file server cannot even be killed
+        process.wait(1)
+
+
 def open_tracker(
     mode: Mode,
     run_dir: Path,
@@ -409,8 +447,7 @@ def open_tracker(
     environ = {name: value for name, value in os.environ.items() if name not in ("WANDB_SERVICE", *_IDENTITY_VARIABLES)}
     environ |= _find_places(folder)
     try:
-        found = importlib.util.find_spec("wandb")
-        if found is None or found.origin is None:  # a mere folder of that name
+        if not _is_installed():
             raise OSError("wandb is not installed")
         folder.mkdir(parents=True, exist_ok=True)
         _remove_what_was_left(folder)
@@ -430,7 +467,7 @@ def open_tracker(
             "config": _hide_secrets({**config, **(facts or {})}),
             "system_metrics": system_metrics,
             "best": dict(best),
-            "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S, "finish": _FINISH_S},
+            "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S},
         }
         return WandbTracker(start, environ)
     except OSError as error:
@@ -439,7 +476,17 @@ def open_tracker(
 
 
 def _find_mode() -> Mode:
-    """What `auto` stands for, by W&B's own switches in W&B's own order: its variable, the settings of this folder, those of the user."""
+    """What `auto` stands for, by W&B's own switches."""
+    switch = _find_switch()
+    if switch in ("", "online", "run", "shared"):
+        return "auto"
+    if switch not in ("offline", "dryrun", "disabled"):
+        _log.warning("W&B's mode is %r, expected online, offline or disabled; taken as offline", switch)
+    return "disabled" if switch == "disabled" else "offline"
+
+
+def _find_switch() -> str:
+    """The first of W&B's own switches that is set, in W&B's own order: its variable, the settings of this folder, those of the user."""
     home = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     switches = [os.environ.get("WANDB_MODE", "")]
     for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
@@ -447,12 +494,7 @@ def _find_mode() -> Mode:
         with contextlib.suppress(configparser.Error):
             parser.read_string(_read_small(path))
         switches.append(parser.get("default", "mode", fallback=""))
-    switch = next(filter(None, switches), "")
-    if switch in ("", "online", "run", "shared"):
-        return "auto"
-    if switch not in ("offline", "dryrun", "disabled"):
-        _log.warning("W&B's mode is %r, expected online, offline or disabled; taken as offline", switch)
-    return "disabled" if switch == "disabled" else "offline"
+    return next(filter(None, switches), "")
 
 
 def _describe_run(run_id: str, project: str | None, defaults: Mapping[str, str | None]) -> dict[str, Any]:

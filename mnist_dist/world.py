@@ -18,6 +18,8 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import read_file
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own variable: it refuses a GPU that two ranks share unless this is 1
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
 # Of each kind of MPI: rank, size, and both on this host.
 _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
@@ -43,6 +45,7 @@ class World:
     address: str = "127.0.0.1"
     port: int = 0
     cpus: int = 0  # that the launcher gave to this process alone; 0: it does not say
+    gpus: int = 0  # that it gave to this node, or to this process; 0: none, or it does not say
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
@@ -62,12 +65,13 @@ class World:
 def list_inherited(environ: Mapping[str, str]) -> list[str]:
     """The variables that an outer job or launcher left, and that would mislead one which is started now.
 
-    Outside of a job what begins with SLURM_ is the user's own choice, such as SLURM_CPU_BIND.
+    Outside of a job what begins with SLURM_ is the user's own choice, such as SLURM_CPU_BIND. So are MASTER_ADDR and MASTER_PORT without
+    the ranks of a launcher beside them.
     """
     misleading = _LAUNCHERS if environ.get("SLURM_JOB_ID") else _LAUNCHERS[1:]
-    return [
-        name for name in environ if name in TORCH_VARIABLES + MPI_VARIABLES or (name.startswith(misleading) and name not in _OF_THE_SITE)
-    ]
+    ranks = [name for name in TORCH_VARIABLES if name not in _MEETING]
+    exact = {*ranks, *MPI_VARIABLES, *(_MEETING if any(map(environ.get, ranks)) else ())}
+    return [name for name in environ if name in exact or (name.startswith(misleading) and name not in _OF_THE_SITE)]
 
 
 def find_world(environ: Mapping[str, str]) -> World:
@@ -213,7 +217,8 @@ def _read_srun_world(environ: Mapping[str, str]) -> World:
         address = "127.0.0.1" if local_size == size else _find_host_of_rank_zero(environ, rank, node)
     if not port:
         port = _choose_port(f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}")
-    return World(rank, size, local_rank, local_size, "srun", address, port, _read_int(environ, "SLURM_CPUS_PER_TASK", 0))
+    cpus, gpus = (_read_int(environ, f"SLURM_{name}", 0) for name in ("CPUS_PER_TASK", "GPUS_ON_NODE"))
+    return World(rank, size, local_rank, local_size, "srun", address, port, cpus, gpus)
 
 
 def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
@@ -223,6 +228,27 @@ def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
         return False
     name, *options = [os.fsdecode(word) for word in read_command(int(task))] or [""]
     return name.endswith("sh") and all(re.fullmatch("-[il]+|--login|--norc", option) for option in options)
+
+
+def count_usable_cores() -> int:
+    """CPU cores that this process may use: its affinity, cut by the control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no quota
+    return cores
+
+
+def choose_threads(world: World) -> int:
+    """How many threads a process has."""
+    cores = count_usable_cores()
+    # Slurm may bind each task to CPUs of its own or let those of a node share theirs: what it says of a task holds in both cases.
+    return max(1, min(cores, world.cpus) if world.cpus else cores // world.local_size)
+
+
+def may_share_gpus() -> bool:
+    """Whether NCCL was told that several ranks may have the same GPU."""
+    return os.environ.get(SHARED_GPUS) == "1"
 
 
 def find_host() -> str:

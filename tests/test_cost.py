@@ -17,8 +17,8 @@ from mnist_dist import run_folder, tracking
 from mnist_dist.config import configure
 from mnist_dist.distributed import Agreement
 from mnist_dist.loop import train
-from mnist_dist.machine import count_usable_cores
 from mnist_dist.tasks.mnist.augment import STEPS_AT_ONCE
+from mnist_dist.world import count_usable_cores
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ from mnist_dist import distributed, machine
 from mnist_dist.config import configure
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.machine import count_usable_cores
-from mnist_dist.world import World, find_world, first_host
+from mnist_dist.world import World, choose_threads, count_usable_cores, find_world, first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
 SRUN = {
@@ -43,9 +42,9 @@ def test_ranks_come_from_the_launcher():
 
 
 def test_slurm_says_how_many_threads_a_task_has(monkeypatch):
-    monkeypatch.setattr(machine, "count_usable_cores", lambda: 16)  # the node's, or the task's own
+    monkeypatch.setattr("mnist_dist.world.count_usable_cores", lambda: 16)  # the node's, or the task's own
     for cpus, threads in (("", 8), ("3", 3), ("16", 16), ("64", 16)):
-        assert machine.choose_threads(find_world(SRUN | {"SLURM_CPUS_PER_TASK": cpus})) == threads
+        assert choose_threads(find_world(SRUN | {"SLURM_CPUS_PER_TASK": cpus})) == threads
 
 
 def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):

@@ -16,7 +16,7 @@ from processes import TINY
 
 from mnist_dist.asked import Asked, _read_options
 from mnist_dist.errors import UserError
-from mnist_dist.world import find_world
+from mnist_dist.world import count_usable_cores, find_world
 
 SIZES = [1, 2, 4]
 MPI = {"openmpi": ["mpirun.openmpi", "--oversubscribe"], "mpich": ["mpirun.mpich"]}
@@ -369,7 +369,6 @@ def test_rank_zero_is_where_slurm_put_it(tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", ["torchrun", "accelerate", "accelerate with mpirun", *MPI])
 def test_each_way_trains_with_as_many_as_it_was_asked_for(tmp_path, way, size):
-    from mnist_dist.machine import count_usable_cores
 
     python, count = sys.executable, str(size)
     launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", count]

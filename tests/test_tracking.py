@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -37,7 +38,7 @@ from mnist_dist.figures import render_pixels
 from mnist_dist.loop import train
 from mnist_dist.task import Data, Evaluation, Example, Panel
 from mnist_dist.tasks.mnist import Mnist
-from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, check_project, open_tracker
+from mnist_dist.tracking import AccelerateTracker, NoTracker, WandbTracker, check_project, open_tracker, starting_ahead
 from mnist_dist.world import World
 
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
@@ -102,7 +103,8 @@ class Train:
         facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
         more = {"job_type": "train", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
         more |= {} if self.best is None else {"best": self.best}
-        tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
+        with starting_ahead("auto"):
+            tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
         assert isinstance(tracker, WandbTracker)
         print("mirror", tracker._process.pid)
@@ -186,8 +188,9 @@ class Play:
 
     @property
     def processes(self) -> list[psutil.Process]:
-        """All that live in this play's folder."""
-        found = []
+        """The mirrors, and all that live in this play's folder."""
+        mirrors = re.findall(r"^mirror (\d+)$", self.rank.text, re.MULTILINE)
+        found = [psutil.Process(pid) for pid in map(int, mirrors) if psutil.pid_exists(pid)]
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if str(self.folder / "run" / "wandb" / "cache") == process.environ().get("WANDB_CACHE_DIR"):
@@ -1002,6 +1005,40 @@ def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
     assert type(open_tracker("offline", tmp_path / "run", {})) is NoTracker
     assert [record.message.split(": ")[0] for record in caplog.records] == ["this run is not mirrored to W&B"] * 2
+
+
+def test_a_process_started_ahead_mirrors_the_next_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_FINISH_S", 60)
+    with starting_ahead("offline"):
+        (process,) = tracking._ahead
+        first, second = [open_tracker("offline", tmp_path / name, {}) for name in ("first", "second")]
+        assert first._process is process
+        assert second._process is not process
+    for tracker, name in ((first, "first"), (second, "second")):
+        tracker.log({"step": 1, "train/loss": 0.5})
+        tracker.finish({"step": 1})
+        (path,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        assert read_piece(path).steps == [1]
+
+
+def test_a_process_started_ahead_of_no_run_ends_and_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for imported_s in (0, 3):
+        with starting_ahead("offline"):
+            (process,) = tracking._ahead
+            time.sleep(imported_s)
+        assert process.returncode is not None
+    # Where the training is killed, nobody ends it.
+    process = tracking._start_process()
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert process.stdout.read() == b""
+    process.stdout.close()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for mode in ("disabled", "auto"):
+        with starting_ahead(mode):
+            assert tracking._ahead == []
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.fixture
