@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from launch.request import Request, split_options
 from mnist_dist.errors import RunError, UserError
@@ -30,7 +31,7 @@ class Nodes:
     state: str
     cpus: int
     memory_mb: int
-    gpus: int
+    gres: str  # such as gpu:a100:4(S:0-1)
 
     @property
     def are_up(self) -> bool:
@@ -106,7 +107,7 @@ def _parse_nodes(line: str) -> Nodes:
         state=state.lower(),
         cpus=_read_number(cpus),
         memory_mb=_read_number(memory),
-        gpus=count_gpus(gres),
+        gres=gres,
     )
 
 
@@ -125,15 +126,20 @@ def parse_time(text: str) -> float:
     return int(days or 0) * 1440 + parts[0] * 60 + parts[1] + parts[2] / 60
 
 
-def count_gpus(gres: str) -> int:
-    """The GPUs in a node's `gpu:a100:4(S:0-1),gpu:2,shard:8`."""
-    return sum(int(number) for number in re.findall(r"(?:^|,)gpu(?::[^,:()]+)?:(\d+)", gres))
+def count_gpus(gres: str, kind: str | None = None) -> int:
+    """The GPUs in a node's `gpu:a100:4(S:0-1),gpu:2,shard:8`, all or those of a type."""
+    return sum(int(number) for found, number in re.findall(r"(?:^|,)gpu(?::([^,:()]+))?:(\d+)", gres) if kind in (None, found))
 
 
 def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     """Compare a request with what the cluster has. Raises `UserError` where no wait would help; returns what is worth a note."""
+    if elsewhere := os.environ.get("SBATCH_CLUSTERS"):
+        raise UserError(
+            f"SBATCH_CLUSTERS is {elsewhere!r}, which sbatch alone would heed: set SLURM_CLUSTERS instead, for all of Slurm's commands"
+        )
     names = sorted({some.partition for some in nodes})
-    partition = request.partition or os.environ.get("SBATCH_PARTITION") or next((some.partition for some in nodes if some.is_default), None)
+    is_named = bool(partition := request.partition or os.environ.get("SBATCH_PARTITION"))
+    partition = partition or next((some.partition for some in nodes if some.is_default), None)
     if partition is None:
         return [
             f"partition is none, and this cluster has no default one: its own rules must choose it; there are {', '.join(names) or 'none'}"
@@ -141,6 +147,21 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     here = [some for some in nodes if some.partition in partition.split(",")]
     if not here:
         raise UserError(f"partition is {partition!r}, which this cluster does not have; allowed: {', '.join(names)}")
+    fitting, mistakes, notes = _compare(request, partition, here)
+    if mistakes and (is_named or not _is_taken(request)):
+        raise UserError("\n".join(mistakes))
+    if mistakes:
+        return [*mistakes, "sbatch would take the job all the same: this cluster's own rules choose its partition"]
+    up = sum(some.count for some in fitting if some.are_up)
+    if up < request.nodes:
+        notes.append(f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}")
+    if not any(some.is_partition_up for some in here):
+        notes.append(f"partition {partition} is not up; the job waits until it is")
+    return notes
+
+
+def _compare(request: Request, partition: str, here: list[Nodes]) -> tuple[list[Nodes], list[str], list[str]]:
+    """Those of the nodes of `partition` that are large enough, what it can never grant, and what it grants to some alone."""
     mistakes: list[str] = []
     notes: list[str] = []
     # A quality of service may allow more than the partition does.
@@ -149,6 +170,7 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     if request.time > limit:
         beyond.append(f"time is {request.time} min; partition {partition} allows at most {limit:.0f} min")
     cpus, gpus, memory_mb = request.tasks * (request.cpus_per_task or 1), request.gpus_per_node, (request.memory_gb or 0) * 1024
+    offered_gpus = [count_gpus(some.gres, request.gpu_type) for some in here]
     count, allowed = sum(some.count for some in here), max(some.most_nodes for some in here)
     if request.nodes > min(count, allowed):
         (mistakes if request.nodes > count else beyond).append(
@@ -158,24 +180,36 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
         cpus = 0
     for words, asked, unit, offered in (
         (f"{request.tasks} tasks of {request.cpus_per_task or 1} CPUs", cpus, "CPUs", [some.cpus for some in here]),
-        (f"gpus_per_node {gpus}", gpus, "GPUs", [some.gpus for some in here]),
+        (f"gpus_per_node {request.gpus}", gpus, f"{request.gpu_type or ''} GPUs".strip(), offered_gpus),
         (f"memory_gb {request.memory_gb}", memory_mb, "MB", [some.memory_mb for some in here]),
     ):
         if asked > max(offered):
             mistakes.append(f"{words} on a node are asked for; the largest node of partition {partition} has {max(offered)} {unit}")
-    fitting = [some for some in here if some.cpus >= cpus and some.gpus >= gpus and some.memory_mb >= memory_mb]
+    fitting = [
+        some for some, has in zip(here, offered_gpus, strict=True) if some.cpus >= cpus and has >= gpus and some.memory_mb >= memory_mb
+    ]
     if not mistakes and sum(some.count for some in fitting) < request.nodes:
         mistakes.append(
             f"nodes is {request.nodes}; of partition {partition} only {sum(some.count for some in fitting)} are as large as asked for"
         )
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    up = sum(some.count for some in fitting if some.are_up)
-    if up < request.nodes:
-        notes.append(f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}")
-    if not any(some.is_partition_up for some in here):
-        notes.append(f"partition {partition} is not up; the job waits until it is")
-    return notes
+    return fitting, mistakes, notes
+
+
+def _is_taken(request: Request) -> bool:
+    """Whether sbatch would queue such a job, by all rules of the cluster. Queues nothing."""
+    asked: dict[str, Any] = {
+        "nodes": request.nodes,
+        "ntasks-per-node": request.tasks,
+        "cpus-per-task": request.cpus_per_task,
+        "time": request.time,
+    }
+    asked |= {"gpus-per-node": request.gpus, "account": request.account, "qos": request.qos, "constraint": request.constraint}
+    asked |= {"mem": request.memory_gb and f"{round(request.memory_gb * 1024)}M", "reservation": request.reservation}
+    try:
+        run_slurm("sbatch", "--test-only", *(f"--{name}={value}" for name, value in asked.items() if value), "--wrap=true")
+    except RunError:
+        return False
+    return True
 
 
 def find_jobs() -> tuple[list[Job], str]:

@@ -9,6 +9,7 @@ set -euo pipefail
 
 MAX_REQUEUES=${MAX_REQUEUES:-20} # after so many restarts, of any kind, the job ends, so that no mistake runs for ever
 REQUEUE_STATUS=85                # of the training: saved, and wants to run on
+STOPPED_STATUS=143               # of the training: saved, and was told to end
 srun_options=()                  # more of srun's; an empty array is unset to bash before 4.4
 
 say() { printf 'launch: %s\n' "$*" >&2 || true; } # a log whose disk is full ends no job
@@ -25,10 +26,11 @@ read_job() {
 # A job that was submitted from within another one inherits that one's variables, and srun and the training take them for their own. So
 # what this job was given comes from the controller where it has that.
 drop_inherited() {
-    if [[ $tasks =~ ^[0-9]+$ && $cpus =~ ^[0-9]+$ ]]; then
+    if [[ $tasks =~ ^[0-9]+$ ]]; then
         [[ ${SLURM_NTASKS:-$tasks} == "$tasks" ]] || unset SLURM_NTASKS
-        [[ ${SLURM_CPUS_PER_TASK:-$cpus} == "$cpus" ]] || SLURM_CPUS_PER_TASK=$cpus
-        grep -Eq '\b(TresPer[A-Za-z]+|JOB_GRES)=[^ ]*gpu' <<<"$job" || unset SLURM_GPUS_ON_NODE
+        # The controller has no number where the CPUs of a task follow from its GPUs.
+        [[ ! $cpus =~ ^[0-9]+$ || ${SLURM_CPUS_PER_TASK:-$cpus} == "$cpus" ]] || SLURM_CPUS_PER_TASK=$cpus
+        grep -Eq '\b(TresPer[A-Za-z]+|JOB_GRES)=[^ ]*gpu' <<<"$job" || unset SLURM_GPUS_ON_NODE SLURM_NTASKS_PER_GPU
         local kind
         for kind in Job: Node:_PER_NODE Socket:_PER_SOCKET Task:_PER_TASK; do
             grep -Eq "\bTresPer${kind%%:*}=[^ ]*gpu" <<<"$job" || unset "SLURM_GPUS${kind#*:}"
@@ -36,6 +38,9 @@ drop_inherited() {
         # srun refuses two kinds of memory.
         for kind in Node:NODE CPU:CPU; do
             [[ $(read_field "MinMemory${kind%%:*}") =~ ^[1-9] ]] || unset "SLURM_MEM_PER_${kind#*:}"
+        done
+        for kind in MemPerTres:MEM_PER_GPU CpusPerTres:CPUS_PER_GPU TresPerTask:TRES_PER_TASK; do
+            [[ -n $(read_field "${kind%%:*}") ]] || unset "SLURM_${kind#*:}"
         done
         [[ -n $(read_field ArrayJobId) ]] || unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
         steps+=(--nodes="$SLURM_NNODES")
@@ -53,10 +58,16 @@ drop_inherited() {
 }
 
 choose_tasks() {
-    local gpus=$((${SLURM_GPUS_ON_NODE:-0} * SLURM_NNODES)) per_node
+    local gpus=$((${SLURM_GPUS_ON_NODE:-0} * SLURM_NNODES)) per_node kinds
     per_node=$(read_field NtasksPerN:B:S:C)
-    if [[ -n ${SLURM_NTASKS:-} && $per_node == 0:* && $SLURM_NTASKS -lt $gpus ]]; then
-        say "$SLURM_NTASKS tasks would leave some of the $gpus GPUs idle: say sbatch --ntasks-per-node, $SLURM_GPUS_ON_NODE for one task for each"
+    # What each node has: of GPUs for a task, or for the job, the nodes may have different numbers.
+    kinds=$({ grep -Eo '\bGRES=[^ ]*gpu[^ ]*' <<<"$job" || true; } | sed 's/([^)]*)//g' | sort -u | wc -l)
+    if [[ -z ${SLURM_NTASKS:-} && $kinds -gt 1 ]]; then
+        say "the nodes have different numbers of GPUs in this job: say sbatch --gpus-per-node, for as many on each"
+        exit 2
+    fi
+    if [[ -n ${SLURM_NTASKS:-} && $kinds -lt 2 && $per_node == 0:* && $SLURM_NTASKS -lt $gpus ]]; then
+        say "$SLURM_NTASKS tasks would leave some of the $gpus GPUs idle: say sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE for one task for each GPU"
         exit 2
     fi
     if [[ -z ${SLURM_NTASKS:-} && $gpus -gt 0 ]]; then
@@ -110,8 +121,15 @@ run_training() {
     # one rank that heard it is enough. TERM may end such a rank.
     # shellcheck disable=SC2016  # the inner shell expands "$@"
     srun "${steps[@]}" ${srun_options[@]+"${srun_options[@]}"} bash -c 'trap "" USR1; exec "$@"' bash "$@" || status=$?
+    # Preempted with a grace time, a job that ends in it has failed to Slurm, which requeues only one that it has to end itself.
+    ((status != STOPPED_STATUS)) || ! is_preempted || status=$REQUEUE_STATUS
     ((status != REQUEUE_STATUS)) || requeue
     exit "$status"
+}
+
+is_preempted() {
+    read_job
+    [[ $(read_field PreemptTime) =~ ^[0-9] && $(read_field JobState) == RUNNING ]]
 }
 
 requeue() {

@@ -31,7 +31,7 @@ from launch import cluster
 from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Drill, judge_requeue, judge_signal, list_words, read_notes
 from launch.request import Request, check_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
-from launch.submission import describe_refusal, list_srun_options, make_slurm_executor, queueing, write_script
+from launch.submission import describe_refusal, find_unanswered, list_srun_options, make_slurm_executor, queueing, write_script
 from launch.submit import add_job_options, compare_with_cluster, read_request
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
@@ -146,7 +146,7 @@ def _prove(arguments: Sequence[str] | None) -> int:
     folder, as_json = check_folder(Path(given.pop("folder"))), given.pop("json")
     if refused := [name for name in idle if name in given]:
         raise UserError(f"{refused[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
-    request = read_request(own | {"signal_delay_s": 1} | given)
+    request = read_request(given | {"signal_delay_s": 1}, own, idle)
     try:
         compare_with_cluster(request)
     except RunError as error:
@@ -342,7 +342,10 @@ def _submit(request: Request, executor: SlurmExecutor, work: Callable[[], None],
         with queueing(request):
             jobs.append(Watched(executor.submit(work).job_id, what))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(describe_refusal(error)) from error
+        found, doubt = find_unanswered(Path(executor.folder), error)
+        jobs += [Watched(number, what) for number in found if number not in [job.number for job in jobs]]  # to be cancelled
+        words = describe_refusal(error)
+        raise (RunError(f"{words}\n{doubt}") if doubt else UserError(words)) from error
     return jobs[-1]
 
 

@@ -11,8 +11,10 @@ from mnist_dist.config import Config
 from mnist_dist.errors import UserError
 from mnist_dist.options import Options, option
 from mnist_dist.source import BUILT_IN
+from mnist_dist.world import may_share_gpus
 
 _PLACE = "The job"
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _LIMITS = "Time and restarts"
 # Options of sbatch and srun that the script itself sets, or that it cannot do with; and what to use instead.
 _SAME = ("nodes", "time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation")  # as options of this program
@@ -31,6 +33,7 @@ _OWNED = {name: f"use --{name}" for name in _SAME} | {
         ("test-only", "use --dry_run"),
         ("output error open-mode", "the log is in RUN_DIR/slurm, where launch.jobs finds it"),
         ("export export-file", "the training needs the environment of this shell"),
+        ("clusters", "set SLURM_CLUSTERS, which all of Slurm's commands heed"),
         ("wrap parsable quiet", "the script is made here, and sbatch's answer read"),
         ("kill-on-bad-exit wait", "a run that saves and asks to be requeued depends on it"),
         ("input multi-prog jobid het-group", "all processes run one program in this job"),
@@ -46,10 +49,11 @@ class Request(Options):
     nodes: int = option(_PLACE, 1, "nodes; local: their tasks all run here", ge=1, le=100_000)
     tasks_per_node: int | None = option(_PLACE, None, "processes on a node; none: one for each GPU, else one", ge=1, le=4096)
     gpus_per_node: int = option(_PLACE, 0, "GPUs of a node", ge=0, le=1024)
+    gpu_type: str | None = option(_PLACE, None, "type of these GPUs, as sinfo --format=%G shows it, such as a100; none: any")
     cpus_per_task: int | None = option(_PLACE, None, "CPUs of a process; none: Slurm's default", ge=1, le=4096)
     # Slurm is given whole megabytes, and reads 0 as all of a node's memory.
     memory_gb: float | None = option(_PLACE, None, "memory of a node (GB); none: Slurm's default", ge=0.001, le=1_000_000)
-    partition: str | None = option(_PLACE, None, "partition; none: Slurm's default")
+    partition: str | None = option(_PLACE, None, "partition, or several with commas; none: Slurm's default")
     account: str | None = option(_PLACE, None, "account that pays")
     qos: str | None = option(_PLACE, None, "quality of service")
     constraint: str | None = option(_PLACE, None, "features that the nodes must have, in Slurm's notation")
@@ -72,11 +76,18 @@ class Request(Options):
     )
 
     # These go into a script. They are quoted there, too.
-    @field_validator("name", "partition", "account", "qos", "reservation")
+    @field_validator("name", "account", "qos", "reservation", "gpu_type")
     @classmethod
     def _check_word(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", value):
+        if value is not None and not re.fullmatch(_WORD, value):
             raise ValueError("allowed: 1 to 100 letters, digits and _ . + -")
+        return value
+
+    @field_validator("partition")
+    @classmethod
+    def _check_words(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(rf"{_WORD}(,{_WORD})*", value):
+            raise ValueError("allowed: 1 to 100 letters, digits and _ . + -, or several such names with commas between them")
         return value
 
     @field_validator("constraint")
@@ -108,8 +119,18 @@ class Request(Options):
         return self
 
     @model_validator(mode="after")
+    def _check_gpus(self) -> "Request":
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ValueError("gpu_type has no effect without GPUs: add gpus_per_node, or leave it out")
+        if self.tasks > self.gpus_per_node > 0 and not may_share_gpus():
+            raise ValueError(
+                f"tasks_per_node is {self.tasks}, and gpus_per_node {self.gpus_per_node}: at most one process for each GPU is allowed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_effects(self) -> "Request":
-        slurm_only = ["cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint"]
+        slurm_only = ["gpu_type", "cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint"]
         slurm_only += ["exclude", "nodelist", "reservation", "sbatch", "srun", "dry_run"]
         given = [name for name in slurm_only if getattr(self, name)]
         if self.cluster == "local" and given:
@@ -120,6 +141,11 @@ class Request(Options):
     def tasks(self) -> int:
         """Processes on one node."""
         return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def gpus(self) -> str:
+        """The GPUs of one node, as Slurm has them: a number, or a type and a number; empty for none."""
+        return ":".join(filter(None, (self.gpu_type, str(self.gpus_per_node or ""))))
 
     @property
     def world_size(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalExecutor, LocalJob
+from submitit.slurm import slurm
 from submitit.slurm.slurm import SlurmExecutor
 
 import mnist_dist
@@ -51,6 +52,8 @@ _SBATCH_VARIABLES = {
     "gpus_per_node": "GPUS GPUS_PER_NODE GPUS_PER_TASK",
 }
 _LOST = 1  # status of a job that has not noted how it ended
+# What sbatch says where the controller may have taken the job, and the answer was lost.
+_UNSURE = re.compile(r"timed? ?out|unable to contact|communication|zero bytes|connection|response", re.IGNORECASE)
 
 
 def find_package_folder() -> Path | None:
@@ -76,6 +79,15 @@ class _Executor(SlurmExecutor):
         self.queued = numbers[-1]
         return self.queued
 
+    def _internal_process_submissions(self, delayed_submissions: list[Any]) -> list[Any]:
+        # For an array submitit makes another executor, which would read sbatch's answer in its own way: let that be this one.
+        plain = slurm.SlurmExecutor
+        slurm.SlurmExecutor = lambda *_: self  # type: ignore[assignment, misc]
+        try:
+            return super()._internal_process_submissions(delayed_submissions)
+        finally:
+            slurm.SlurmExecutor = plain  # type: ignore[misc]
+
 
 def make_slurm_executor(
     request: Request,
@@ -96,7 +108,7 @@ def make_slurm_executor(
         "time": request.time,
         "nodes": request.nodes,
         "ntasks_per_node": request.tasks,
-        "gpus_per_node": request.gpus_per_node or None,
+        "gpus_per_node": request.gpus or None,
         "cpus_per_task": request.cpus_per_task,
         "mem": None if request.memory_gb is None else f"{round(request.memory_gb * 1024)}M",
         "partition": request.partition,
@@ -223,17 +235,35 @@ def _submit(
                         more["chain"] = ":".join(mine)
                     write_note(Path(config.run_dir), "job", {"job": mine[0], "log": str(folder / f"{mine[0]}.log"), **more})
     except (FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt) as error:
+        queued, doubt = [executor.queued for executor in reversed(executors) if executor.queued], ""
         if isinstance(error, KeyboardInterrupt):
             words = "interrupted"
         elif isinstance(error, OSError):
             words = f"{folder} cannot be written: {error.strerror or error}"
         else:
             words = describe_refusal(error)
-        _withdraw([executor.queued for executor in reversed(executors) if executor.queued], made, words)
+            found, doubt = find_unanswered(folder, error)
+            queued += [job for job in found if job not in queued]
+        _withdraw(queued, [] if doubt else made, words)
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(words) from error
+        raise (RunError(f"{words}\n{doubt}") if doubt else UserError(words)) from error
     return names
+
+
+def find_unanswered(folder: Path, error: Exception) -> tuple[list[str], str]:
+    """The jobs of scripts in `folder` that are queued though sbatch has failed with `error`: its answer may be lost, and not the job.
+
+    And what to tell where none is found, and one may be there: then its files are to stay.
+    """
+    if not _UNSURE.search(str(error)):
+        return [], ""
+    reason = "squeue does not show it yet"
+    try:
+        jobs = [job.name.partition("_")[0] for job in read_jobs() if job.is_active and Path(job.script).parent == folder]
+    except RunError as silent:
+        jobs, reason = [], str(silent)
+    return list(dict.fromkeys(jobs)), "" if jobs else f"it may be queued all the same ({reason}): look with squeue --me, and scancel it"
 
 
 def check_free(run: RunState, config: Config) -> bool:

@@ -94,12 +94,16 @@ def add_job_options(parser: Parser, own: Mapping[str, Any] | None = None, hidden
     parser.add_options(Request, own, hidden)
 
 
-def read_request(given: dict[str, Any]) -> Request:
-    """The job options among those given, and under them those in the file of --job. Raises `UserError`."""
-    values = {}
+def read_request(given: dict[str, Any], own: Mapping[str, Any] | None = None, idle: Collection[str] = ()) -> Request:
+    """The job options among those given, under them those in the file of --job, and under these a program's `own`. Raises `UserError`.
+
+    Those that are `idle` in this program are not heeded in the file, which other programs may share.
+    """
+    values = dict(own or {})
     if file := given.get("job"):
-        values = read_options_file(Path(file))
-        make_options(Request, values, str(file))  # so that a mistake in the file is told as one
+        found = read_options_file(Path(file))
+        make_options(Request, found, str(file))  # so that a mistake in the file is told as one
+        values |= {name: value for name, value in found.items() if name not in idle}
     return make_options(Request, values | {name: value for name, value in given.items() if name in Request.model_fields})
 
 

@@ -165,8 +165,7 @@ class Board:
                 for rank in sorted(stuck)[:4]
             )
         else:
-            # Gloo fails so where a connection breaks, and for no other reason; NCCL also where it cannot work here at all.
-            return _decide(store, f"the connection to another rank broke, though all answer: {first_line(error)}", [])
+            return _decide(store, _describe_broken(error), [])
         return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
 
     def _describe_stillness(self) -> str:
@@ -288,6 +287,13 @@ class Board:
                 self.folder.mkdir(exist_ok=True)
             for rank, text in stacks.items():
                 write_atomically(self.folder / f"rank{rank}.txt", text.encode(errors="backslashreplace"))
+
+
+def _describe_broken(error: Exception) -> str:
+    """Why a collective failed though all ranks answer: NCCL does so also where it cannot work here at all, and then may say why."""
+    if duplicate := re.search(r"Duplicate GPU detected *:? *(.*)", str(error)):
+        return f"two processes have the same GPU ({duplicate[1]}): start at most one process for each GPU"
+    return f"the connection to another rank broke, though all answer: {first_line(error)}"
 
 
 def is_timeout(error: Exception) -> bool:

@@ -59,7 +59,7 @@ all(map(find, ("torch", "accelerate", "mnist_dist"))) or sys.exit(1)
 print(*find("launch").submodule_search_locations)' 2>/dev/null) && break
 done
 [[ -n $policy ]] || fail "no Python 3.11 or newer with torch, accelerate and mnist_dist among: ${candidates[*]}" \
-    "activate the environment before sbatch, or set PYTHON to its python, or run make in the checkout"
+    "activate the environment before sbatch, or set PYTHON to its python, or install: pip install --editable $checkout"
 
 # shellcheck source=launch/policy.sh
 source "$policy/policy.sh"

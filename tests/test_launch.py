@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from processes import TINY
+from pydantic import ValidationError
 from submitit.core.utils import JobPaths
 
 from launch import chain, cluster, explain, jobs, submission, submit, sweep
@@ -31,7 +32,7 @@ from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
 from mnist_dist.options import make_options
-from mnist_dist.world import find_world
+from mnist_dist.world import find_world, list_inherited
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -225,9 +226,11 @@ def nodes():
         ({"gpus_per_node": 9, "partition": "gpu"}, "gpus_per_node 9 on a node are asked for; the largest node of partition gpu has 8 GPUs"),
         ({"gpus_per_node": 1, "partition": "long"}, "has 0 GPUs"),
         ({"memory_gb": 65}, "memory_gb 65.0 on a node are asked for"),
+        ({"gpus_per_node": 5, "gpu_type": "h100", "partition": "gpu"}, "the largest node of partition gpu has 4 h100 GPUs"),
     ],
 )
-def test_a_request_that_the_cluster_can_never_grant_is_refused(request_, words):
+def test_a_request_that_the_cluster_can_never_grant_is_refused(request_, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch, which may know better
     with pytest.raises(UserError, match=re.escape(words)):
         cluster.check_request(Request(**request_), nodes())
 
@@ -241,6 +244,29 @@ def test_a_request_that_only_has_to_wait_is_a_note():
     assert "no default one: its own rules must choose it; there are gpu, long" in note
     # A quality of service may allow more.
     assert cluster.check_request(Request(time=61, qos="long"), nodes()) == ["time is 61 min; partition main allows at most 60 min"]
+
+
+def test_what_sbatch_would_take_in_a_partition_that_the_cluster_chooses_is_a_note(fake_slurm, tmp_path):
+    fake_slurm()
+    (tmp_path / "bin/sbatch").write_text('#!/bin/sh\necho "$*" >>../calls\n')
+    notes = cluster.check_request(Request(time=61, gpus_per_node=8, gpu_type="a100", tasks_per_node=1, memory_gb=2), nodes())
+    assert [note.split(";")[0] for note in notes] == [
+        "time is 61 min",
+        "gpus_per_node a100:8 on a node are asked for",
+        "sbatch would take the job all the same: this cluster's own rules choose its partition",
+    ]
+    asked = "--test-only --nodes=1 --ntasks-per-node=1 --time=61 --gpus-per-node=a100:8 --mem=2048M --wrap=true\n"
+    assert (tmp_path / "calls").read_text() == asked
+    with pytest.raises(UserError, match="time is 61 min"):  # in a partition that the user chose
+        cluster.check_request(Request(time=61, partition="main"), nodes())
+
+
+def test_a_cluster_for_sbatch_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("SBATCH_CLUSTERS", "other")
+    with pytest.raises(UserError, match="SBATCH_CLUSTERS is 'other', which sbatch alone would heed: set SLURM_CLUSTERS instead"):
+        cluster.check_request(Request(), nodes())
+    with pytest.raises(ValidationError, match="set SLURM_CLUSTERS"):
+        Request(sbatch="--clusters=other")
 
 
 def test_a_partition_of_the_users_own_environment_is_the_one_that_is_looked_at(monkeypatch):
@@ -295,6 +321,27 @@ def test_a_cluster_of_many_nodes_is_read_in_the_short_forms_of_their_numbers(fak
     fake_slurm(sinfo=(0, line.format(most="1K", count="1500")))
     assert submit.main(["--config", "smoke", "--dry_run", "--nodes", "2"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_gpus_of_one_type_and_several_partitions_may_be_asked_for(no_slurm, capsys):
+    assert cluster.check_request(Request(gpus_per_node=4, gpu_type="h100", nodes=3, partition="long,gpu"), nodes()) == []
+    options = ["--config", "smoke", "--dry_run", "--partition", "long,gpu"]
+    assert submit.main([*options, "--gpus_per_node", "4", "--gpu_type", "h100"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --gpus-per-node=h100:4\n" in text
+    assert "#SBATCH --partition=long,gpu\n" in text
+    assert submit.main([*options, "--gpus_per_node", "1", "--tasks_per_node", "2"]) == 2
+    assert "tasks_per_node is 2, and gpus_per_node 1: at most one process for each GPU is allowed" in capsys.readouterr().err
+    assert submit.main([*options, "--gpu_type", "h100"]) == 2
+    assert "gpu_type has no effect without GPUs" in capsys.readouterr().err
+    assert submit.main([*options[:-1], "long,"]) == 2
+    assert "partition is 'long,'; allowed: " in capsys.readouterr().err
+
+
+def test_where_ranks_meet_is_the_users_choice_and_no_launchers(monkeypatch):
+    own = {"MASTER_ADDR": "node1", "MASTER_PORT": "23456"}
+    assert list_inherited(own) == []
+    assert {*list_inherited(own | {"RANK": "0"})} == {*own, "RANK"}
 
 
 def test_more_tasks_than_cpus_may_be_asked_for_in_so_many_words():
@@ -948,6 +995,38 @@ def test_a_chain_that_is_interrupted_is_taken_back(fake_slurm, tmp_path):
     assert [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()] == ["sbatch", "sbatch", "scancel"]
     assert (tmp_path / "calls").read_text().endswith("scancel 12 11\n")
     assert list(Path().iterdir()) == []
+
+
+def test_a_sweep_that_is_interrupted_is_taken_back(fake_slurm, tmp_path):
+    fake_slurm(sinfo=(0, SINFO))
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho you have job 3 of 500\nkill -INT $PPID $$\necho Submitted batch job 21\n")
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "scancel $*" >>../calls\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    words = [sys.executable, "-m", "launch.sweep", "--config", "smoke", "--run_dir", "runs/a", "seed=1,2"]
+    answer = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (130, "", "interrupted\n")
+    assert (tmp_path / "calls").read_text() == "scancel 21\n"
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("program", [submit, sweep])
+def test_a_job_that_is_queued_though_sbatchs_answer_is_lost_is_taken_back_or_told(fake_slurm, tmp_path, capsys, program):
+    words = ["--config", "smoke", "--run_dir", "runs/a", *(["seed=1,2"] if program is sweep else [])]
+    script = tmp_path / "here/runs/a/slurm/.submission_file_1.sh"
+    fake_slurm(sinfo=(0, SINFO), sbatch=(1, "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"))
+    rows = [f"31_1|31|PENDING|Priority||0|{script}|", "7|7|PENDING|Priority||0|/x/y|"]
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "scancel $*" >>../calls\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    assert program.main(words) == 2
+    assert "sbatch refused the job: Batch job submission failed: Socket timed out" in capsys.readouterr().err
+    assert (tmp_path / "calls").read_text() == "scancel 31\n"
+    assert list(Path().iterdir()) == []
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\n")
+    assert program.main(words) == 1
+    *_, doubt = capsys.readouterr().err.splitlines()
+    assert doubt == "error: it may be queued all the same (squeue does not show it yet): look with squeue --me, and scancel it"
+    assert list(script.parent.glob("*.pkl"))  # for the job, should it begin
 
 
 def test_jobs_that_cannot_be_withdrawn_are_named_and_keep_their_files(fake_slurm, tmp_path, capsys):

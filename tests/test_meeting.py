@@ -675,6 +675,19 @@ def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
     assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
 
 
+def test_a_gpu_that_two_ranks_share_is_named(boards):
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+        "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    )
+    for own in boards:
+        own.report_loss()
+    [text] = {own.explain(error) for own in boards}
+    assert text == ("two processes have the same GPU (rank 1 and rank 0 both on CUDA device 1b000): start at most one process for each GPU")
+    assert find_kind(text) == ""  # and not that a rank is gone
+
+
 def test_the_first_reason_is_everybodys(boards, pool):
     server = boards[0]._connect()
     boards[1].close(server)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from cluster import ROOT, SLOW_TASK, Job
@@ -61,13 +62,23 @@ def test_scontrol_requeue_and_scancel(cluster, tmp_path):
     assert len(starts(tmp_path)) == len(saved(job)) == 2, job.log
 
 
-@pytest.mark.parametrize(("grace", "code", "requeued"), [(30, 85, True), (0, 143, False)])
-def test_preemption(cluster, tmp_path, request, grace, code, requeued):
-    def set_grace(seconds):
+@pytest.mark.parametrize(
+    ("grace", "user_signal", "code", "requeued"),
+    [(30, True, 85, True), (30, False, 143, True), (0, True, 143, False)],
+    ids=["the job's own signal", "TERM", "at once"],
+)
+def test_preemption(cluster, tmp_path, request, grace, user_signal, code, requeued):
+    config = Path(cluster["SLURM_CONF"])
+    usual = config.read_text()
+
+    def set_policy(seconds, text):
+        config.write_text(text)
+        subprocess.run(["scontrol", "reconfigure"], env=cluster, check=True)
         subprocess.run(["scontrol", "update", "PartitionName=main", f"GraceTime={seconds}"], env=cluster, check=True)
 
-    request.addfinalizer(lambda: set_grace(30))
-    set_grace(grace)
+    request.addfinalizer(lambda: set_policy(30, usual))
+    assert "\nSlurmctldParameters=preempt_send_user_signal\n" in usual
+    set_policy(grace, usual if user_signal else usual.replace("SlurmctldParameters=", "# "))
     job = Job(cluster, tmp_path, "--nodes=2 --ntasks-per-node=1", ENDLESS)
     job.wait_for("step 20/")
     subprocess.run(
@@ -175,6 +186,16 @@ def test_one_task_for_each_gpu(cluster, tmp_path):
     job = Job(cluster, tmp_path, "--nodes=2 --gpus-per-node=2 --cpus-per-gpu=1", "--config smoke --threads 1 --run_dir run --device cpu")
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
     assert json.loads((tmp_path / "run/result.json").read_text())["world_size"] == 4
+
+
+def test_nodes_may_have_different_numbers_of_gpus_where_each_task_has_one(cluster, tmp_path):
+    training = "--config smoke --threads 1 --run_dir run --device cpu"
+    job = Job(cluster, tmp_path, "--nodes=2 --ntasks=3 --gpus-per-task=1", training)
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.log
+    assert json.loads((tmp_path / "run/result.json").read_text())["world_size"] == 3
+    job = Job(cluster, tmp_path, "--nodes=2 --gpus=3", training)
+    assert job.wait_state("COMPLETED", "FAILED") == "FAILED", job.log
+    assert "the nodes have different numbers of GPUs in this job: say sbatch --gpus-per-node" in job.log
 
 
 def test_lost_rank_ends_the_job(cluster, tmp_path):
@@ -285,6 +306,7 @@ def test_mpirun_in_an_allocation(start, kind):
     [
         ("-n 1", "--nodes=2", 2),
         ("-n 1", "--nodes=2 --ntasks-per-node=2", 4),
+        ("-n 1 --gpus-per-node=1 --mem-per-gpu=10 --cpus-per-gpu=1", "--nodes=2 --mem=20", 2),
         ("-n 1", "--nodes=2 --gpus-per-node=2", 4),
         ("-n 2 -N 2", "--nodes=1", 1),
         ("-n 2 -N 2", "--nodes=2 --gpus-per-node=2", 0),
