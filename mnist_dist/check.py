@@ -100,16 +100,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse
     own: dict[str, Any] = {name: given.pop(name) for name in ("only", "skip", "json", "deadline_s")}
     if find_world(os.environ).size > 1:
         raise UserError("this program was started as several processes; start it once: it starts others itself")
-    try:
-        own["deadline_s"] = float(own["deadline_s"])
-    except (TypeError, ValueError):
-        own["deadline_s"] = 0.0
+    given_deadline, own["deadline_s"] = own["deadline_s"], 0.0
+    with contextlib.suppress(TypeError, ValueError):
+        own["deadline_s"] = float(given_deadline)
     if not 1 <= own["deadline_s"] <= 86_400:
-        raise UserError("deadline_s must be a number of seconds from 1 to 86400")
+        raise UserError(f"deadline_s is {str(given_deadline)[:40]!r}; expected a number of seconds from 1 to 86400")
     only, skipped = (_read_names(option, own[option]) for option in ("only", "skip"))
     names = [name for name in CHECKS if name in (only or CHECKS) and name not in skipped]
     if not names:
-        raise UserError("skip leaves no check to make")
+        raise UserError(f"skip is {own['skip']!r}, which leaves no check to make; there are {', '.join(CHECKS)}")
     return resolve_config(take_options(given, _UNUSED, "check"), recipe), names, argparse.Namespace(**own)
 
 

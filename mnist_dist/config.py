@@ -53,8 +53,8 @@ class Config(Options):
     wandb: Literal["auto", "online", "offline", "disabled"] = _setting(
         "The run folder", "auto", "mirror on Weights & Biases; auto: online with a key and a server that answers, else offline"
     )
-    wandb_project: str | None = _setting("The run folder", None, "project there; none: WANDB_PROJECT, else mnist-dist")
-    wandb_model: bool = _setting("The run folder", False, "at the end, send model.safetensors there as an artifact")
+    wandb_project: str | None = _setting("The run folder", None, "project on Weights & Biases; none: WANDB_PROJECT, else mnist-dist")
+    wandb_model: bool = _setting("The run folder", False, "at the end, send model.safetensors to Weights & Biases as an artifact")
     system_metrics: bool = _setting("The run folder", False, "send W&B's own measurements of rank zero's machine, too")
     log_with: Literal["tensorboard"] | None = _setting(
         "The run folder", None, "another of Accelerate's trackers, beside W&B; its package must be installed"
@@ -92,7 +92,9 @@ class Config(Options):
     momentum: float = _option("The training", 0.9, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
     nesterov: bool = _option("The training", True, "sgd: Nesterov's momentum, else the classical one")
     weight_decay: float = _option("The training", 0.01, "weight decay of the optimizer", ge=0, le=10)
-    clip_norm: float | None = _option("The training", None, "longest gradient: a longer one is shortened to this 2-norm; none: any", gt=0)
+    clip_norm: float | None = _option(
+        "The training", None, "largest 2-norm of the gradient, to which a larger one is scaled down; none: any", gt=0
+    )
     seed: int = _option("The training", 0, "seed of weights, order and random numbers", ge=0, lt=2**63)
 
     device: Literal["auto", "cpu", "cuda"] = _setting("The machine", "auto", "auto: CUDA where there is a GPU, else the CPU")
@@ -227,9 +229,14 @@ class Config(Options):
                 f"{self.world_size} on one machine)"
             )
         if world_size > self.batch_size:
-            raise UserError(f"batch_size is {self.batch_size}, less than the {world_size} processes: allowed is one for each sample")
+            raise UserError(
+                f"batch_size is {self.batch_size}, less than the {world_size} processes: start at most {self.batch_size}, or give a larger "
+                "batch"
+            )
         if self.shards is not None and world_size > self.shards:
-            raise UserError(f"shards is {self.shards}, less than the {world_size} processes: allowed is one for each shard")
+            raise UserError(
+                f"shards is {self.shards}, less than the {world_size} processes: start at most {self.shards}, or give more shards"
+            )
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide what is trained: two starts of one run must agree on them. One without effect has its default."""

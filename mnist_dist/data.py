@@ -39,7 +39,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.preemption import STOP_SIGNALS
-from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators
+from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators, seeding_generators
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Row, Task
@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _OPEN_FILES = "/proc/self/fd"  # of Linux
+_DATA_SEED = 67_280_421_310_721  # the one that torch's own generator begins with
+_FACTS_BYTES_MAX = 16 << 20  # as text
 _FACT_TOLERANCE = 1e-4  # threads and processors may round differently
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
@@ -147,7 +149,8 @@ def _receive(content: bytes) -> Batch:
 def _is_small(value: Any) -> bool:
     """Whether a value is a tensor that is sent plainly."""
     is_plain = type(value) is Tensor and value.dtype in _PLAIN_TYPES and value.layout == torch.strided
-    return is_plain and not value.requires_grad and not value.is_nested and value.nbytes <= _PLAIN_BYTES
+    # One that is laid out otherwise, such as channels last, would arrive contiguous: a layer may round differently on it.
+    return is_plain and value.is_contiguous() and not value.requires_grad and not value.is_nested and value.nbytes <= _PLAIN_BYTES
 
 
 class _Failure(NamedTuple):
@@ -336,7 +339,8 @@ def load_data(config: Config) -> tuple[Config, Data]:
     Raises `UserError` for data that are missing or damaged, and for a task whose code fails.
     """
     task = config.task
-    with explaining(task.name, "in load"):
+    # A split that is drawn is the same in each process and each start.
+    with seeding_generators(_DATA_SEED), explaining(task.name, "in load"):
         data = task.load()
     if not isinstance(data, Data):
         raise UserError(f"task {task.name}: load returned {type(data).__name__}; expected mnist_dist.task.Data(train, test)")
@@ -353,7 +357,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
             f"task {task.name} has a method collate, and data in a TensorDataset, whose batches are gathered without it: leave it out, or "
             "give the data set a __getitem__ of its own"
         )
-    with explaining(task.name, "in find_facts"):
+    with seeding_generators(_DATA_SEED), explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
     _check_facts(task, facts)
     return config.with_facts(facts), data
@@ -367,8 +371,13 @@ def are_facts(facts: Any) -> bool:
 
 
 def _check_facts(task: Task, facts: Any) -> None:
-    """Raise `UserError` for facts that are no such; they would fail only once the training is done."""
+    """Raise `UserError` for facts that are no such, or too large; they would fail only once the training is done."""
     if are_facts(facts):
+        if (length := len(json.dumps(facts))) > _FACTS_BYTES_MAX:
+            raise UserError(
+                f"task {task.name}: find_facts returned {length:,} bytes of text; allowed: {_FACTS_BYTES_MAX:,}, as each result, "
+                "checkpoint and file of weights holds them"
+            )
         return
     raise UserError(
         f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
@@ -402,6 +411,13 @@ def _count(task: Task, split: Any, what: str) -> int:
         getattr(split, "__getitem__")  # noqa: B009  one that lacks it is named
     if count < 1:
         raise UserError(f"task {task.name}: its {what} data hold no samples")
+    for tensor in split.tensors if is_in_memory(split) else ():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else "sparse"
+            raise UserError(
+                f"task {task.name}: its {what} data are a TensorDataset of a {kind} tensor, whose samples cannot be gathered; expected "
+                "dense tensors, or a Dataset of your own"
+            )
     return count
 
 
@@ -448,9 +464,9 @@ def name_sample(split: Any, what: str, index: int) -> str:
     return f"sample {place} of the {data}"
 
 
-def encode_tensor(tensor: Tensor) -> bytes:
-    """The bytes of a strided tensor's numbers, in their order, wherever they lie."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def encode_tensor(tensor: Tensor) -> memoryview:
+    """The bytes of a strided tensor's numbers, in their order, wherever they lie. Of one that lies so already no copy is made."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def fingerprint(split: Dataset[Any], task: Task, what: str = "training") -> str:
@@ -657,9 +673,12 @@ def deal(config: Config, rank: int, world_size: int) -> tuple[int, range]:
     return (config.shards, range(*split_shards(config.shards, rank, world_size))) if config.shards else (world_size, range(rank, rank + 1))
 
 
-def list_batches(count: int, dealt_to: int, mine: range, at_once: int | None) -> list[Batch]:
-    """Some parts of a split of `count` samples, in batches of one piece of at most `at_once`: over all parts, each sample once."""
-    size = min(_EVALUATED_AT_ONCE, at_once or _EVALUATED_AT_ONCE)
+def list_batches(count: int, dealt_to: int, mine: range, config: Config) -> list[Batch]:
+    """Some parts of a split of `count` samples, in batches of one piece: over all parts, each sample once.
+
+    Twice as many samples are computed at once as a step has, since without gradients that needs no more memory; and 500 at most.
+    """
+    size = min(_EVALUATED_AT_ONCE, config.micro_batch or 2 * config.batch_size)
     pieces = [piece for part in mine for piece in torch.split(torch.arange(count)[part::dealt_to], size) if len(piece)]
     # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
     return [Batch.of(piece, range(int(piece[0]), int(piece[-1]) + 1, dealt_to)) for piece in pieces]
@@ -668,7 +687,7 @@ def list_batches(count: int, dealt_to: int, mine: range, at_once: int | None) ->
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = keep_split(split, config, "test", device)
-    for batch in list_batches(len(kept), 1, range(1), config.micro_batch):
+    for batch in list_batches(len(kept), 1, range(1), config):
         [piece] = read(kept, batch, RunError)
         yield send_to_device(piece.samples, device)
 

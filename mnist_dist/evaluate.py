@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import Config, make_config
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
+from mnist_dist.source import explaining
 from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.task import Evaluation
 from mnist_dist.world import find_world
@@ -78,7 +79,8 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
             raise UserError(f"split is holdout, but {options.run} has set no {config.task.samples} apart; allowed: test, train")
         # In the batches of the run, it gives the same bits.
         shards = trained.config.shards if (trained.config.shards or 0) >= group.size else None
-        config = config.model_copy(update={"shards": shards, "micro_batch": trained.config.micro_batch})
+        batches = {name: getattr(trained.config, name) for name in ("batch_size", "micro_batch")}
+        config = config.model_copy(update={"shards": shards} | batches)
         what = "training" if split is data.train else "test"
         if group.size > 1:
             check_same_data({f"{options.split} data": fingerprint(split, config.task, what)}, group)
@@ -110,13 +112,16 @@ def _make_config(options: argparse.Namespace, config: Config) -> Config:
 
 
 def _to_text(options: argparse.Namespace, evaluation: Evaluation, config: Config, facts: dict[str, Any]) -> str:
+    from mnist_dist.evaluation import describe
+
     task = config.task
     lines = [
         f"{options.run}: {evaluation.samples:,} {options.split} {task.samples} of {facts.get('dataset', task.short_name)}, "
         f"{facts['precision']} on {facts['world_size']} x {facts['device']}",
-        task.describe(evaluation.measures) + (f", loss {evaluation.measures['loss']:.4f}" if task.best != "loss" else ""),
+        describe(task, evaluation.measures) + (f", loss {evaluation.measures['loss']:.4f}" if task.best != "loss" else ""),
     ]
-    table = task.tabulate(evaluation.measures)
+    with explaining(task.name, "in tabulate", RunError):
+        table = task.tabulate(evaluation.measures)
     return "\n".join([*lines, "", make_table(*table)] if table is not None else lines)
 
 

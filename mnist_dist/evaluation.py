@@ -50,7 +50,7 @@ def evaluate(
     task = config.task
     dealt_to, mine = deal(config, group.rank, group.size)
     sums_of: dict[int, Tensor] = {}  # each part of this rank's that has a sample
-    done = 0
+    done, lengths = 0, set[int]()
     indices, scores, outputs = [], [], []
     rounds = max(group.gather(len(reader.loader)))
     with keeping(model, moved) as kept:
@@ -66,6 +66,9 @@ def evaluate(
             with explaining(task.name, "in tally", RunError):
                 tally = task.tally(model, piece.samples)
             check_tally(task, tally, piece.size)
+            lengths.add(len(tally.sums))
+            if len(lengths) > 1:
+                raise RunError(_describe_lengths(task, lengths))
             part = piece.places[0] % dealt_to
             sums_of[part] = sums_of.get(part, 0) + tally.sums
             done += piece.size
@@ -95,7 +98,8 @@ def evaluate(
     # Only now, so that no batch waits for the device.
     examples: list[tuple[float, Example]] = []
     if indices:
-        rows = zip(torch.cat(scores).tolist(), torch.cat(indices).tolist(), torch.cat(outputs).tolist(), strict=True)
+        # Each batch may have outputs of another length.
+        rows = zip(*(itertools.chain.from_iterable(some.tolist() for some in parts) for parts in (scores, indices, outputs)), strict=True)
         examples = _choose([(score, Example(place, output)) for score, place, output in rows if score >= 0])
     found = _choose([example for part in group.gather(examples) for example in part])
     return Evaluation(count, measures, [example for _, example in found], sums.tolist())
@@ -109,13 +113,17 @@ def _add_up(config: Config, sums_of: dict[int, Tensor], mine: range, group: Grou
     """The sums over all parts, on the CPU; of a part that had no sample there are none."""
     sizes = {*itertools.chain(*group.gather([len(sums) for sums in sums_of.values()]))}
     if len(sizes) > 1:
-        raise RunError(f"task {config.task.name}: tally has {sorted(sizes)} sums for different batches; expected as many for each")
+        raise RunError(_describe_lengths(config.task, sizes))
     nothing = torch.zeros(max(sizes), dtype=torch.float64, device=group.device)
 
     def find(part: int) -> Tensor:
         return sums_of.get(part, nothing).clone()
 
     return (TreeSum(config.shards, group)(lambda part: [find(part)])[0] if config.shards else group.sum(find(mine[0]))).cpu()
+
+
+def _describe_lengths(task: Task, lengths: Collection[int]) -> str:
+    return f"task {task.name}: tally has {sorted(lengths)} sums for different batches; expected as many for each (bincount: minlength)"
 
 
 def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: Collection[str]) -> None:
@@ -127,7 +135,21 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
         with _refusing_mistakes(task, group, count, "measure", IndexError):
-            _check_measures(task, _replace_unknown(task.measure(tally.sums.cpu()), 0.0))
+            measures = _replace_unknown(task.measure(tally.sums.cpu()), 0.0)
+            _check_measures(task, measures)
+        with _refusing_mistakes(task, group, count, "describe"):
+            task.describe(measures)
+        with _refusing_mistakes(task, group, count, "tabulate"):
+            task.tabulate(measures)
+
+
+def describe(task: Task, measures: Row) -> str:
+    """An evaluation in the task's own words; where it finds none, as for a measure without a value, in the usual ones."""
+    try:
+        return task.describe(measures)
+    except Exception as error:
+        _log.warning("task %s failed in describe: %s", task.name, describe_exception(error))
+        return Task.describe(task, measures)
 
 
 @contextlib.contextmanager
@@ -194,4 +216,4 @@ def _replace_unknown(value: Any, by: float | None) -> Any:
 
 def open_evaluation(split: Any, config: Config, group: Group, what: str = "test") -> Reader:
     """A reader of this rank's parts of a split, for `evaluate`. To be closed, as in a `with` statement."""
-    return Reader(split, config, group, what, list_batches(len(split), *deal(config, group.rank, group.size), config.micro_batch))
+    return Reader(split, config, group, what, list_batches(len(split), *deal(config, group.rank, group.size), config))

@@ -27,7 +27,7 @@ from mnist_dist.data import (
 )
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.evaluation import evaluate, open_evaluation, rehearse
+from mnist_dist.evaluation import describe, evaluate, open_evaluation, rehearse
 from mnist_dist.graph import GraphedStep
 from mnist_dist.machine import find_processor
 from mnist_dist.meter import Meter
@@ -218,6 +218,6 @@ def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, 
 def _summarize(config: Config, values: Row) -> str:
     steps = f"{values['step']} step{'s' * (values['step'] != 1)}"
     return (
-        f"{config.evaluated_on} {config.task.describe(pick_measures(values, config.evaluated_split))} "
+        f"{config.evaluated_on} {describe(config.task, pick_measures(values, config.evaluated_split))} "
         f"after {steps}, {format_duration(values['elapsed_s'])}, {values['images_per_s']:,.0f} {config.task.samples}/s"
     )

@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from mnist_dist.errors import UserError
 from mnist_dist.program import make_table
-from mnist_dist.randomness import derive_seed
+from mnist_dist.randomness import derive_seed, seeding_generators
 from mnist_dist.source import BUILT_IN, explaining, find_task
 from mnist_dist.task import Task
 
@@ -20,8 +20,7 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
     Raises `UserError` where the task's code fails.
     """
-    with torch.random.fork_rng(devices=[]), explaining(task.name, "in build_model"):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with seeding_generators(derive_seed(seed, "weights")), explaining(task.name, "in build_model"):
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
@@ -62,6 +61,11 @@ def build_model(task: Task, seed: int) -> nn.Module:
             allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
             raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     return model
+
+
+def find_synchronized(model: nn.Module) -> str | None:
+    """The first layer that exchanges its statistics by itself, as SyncBatchNorm does."""
+    return next((name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)), None)
 
 
 def find_overlaps(model: nn.Module) -> list[tuple[str, str]]:

@@ -1,9 +1,11 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, nothing to restore. And the generators of this process."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -31,6 +33,26 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
     random.seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Leave this process's generators on the CPU, those of torch, numpy and random, as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+@contextlib.contextmanager
+def seeding_generators(seed: int) -> Iterator[None]:
+    """Seed them within the block, and leave them as they were."""
+    with keeping_generators():
+        seed_generators(seed)
+        yield
 
 
 def read_generators() -> tuple[object, ...]:

@@ -36,7 +36,8 @@ _RECORD_BYTES_MAX = 256 << 20
 _ROWS_MAX = 1_000_000
 _STEPS_MAX = 2**53
 _ALWAYS = ("run_dir", "batch_size", "learning_rate", "seed", "precision", "log_every", "checkpoint_every")  # from its begin to its end
-_SMALL_BYTES_MAX = 1 << 20  # of a result or a note
+_SMALL_BYTES_MAX = 1 << 20  # of a note
+_RESULT_BYTES_MAX = 256 << 20  # it has the facts of the data, such as a vocabulary, and all measures
 _NAME_MAX = 1000  # letters of a measure's name: to draw a text takes time
 _LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
@@ -322,7 +323,7 @@ def read_named_config(run_dir: Path, name: str | None) -> Config:
 def read_result(run_dir: Path, config: Config | None) -> Row | None:
     """The result of a finished run of `config`, which may not be known; None before. Raises `UserError` where the file is damaged."""
     path = run_dir / RESULT_FILE
-    content = _read(path, _SMALL_BYTES_MAX)
+    content = _read(path, _RESULT_BYTES_MAX)
     if content is None:
         return None
     result = parse_object(content)

@@ -24,6 +24,7 @@ import torch
 from mnist_dist.config import Config
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.evaluation import describe
 from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.options import spell
@@ -143,7 +144,7 @@ def _summarize(run: Run) -> tuple[str, dict[str, str]]:
     on, task = run.config.evaluated_on, run.config.task
     measures = pick_measures(result, run.config.evaluated_split)
     names = dict.fromkeys((task.best, "loss"))
-    described = task.describe(measures) if not isinstance(task, Unknown) else ""
+    described = describe(task, measures) if not isinstance(task, Unknown) else ""
     return f"Finished after {result['step']:,} steps: {on} {described}.".replace(f": {on} .", "."), {
         **{f"{on} {name.replace('_', ' ')}": format_measure(name, measures[name]) for name in names},
         "training time": format_duration(result["elapsed_s"]),
@@ -216,8 +217,9 @@ def write_comparison(run_dirs: Sequence[Path], task: str | None = None) -> Path:
     Raises `UserError` where one is no run folder, is damaged or is named twice, or where somebody's own file has that name; `RunError`
     where it cannot be written.
     """
-    if len({path.resolve() for path in run_dirs}) < len(run_dirs):
-        raise UserError("a run is named twice; expected different runs to compare")
+    paths = [path.resolve() for path in run_dirs]
+    if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
+        raise UserError(f"{twice[0]} is named twice; expected different runs to compare")
     runs = [open_run(run_dir, task) for run_dir in run_dirs]
     path = run_dirs[0].absolute().parent / COMPARISON_FILE
     try:

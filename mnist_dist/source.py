@@ -85,7 +85,7 @@ def _load(name: str) -> ModuleType:
                 f"task is {name!r}, but there is no such module ({error}); a file is named by its path, such as ./{name}.py"
             ) from None
     if not os.path.isfile(name):
-        raise UserError(f"task is {name!r}, which is not a file")
+        raise UserError(f"task is {name!r}, which is not a file; expected mnist, a module, or the path of a file such as path/my_task.py")
     folder, stem = os.path.split(name.removesuffix(".py"))
     # What lies beside the file can be imported from it, as if it were run.
     if folder not in sys.path:

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.model import build_model, find_overlaps
+from mnist_dist.model import build_model, find_overlaps, find_synchronized
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
@@ -30,6 +30,8 @@ from mnist_dist.task import Data
 from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked
 
 _log = logging.getLogger(__name__)
+
+_SMALL_NUMBERS = 1 << 18  # in a tensor that is exchanged together with others
 
 
 class TrainingState:
@@ -44,6 +46,11 @@ class TrainingState:
         self.probe = Probe(data.train, config)
         if group.device.type != "cpu" and (kind := find_immovable(self.probe.whole.samples)):
             raise UserError(f"task {config.task.name}: a batch holds a {kind}, which cannot go to a GPU: give it a method to(device)")
+        if group.size > 1 and (name := find_synchronized(self.bare_model)):
+            raise UserError(
+                f"task {config.task.name}: {name} of its model is SyncBatchNorm, which waits for other processes by itself: use BatchNorm, "
+                "with --shards for the same bits on any number of them"
+            )
         self.tier = find_tier(config.task, self.bare_model, self.probe)
         parameters = dict(self.bare_model.named_parameters())
         self._moved = [name for name in self.tier.moved if name in parameters]
@@ -76,6 +83,9 @@ class TrainingState:
             self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
         else:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
+            # Rank zero's are handed out once a step: DDP would do it at each call of the model, and one rank may call it more often than
+            # another. Set here, as Accelerate hands on an option of another name only.
+            self.model.broadcast_buffers = False
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
                 for name, parameter in self.bare_model.named_parameters():
@@ -140,7 +150,7 @@ class TrainingState:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
-        self._hand_out(map(self.bare_model.get_parameter, self._moved), 0)  # as DDP does with buffers
+        self._hand_out(self._list_moving().values(), 0)
         self._seed(f"model on rank {self.group.rank}")
         for number, piece in enumerate(pieces, start=1):
             # Gradients are exchanged with the last piece, once.
@@ -210,16 +220,31 @@ class TrainingState:
             statistics = [self.flat_averaged.pack(shares)] if shares else []
             return [self.flat.pack(gradients, [loss]), *statistics]
 
-        total, *statistics = tree(compute)
-        for parameter, gradient in zip(self.trained, self.flat.views(total), strict=True):
-            parameter.grad = gradient
-        now = self._list_moving()
-        for vector in statistics:
-            for name, mean in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
-                self._set_mean(tree, now[name], starts[name], mean)
-        # What counts is not averaged: the last shard's counts are everybody's.
-        self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
-        return total[-1]
+        with self._undoing(starts):
+            total, *statistics = tree(compute)
+            for parameter, gradient in zip(self.trained, self.flat.views(total), strict=True):
+                parameter.grad = gradient
+            now = self._list_moving()
+            for vector in statistics:
+                for name, mean in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
+                    self._set_mean(tree, now[name], starts[name], mean)
+            # What counts is not averaged: the last shard's counts are everybody's.
+            self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
+        return total[-1].clone()  # a view of it would keep all gradients of this step until the row that the loss goes into
+
+    @contextlib.contextmanager
+    def _undoing(self, starts: dict[str, Tensor]) -> Iterator[None]:
+        """Where a pass or the exchange fails, put back what the passes have moved: the state is as before the step, and can be saved."""
+        try:
+            yield
+        except Exception:
+            now = self._list_moving()
+            if all(name in starts and value.shape == starts[name].shape for name, value in now.items()):
+                with torch.no_grad():
+                    for name, value in now.items():
+                        value.copy_(starts[name])
+                self._versions = self._read_versions()
+            raise
 
     @torch.no_grad()
     def _set_mean(self, tree: TreeSum, value: Tensor, start: Tensor, mean: Tensor) -> None:
@@ -315,9 +340,20 @@ class TrainingState:
             self._hand_out(self._list_moving().values(), 0)
 
     def _hand_out(self, tensors: Iterable[Tensor], rank: int) -> None:
-        """Give every rank the tensors of one."""
+        """Give every rank the tensors of one; small ones of a type at once."""
+        small: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors if self.group.size > 1 else ():
-            torch.distributed.broadcast(tensor.detach(), src=rank)  # which autograd need not know of
+            tensor = tensor.detach()  # autograd need not know of this
+            if tensor.numel() > _SMALL_NUMBERS:
+                torch.distributed.broadcast(tensor, src=rank)
+            else:
+                small.setdefault(tensor.dtype, []).append(tensor)
+        for dtype, some in small.items():
+            flat = Flat(some, dtype=dtype)
+            vector = flat.pack(some)
+            torch.distributed.broadcast(vector, src=rank)
+            for tensor, value in zip(some, flat.views(vector), strict=True) if self.group.rank != rank else ():
+                tensor.copy_(value)
 
     @property
     def elapsed_s(self) -> float:

@@ -7,18 +7,16 @@ it is the same only on as many processes as before.
 
 import copy
 import math
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.randomness import read_generators, seed_generators
+from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
 
@@ -30,6 +28,7 @@ _GRADIENT_NOISE = 1e-5  # of the norm of all
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
 _HELD_BYTES = 1 << 29  # of a batch that is tried, and of all its layers' outputs
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # attributes: parameters, buffers, modules, mode, hooks
 
 
 class Tier(NamedTuple):
@@ -375,17 +374,37 @@ class Kept:
 def keeping(model: nn.Module, parameters: Collection[str] | None = None) -> Iterator[Kept]:
     """Leave a model's buffers, its parameters (all, or those named), its mode, and this process's generators on the CPU as they were.
 
+    So are the other attributes of its modules: a mask that a pass keeps for the next one may be of another device than that will be on.
     The model is in training mode until then.
     """
-    kept = Kept(model, parameters)
+    kept, attributes = Kept(model, parameters), [(module, _copy_attributes(module)) for module in model.modules()]
     training = model.training
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     model.train()
     try:
-        yield kept
+        with keeping_generators():
+            yield kept
     finally:
         model.train(training)
         kept.put_back()
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+        for module, before in attributes:
+            _put_back_attributes(module, before)
+
+
+def _copy_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module holds beside its parameters, buffers and modules, and of a dictionary, list or set the content."""
+    return {
+        name: (value, copy.copy(value) if type(value) in (dict, list, set) else None)
+        for name, value in vars(module).items()
+        if name not in _OF_ANY_MODULE
+    }
+
+
+def _put_back_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    now = vars(module)
+    for name in now.keys() - before.keys() - _OF_ANY_MODULE:
+        del now[name]
+    for name, (value, content) in before.items():
+        now[name] = value
+        if content is not None:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)

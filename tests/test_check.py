@@ -246,14 +246,14 @@ class Noise(nn.Module):
         return ((outputs - targets) ** 2).squeeze(1)
 """,
     ),
-    "numpy in build_model": (
+    "a generator of its own in build_model": (
         "model",
-        ["the initial 0.weight (and 1 more) differs when it is built again", "torch's own generator"],
+        ["the initial 0.weight (and 1 more) differs when it is built again", "the generators of torch, numpy and random"],
         """
     def build_model(self):
         model = super().build_model()
-        nn.init.constant_(model[0].weight, np.random.rand())
-        model[2].weight.data += np.random.rand()
+        nn.init.constant_(model[0].weight, np.random.default_rng().random())
+        model[2].weight.data += np.random.default_rng().random()
         return model
 """,
     ),
@@ -287,7 +287,7 @@ class Counting(Lazy):
         """
     def load(self):
         data = super().load()
-        order = np.random.permutation(64)
+        order = np.random.default_rng().permutation(64)
         return Data(TensorDataset(*(tensor[order] for tensor in data.train.tensors)), data.test)
 """,
     ),
@@ -580,8 +580,8 @@ def test_the_built_in_task_passes(capsys):
     [
         (["--task", "absent/task.py"], "absent/task.py', which is not a file"),
         (["--only", "speed"], "only is 'speed', which is no check; allowed: losses, rows"),
-        (["--skip", ",".join(CHECKS)], "skip leaves no check"),
-        (["--deadline_s", "soon"], "deadline_s must be a number of seconds"),
+        (["--skip", ",".join(CHECKS)], "which leaves no check to make; there are losses, "),
+        (["--deadline_s", "soon"], "deadline_s is 'soon'; expected a number of seconds from 1 to 86400"),
         (["--batch_size", "none"], "batch_size is None"),
         (["--batch_size", "1", "--dataset", "synthetic", "--only", "resume"], "batch_size is 1, less than the 2 processes"),
         (["--rotations", "1"], "did you mean 'rotation'"),

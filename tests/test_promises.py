@@ -1,6 +1,7 @@
 """The promises, of any task: the built-in one, the examples, and one with BatchNorm and dropout."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from mnist_dist.data import load_data, read_on
 from mnist_dist.record import list_newest_first
 from mnist_dist.weights import load_model
 
-STEPS = 5
+STEPS, BATCH_SIZE = 5, 12
 OPTIONS = [
     "--steps",
     str(STEPS),
     "--batch_size",
-    "12",
+    str(BATCH_SIZE),
     "--evaluate_every",
     "2",
     "--log_every",
@@ -71,6 +72,7 @@ class Story:
     folder: Path
     options: list[str]
     stops: tuple[int, ...]  # of each run that is stopped once
+    rounds: int  # batches of an evaluation, between which a stop is asked for as well
     ports: list[int] = field(default_factory=list)  # a start of several ranks joins at a port of its own
 
     def __call__(self):
@@ -79,20 +81,23 @@ class Story:
         def train(name, *stops):
             from mnist_dist import loop
 
-            for step in stops:
+            for asked in stops:
                 if self.ports:
                     os.environ["MASTER_PORT"] = str(next(ports))
-                loop.train(parse_command_line([*self.options, *OPTIONS, "--run_dir", str(self.folder / name)]), StopAt(step))
+                loop.train(parse_command_line([*self.options, *OPTIONS, "--run_dir", str(self.folder / name)]), StopAt(asked))
+
+        def count_asked(step):
+            return step + (self.rounds - 1) * (step // 2)
 
         train("unbroken", 99)
         for step in self.stops:
-            train(f"stopped {step}", step, 99)
+            train(f"stopped {step}", count_asked(step), 99)
         if not self.ports:
-            train("damaged", 2, 2)
+            train("damaged", count_asked(2), count_asked(2))
             newest, _ = list_newest_first(self.folder / "damaged/checkpoints")
             newest.write_bytes(newest.read_bytes()[:-1] + b"x")
             train("damaged", 99)
-            train("interrupted", 2)
+            train("interrupted", count_asked(2))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +111,11 @@ def environ(tmp_path_factory):
 def story(request, tmp_path_factory, environ):
     """What `Story` made of a task in one process: the case, the folder, and what was printed."""
     folder = tmp_path_factory.mktemp(request.param)
-    text = run_ranks(folder, Story(folder, CASES[request.param].options, tuple(range(1, STEPS))), environ=environ)
-    return CASES[request.param], folder, text
+    case = CASES[request.param]
+    text = run_ranks(
+        folder, Story(folder, case.options, tuple(range(1, STEPS)), math.ceil(case.tested / (2 * BATCH_SIZE))), environ=environ
+    )
+    return case, folder, text
 
 
 def read_lines(path):
@@ -151,7 +159,7 @@ def test_an_evaluation_counts_every_sample_once_on_any_number_of_processes(story
     # By hand: the whole split at once, and no sharing of it.
     model, config = load_model(folder / "unbroken")
     found, data = load_data(config)
-    [batch] = read_on(data.test, found, torch.device("cpu"))
+    [batch] = read_on(data.test, found.replace(batch_size=case.tested), torch.device("cpu"))
     with torch.no_grad():
         sums = config.task.tally(model, batch).sums
     assert sums[0] == case.tested
@@ -185,7 +193,7 @@ def test_resumed_on_another_number_of_processes_it_goes_on_or_is_refused(story, 
 @pytest.mark.parametrize("name", ["forecast", "noisy"])
 def test_on_two_processes_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, environ, name):
     # A stop is agreed upon in one step and heeded after the next.
-    run_ranks(tmp_path, Story(tmp_path, CASES[name].options, (1, 2, 3), find_free_ports(7)), 2, environ)
+    run_ranks(tmp_path, Story(tmp_path, CASES[name].options, (1, 2, 3), 1, find_free_ports(7)), 2, environ)
     for step in (1, 2, 3):
         assert [start["step"] for start in read_lines(tmp_path / f"stopped {step}/starts.jsonl")] == [0, step + 1]
         assert_same_bits(tmp_path / f"stopped {step}", tmp_path / "unbroken")

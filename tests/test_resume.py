@@ -167,7 +167,7 @@ def run_twice(folder, recipe, faulty, world, words, status=1):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_was_trained_before_an_evaluation_that_fails_is_saved(tmp_path, world):
-    assert run_twice(tmp_path, NOISY, ["--fault", "in tally", "--fault_at", "2"], world, ["these weights are odd"]) == [0, 8]
+    assert run_twice(tmp_path, NOISY, ["--fault", "in tally", "--fault_at", "8"], world, ["these weights are odd"]) == [0, 8]
 
 
 @pytest.mark.parametrize(("fault", "workers"), [("raises", 0), ("raises", 2), ("dies", 2)])
@@ -177,7 +177,7 @@ def test_what_was_trained_before_a_sample_that_cannot_be_read_is_saved(tmp_path,
     assert first == 0 < second
 
 
-@pytest.mark.parametrize("more", [(), ("--shards", "4")], ids=["plain", "shards"])
+@pytest.mark.parametrize("more", [(), ("--shards", "4"), ("--shards", "4", "--norm")], ids=["plain", "shards", "statistics in shards"])
 def test_what_was_trained_before_losses_fail_is_saved(tmp_path, more):
     """Amid a step, before the optimizer has changed anything."""
     plain = [name for name in NOISY if name != "--norm"]

@@ -29,7 +29,7 @@ from mnist_dist.record import read_ends
 from mnist_dist.run_folder import Record, RunFolder
 from mnist_dist.tasks.mnist import Mnist
 
-LONG = [*TINY, "--steps", "5000"]
+LONG = [*TINY, "--steps", "5000", "--test_size", "12"]  # of one batch, amid which no stop is heeded
 CODES = {signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
 
 

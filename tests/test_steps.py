@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import TINY, Train, run_ranks
@@ -16,10 +18,11 @@ from torch.utils.data import TensorDataset
 from mnist_dist import tier
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
-from mnist_dist.data import Piece, Probe, load_data
+from mnist_dist.data import Piece, Probe, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
+from mnist_dist.randomness import read_generators
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Data, Task
 from mnist_dist.tasks.classification import Classification
@@ -59,6 +62,82 @@ def test_parts_of_a_batch_and_clipping_make_the_same_steps_on_any_number_of_rank
 def make_state(group, config):
     config, data = load_data(config)
     return TrainingState(config, data, group), data
+
+
+def test_the_loss_of_a_step_holds_no_gradients():
+    for shards in (None, 2):
+        options = {"dataset": "synthetic", "batch_size": 8, "micro_batch": 4, "shards": shards}
+        config = make_config({**options, "device": "cpu", "precision": "fp32"})
+        with join_group(World(), config) as group:
+            state, data = make_state(group, config)
+            pieces = read_batch(state.config, data, 3)
+            loss = state.train_on([pieces] if shards is None else [[piece] for piece in pieces], lambda: None)
+        assert loss.untyped_storage().nbytes() == 4
+
+
+class Masked(nn.Module):
+    """A layer that keeps a mask, and a table of them, from its first pass on, and counts its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.mask, self.masks, self.passes = nn.Linear(8, 2), None, {}, 0
+
+    def forward(self, inputs):
+        self.mask = torch.ones_like(inputs[0]) if self.mask is None else self.mask
+        self.masks.setdefault(len(inputs), self.mask)
+        self.new, self.passes = True, self.passes + 1
+        return self.layer(inputs * self.mask)
+
+
+class Masking(Classification):
+    class_names = ("0", "1")
+
+    def load(self):
+        return Data(*[TensorDataset(torch.randn(40, 8, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 2)] * 2)
+
+    def build_model(self):
+        return Masked()
+
+
+def test_a_model_is_tried_without_a_trace():
+    """What a pass on the CPU has kept would be of no use to one on a GPU."""
+    config = make_config({"batch_size": 8, "device": "cpu", "precision": "fp32"}, task=Masking)
+    with join_group(World(), config) as group:
+        state, _ = make_state(group, config)
+        model = state.bare_model
+        assert (model.mask, model.masks, model.passes, hasattr(model, "new")) == (None, {}, 0, False)
+        assert not state.tier.is_any_world  # for it counts
+
+
+class Shuffling(Masking):
+    """Data, facts and weights by the generators of numpy and random."""
+
+    def load(self):
+        order = np.random.permutation(40)
+        return Data(*[TensorDataset(torch.tensor(order).float()[:, None], torch.randperm(40) % 2)] * 2)
+
+    def find_facts(self, train):
+        return {"number": random.random()}
+
+    def build_model(self):
+        model = nn.Linear(1, 2)
+        model.weight.data.copy_(torch.tensor(np.random.rand(2, 1)))
+        return model
+
+
+def test_data_and_weights_are_drawn_alike_in_each_process():
+    found = []
+    for seed in (1, 2):
+        np.random.seed(seed)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        before = read_generators()
+        config, data = load_data(make_config({"batch_size": 8, "device": "cpu"}, task=Shuffling))
+        model = build_model(config.task, 5)
+        assert read_generators() == before
+        found.append((fingerprint(data.train, config.task), config.task.facts, model.weight.tolist()))
+    assert found[0] == found[1]
+    assert build_model(config.task, 6).weight.tolist() != found[0][2]
 
 
 def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):

@@ -51,8 +51,10 @@ LOAD, BUILD = "    def load(self):", "    def build_model(self):"
 SEQUENTIAL = "nn.Sequential(nn.Linear(3, self.width), nn.ReLU(), nn.Linear(self.width, 2))"
 LOSSES = "    def losses(self, model, batch, drawn):\n        return {}\n\n    def build_model(self):"
 MEASURE = "    def measure(self, sums):\n        return super().measure(sums) | {{{}}}\n\n    def build_model(self):"
+DESCRIBE = "    def describe(self, measures):\n        return {}\n\n    def build_model(self):"
 TALLY = "    def tally(self, model, batch):\n        {}\n\n    def build_model(self):"
 DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))"
+MANY = DATA.replace("[:20]", "")  # of which an evaluation has several batches
 
 STORED = """class Stored(Dataset):
     rows = [torch.ones(3) for _ in range(60)]
@@ -301,6 +303,22 @@ WRONG = [
         ["failed in tally", "has no attribute 'nothing'", "broken.py"],
         2,
     ),
+    ("describe with a slip", [(BUILD, DESCRIBE.format("self.nothing"))], ["failed in describe", "has no attribute 'nothing'"], 2),
+    (
+        "tally with more sums for some batches",
+        [
+            (DATA, MANY),
+            (
+                BUILD,
+                TALLY.format(
+                    "tally = super().tally(model, batch); return Tally(torch.cat([tally.sums, tally.sums[:batch[0][0, 1] > 0.1]]))"
+                ),
+            ),
+        ],
+        ["tally has [6, 7] sums for different batches; expected as many for each"],
+        1,
+    ),
+    ("sparse samples", [("TensorDataset(inputs,", "TensorDataset(inputs.to_sparse(),")], ["a TensorDataset of a sparse tensor"], 2),
     (
         "measure with a slip",
         [(BUILD, "    def measure(self, sums):\n        return {'loss': float(sums[99])}\n\n    def build_model(self):")],
@@ -961,6 +979,73 @@ def test_a_task_in_a_folder_whose_name_cannot_be_written_is_refused(tmp_path, mo
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match="expected printable characters"):
         find_task("mine.py")
+
+
+def test_a_task_that_cannot_describe_its_evaluation_ends_no_run(tmp_path):
+    """Of a measure without a value, as a precision where nothing was found, `measures` has None."""
+    measured = MEASURE.format("'precision': float('nan')").replace(BUILD, DESCRIBE.format("f\"{measures['precision']:.2%}\""))
+    name = write(tmp_path / "mine.py", SANE, (BUILD, measured))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    for words in ("finished: test accuracy ", "nothing to do"):
+        text = run_ranks(tmp_path / "logs", Train(arguments))
+        assert words in text
+        assert "failed in describe" in text
+
+
+def test_a_large_vocabulary_among_the_facts_is_read_back_and_a_too_large_one_refused(tmp_path):
+    facts = "    def find_facts(self, train):\n        return {{'vocabulary': {{f'word {{i:012}}': i for i in range({})}}}}\n\n" + BUILD
+    name = write(tmp_path / "mine.py", SANE, (BUILD, facts.format(60_000)))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    run_ranks(tmp_path / "logs", Train(arguments))
+    assert (tmp_path / "run/result.json").stat().st_size > 1 << 20
+    assert "is finished" in run_ranks(tmp_path / "logs", Train(arguments))
+    write(tmp_path / "mine.py", SANE, (BUILD, facts.format(800_000)))
+    text = run_ranks(tmp_path / "logs", Train([*arguments[:-1], "bf16", "--run_dir", str(tmp_path / "other")]), expect=2)
+    assert "find_facts returned" in text
+    assert "bytes of text; allowed: 16,777,216" in text
+
+
+def test_outputs_may_have_another_length_in_each_batch(tmp_path):
+    tally = "tally = super().tally(model, batch); own = batch[0].new_zeros(len(batch[0]), 2 + int(batch[0][0, 1] > 0.1)); "
+    name = write(tmp_path / "mine.py", SANE, (DATA, MANY), (BUILD, TALLY.format(tally + "return Tally(tally.sums, tally.scores, own)")))
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+
+
+RECURRENT = """class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, inputs, hidden):
+        return torch.tanh(self.layer(torch.cat([inputs, hidden], 1))) * self.scale
+
+
+class Mine"""
+
+
+def test_ranks_may_call_their_model_a_different_number_of_times(tmp_path):
+    """As for the longest sample of each rank's own part; a buffer is then exchanged once a step all the same."""
+    unrolled = (
+        "    def losses(self, model, batch, drawn):\n        hidden = torch.zeros(len(batch[0]), 1)\n"
+        "        for _ in range(2 if len(batch[0]) > 4 or batch[1][0] else 5):\n            hidden = model(batch[0], hidden)\n"
+        "        return hidden[:, 0]\n\n"
+        "    def tally(self, model, batch):\n        return Tally(torch.tensor([len(batch[0]), 0.0], dtype=torch.float64))\n\n"
+        "    def measure(self, sums):\n        return {'loss': 0.0, 'accuracy': 0.0}\n\n"
+        "    def describe(self, measures):\n        return 'done'\n\n    def tabulate(self, measures):\n        return None\n\n"
+        "    in_rows = ('loss',)\n\n    def build_model(self):"
+    )
+    changes = [("class Mine", RECURRENT), (f"return {SEQUENTIAL}", "return Cell()"), (BUILD, unrolled)]
+    name = write(tmp_path / "mine.py", SANE, *changes)
+    arguments = ["--task", name, "--batch_size", "8", "--timeout_s", "20", "--run_dir", str(tmp_path / "run")]
+    run_ranks(tmp_path / "logs", Train([*SHORT, *arguments]), 2)
+
+
+def test_a_layer_that_exchanges_statistics_by_itself_is_refused_on_several_processes(tmp_path):
+    name = write(tmp_path / "mine.py", SANE, (SEQUENTIAL, SEQUENTIAL.replace("nn.ReLU()", "nn.SyncBatchNorm(self.width)")))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    text = run_ranks(tmp_path / "logs", Train(arguments), 2, expect=2)
+    assert "1 of its model is SyncBatchNorm, which waits for other processes by itself: use BatchNorm, with --shards" in text
 
 
 def test_a_measure_without_a_value_ends_no_run(tmp_path):

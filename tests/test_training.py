@@ -163,17 +163,19 @@ def test_the_evaluation_counts_every_image_once_in_every_world(tmp_path):
         assert [sum(row) for row in json.loads(line)[0]] == labels[:size].bincount(minlength=10).tolist()
 
 
-def test_an_evaluation_takes_as_many_at_once_as_the_training():
-    parts = [share.indices for share in list_batches(41, 2, range(1, 2), 8)]
-    assert [len(part) for part in parts] == [8, 8, 4]
-    assert torch.cat(parts).tolist() == list(range(1, 41, 2))
+def test_an_evaluation_takes_about_as_many_at_once_as_the_training():
+    for options in ({"batch_size": 4}, {"batch_size": 16, "micro_batch": 8}):
+        parts = [share.indices for share in list_batches(41, 2, range(1, 2), configure(**options))]
+        assert [len(part) for part in parts] == [8, 8, 4]
+        assert torch.cat(parts).tolist() == list(range(1, 41, 2))
+    assert [len(batch.indices) for batch in list_batches(2000, 1, range(1), configure(batch_size=2000))] == [500] * 4
 
 
 def test_an_evaluation_that_counts_another_number_is_an_error():
     config, loaded = load_data(configure(dataset="synthetic", test_size=40, precision="fp32"))
     with join_group(find_world({}), config) as group:
         # The planted fault: half of the images belong to a rank that is not there.
-        shares = list_batches(40, 2, range(1), None)
+        shares = list_batches(40, 2, range(1), config)
         reader = Reader(loaded.test, config, group, "test", shares)
         with reader, pytest.raises(RunError, match="read 20 images, but the split has 40: its ranks do not share it correctly"):
             evaluate(config, build_model(config.task, 0), reader, group)

@@ -202,6 +202,7 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
     samples = {
         "pair": Pair(image, torch.tensor(7)),
         "list": [image.to(torch.bfloat16), image.bool(), torch.zeros(0, 2), image[::2]],
+        "channels last": torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last),
         "names": ("a", None, 3),
         "values": image.numpy(),
     }
@@ -217,6 +218,7 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
     for one, other in zip(list_tensors(came), list_tensors(samples), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+    assert came["channels last"].stride() == samples["channels last"].stride()  # a convolution rounds otherwise on another layout
     for one in list_tensors(came):
         one.zero_()  # they may be written to
 
