@@ -75,8 +75,8 @@ def is_slurm_here() -> bool:
     return shutil.which("sinfo") is not None and shutil.which("sbatch") is not None
 
 
-def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
-    """What a command of Slurm prints. Raises `RunError` where it fails."""
+def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S, with_errors: bool = False) -> str:
+    """What a command of Slurm prints, and on standard error. Raises `RunError` where it fails."""
     environ = {name: value for name, value in os.environ.items() if not _OF_COMMANDS.match(name)}
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace", env=environ)
@@ -85,7 +85,7 @@ def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
     if answer.returncode:
         words = " ".join((answer.stderr or answer.stdout).split())
         raise RunError(f"{command[0]} failed with {answer.returncode}: {words[:300]}")
-    return answer.stdout
+    return answer.stdout + answer.stderr * with_errors
 
 
 def read_nodes() -> list[Nodes]:
@@ -148,10 +148,12 @@ def check_request(request: Request, nodes: list[Nodes]) -> list[str]:
     if not here:
         raise UserError(f"partition is {partition!r}, which this cluster does not have; allowed: {', '.join(names)}")
     fitting, mistakes, notes = _compare(request, partition, here)
-    if mistakes and (is_named or not _is_taken(request)):
-        raise UserError("\n".join(mistakes))
     if mistakes:
-        return [*mistakes, "sbatch would take the job all the same: this cluster's own rules choose its partition"]
+        chosen = None if is_named else _find_chosen_partition(request)
+        if chosen in (None, partition):
+            raise UserError("\n".join(mistakes))
+        notes = check_request(request.model_copy(update={"partition": chosen}), nodes)
+        return [f"this cluster's own rules choose the partition {chosen} for such a job", *notes]
     up = sum(some.count for some in fitting if some.are_up)
     if up < request.nodes:
         notes.append(f"only {up} of the nodes that this job can use are up; it waits for {request.nodes}")
@@ -195,8 +197,8 @@ def _compare(request: Request, partition: str, here: list[Nodes]) -> tuple[list[
     return fitting, mistakes, notes
 
 
-def _is_taken(request: Request) -> bool:
-    """Whether sbatch would queue such a job, by all rules of the cluster. Queues nothing."""
+def _find_chosen_partition(request: Request) -> str | None:
+    """The partition in which sbatch says that such a job would begin, by all rules of the cluster. Queues nothing."""
     asked: dict[str, Any] = {
         "nodes": request.nodes,
         "ntasks-per-node": request.tasks,
@@ -205,11 +207,13 @@ def _is_taken(request: Request) -> bool:
     }
     asked |= {"gpus-per-node": request.gpus, "account": request.account, "qos": request.qos, "constraint": request.constraint}
     asked |= {"mem": request.memory_gb and f"{round(request.memory_gb * 1024)}M", "reservation": request.reservation}
-    try:
-        run_slurm("sbatch", "--test-only", *(f"--{name}={value}" for name, value in asked.items() if value), "--wrap=true")
-    except RunError:
-        return False
-    return True
+    options = [f"--{name}={value}" for name, value in asked.items() if value]
+    with contextlib.suppress(RunError):
+        found = re.search(
+            r"to start at .* in partition (\S+)", run_slurm("sbatch", "--test-only", *options, "--wrap=true", with_errors=True)
+        )
+        return found[1] if found else None
+    return None
 
 
 def find_jobs() -> tuple[list[Job], str]:

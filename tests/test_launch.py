@@ -246,19 +246,23 @@ def test_a_request_that_only_has_to_wait_is_a_note():
     assert cluster.check_request(Request(time=61, qos="long"), nodes()) == ["time is 61 min; partition main allows at most 60 min"]
 
 
-def test_what_sbatch_would_take_in_a_partition_that_the_cluster_chooses_is_a_note(fake_slurm, tmp_path):
+def test_a_partition_that_the_cluster_chooses_by_its_own_rules_is_the_one_that_is_looked_at(fake_slurm, tmp_path):
     fake_slurm()
-    (tmp_path / "bin/sbatch").write_text('#!/bin/sh\necho "$*" >>../calls\n')
-    notes = cluster.check_request(Request(time=61, gpus_per_node=8, gpu_type="a100", tasks_per_node=1, memory_gb=2), nodes())
-    assert [note.split(";")[0] for note in notes] == [
-        "time is 61 min",
-        "gpus_per_node a100:8 on a node are asked for",
-        "sbatch would take the job all the same: this cluster's own rules choose its partition",
-    ]
+    answer = "sbatch: Job 5 to start at 2030-01-02T03:04:05 using 8 processors on nodes n1 in partition gpu"
+    (tmp_path / "bin/sbatch").write_text(f'#!/bin/sh\necho "$*" >>../calls\necho {answer} >&2\n')
+    asked = Request(time=61, gpus_per_node=8, gpu_type="a100", tasks_per_node=1, memory_gb=2)
+    choice, waits = cluster.check_request(asked, nodes())
+    assert choice == "this cluster's own rules choose the partition gpu for such a job"
+    assert waits.startswith("only 0 of the nodes that this job can use are up")
     asked = "--test-only --nodes=1 --ntasks-per-node=1 --time=61 --gpus-per-node=a100:8 --mem=2048M --wrap=true\n"
     assert (tmp_path / "calls").read_text() == asked
+    with pytest.raises(UserError, match="partition gpu has 8 nodes"):
+        cluster.check_request(Request(time=61, nodes=9), nodes())
     with pytest.raises(UserError, match="time is 61 min"):  # in a partition that the user chose
         cluster.check_request(Request(time=61, partition="main"), nodes())
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\necho {answer.replace('gpu', 'main')} >&2\n")  # where the job would wait for ever
+    with pytest.raises(UserError, match="time is 61 min"):
+        cluster.check_request(Request(time=61), nodes())
 
 
 def test_a_cluster_for_sbatch_alone_is_refused(monkeypatch):
