@@ -53,7 +53,7 @@ def main() -> int:
     given = options.parse_command_line(sys.argv[1:])
     given.task.load_ahead()
     tracking = _import("import of options", "mnist_dist.tracking")
-    with tracking.starting_ahead(given.wandb):
+    with tracking.starting_ahead(given.wandb, importlib.import_module("mnist_dist.world").find_world(os.environ)):
         return _train(given, command_s, answer)
 
 

@@ -206,7 +206,7 @@ def _find_chosen_partition(request: Request) -> str | None:
         "time": request.time,
     }
     asked |= {"gpus-per-node": request.gpus, "account": request.account, "qos": request.qos, "constraint": request.constraint}
-    asked |= {"mem": request.memory_gb and f"{round(request.memory_gb * 1024)}M", "reservation": request.reservation}
+    asked |= {"mem": request.memory, "reservation": request.reservation}
     options = [f"--{name}={value}" for name, value in asked.items() if value]
     with contextlib.suppress(RunError):
         found = re.search(

@@ -148,6 +148,11 @@ class Request(Options):
         return ":".join(filter(None, (self.gpu_type, str(self.gpus_per_node or ""))))
 
     @property
+    def memory(self) -> str | None:
+        """The memory of one node, as Slurm has it; None where it is not asked for."""
+        return None if self.memory_gb is None else f"{round(self.memory_gb * 1024)}M"
+
+    @property
     def world_size(self) -> int:
         """Processes of the whole job."""
         return self.nodes * self.tasks

@@ -110,7 +110,7 @@ def make_slurm_executor(
         "ntasks_per_node": request.tasks,
         "gpus_per_node": request.gpus or None,
         "cpus_per_task": request.cpus_per_task,
-        "mem": None if request.memory_gb is None else f"{round(request.memory_gb * 1024)}M",
+        "mem": request.memory,
         "partition": request.partition,
         "account": request.account,
         "qos": request.qos,

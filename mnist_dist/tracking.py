@@ -35,6 +35,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.figures import render
 from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
 from mnist_dist.task import Panel
+from mnist_dist.world import World, choose_threads
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 Best = Mapping[str, Literal["min", "max"]]
@@ -358,14 +359,14 @@ _ahead: list[subprocess.Popen[bytes]] = []  # the process that was started ahead
 
 
 @contextlib.contextmanager
-def starting_ahead(mode: Mode) -> Iterator[None]:
+def starting_ahead(mode: Mode, world: World) -> Iterator[None]:
     """Start W&B's process at once, for the first `open_tracker` within the block: it takes a second to import what it needs.
 
-    Without this, `open_tracker` starts one. Never raises for its own sake.
+    Without this, `open_tracker` starts one, and so it does on one core: there it would only hold up the import of torch. Never raises for
+    its own sake.
     """
-    if mode == "auto":
-        mode = "disabled" if _find_switch() == "disabled" else "auto"
-    if mode != "disabled" and _is_installed():
+    is_off = mode == "disabled" or (mode == "auto" and _find_switch() == "disabled")
+    if world.rank == 0 and choose_threads(world) > 1 and not is_off and _is_installed():
         with contextlib.suppress(OSError):  # `open_tracker` tries again, and tells it
             _ahead.append(_start_process())
     try:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mnist_dist.source import explaining
         from mnist_dist.starter import find_size, start_ranks
         from mnist_dist.tracking import starting_ahead
-        from mnist_dist.world import choose_threads, find_world
+        from mnist_dist.world import find_world
 
         config = parse_command_line(arguments)
         size, alone = find_size(os.environ, is_program=arguments is None)
@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return start_ranks(size, signals)
         with explaining(config.task.name, "in load_ahead"):
             config.task.load_ahead()
-        world = find_world(os.environ)
-        has_time = world.rank == 0 and choose_threads(world) > 1  # on one core it would only hold up the import of torch
-        with starting_ahead(config.wandb if has_time else "disabled"):
+        with starting_ahead(config.wandb, find_world(os.environ)):
             with importing():
                 from mnist_dist.loop import train
 

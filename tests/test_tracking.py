@@ -103,7 +103,7 @@ class Train:
         facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
         more = {"job_type": "train", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
         more |= {} if self.best is None else {"best": self.best}
-        with starting_ahead("auto"):
+        with starting_ahead("auto", World()):
             tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}
         assert isinstance(tracker, WandbTracker)
@@ -1008,8 +1008,9 @@ def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
 
 
 def test_a_process_started_ahead_mirrors_the_next_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "choose_threads", lambda _: 2)  # on one core none is started
     monkeypatch.setattr(tracking, "_FINISH_S", 60)
-    with starting_ahead("offline"):
+    with starting_ahead("offline", World()):
         (process,) = tracking._ahead
         first, second = [open_tracker("offline", tmp_path / name, {}) for name in ("first", "second")]
         assert first._process is process
@@ -1022,9 +1023,10 @@ def test_a_process_started_ahead_mirrors_the_next_run_alone(tmp_path, monkeypatc
 
 
 def test_a_process_started_ahead_of_no_run_ends_and_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "choose_threads", lambda _: 2)  # on one core none is started
     monkeypatch.chdir(tmp_path)
     for imported_s in (0, 3):
-        with starting_ahead("offline"):
+        with starting_ahead("offline", World()):
             (process,) = tracking._ahead
             time.sleep(imported_s)
         assert process.returncode is not None
@@ -1036,7 +1038,7 @@ def test_a_process_started_ahead_of_no_run_ends_and_leaves_no_trace(tmp_path, mo
     process.stdout.close()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for mode in ("disabled", "auto"):
-        with starting_ahead(mode):
+        with starting_ahead(mode, World()):
             assert tracking._ahead == []
     assert [*tmp_path.iterdir()] == []
 
