@@ -16,9 +16,12 @@ say() { printf 'launch: %s\n' "$*" >&2 || true; } # a log whose disk is full end
 
 read_field() { grep -Eo "\b$1=[^ ]*" <<<"$job" | head -n 1 | cut -d= -f2 || true; }
 
+# Slurm ends a job that it requeues or preempts with TERM, at once. Who asks it is not to die of that before the answer is there.
+ask_slurm() { (trap '' TERM && scontrol "$@"); }
+
 # What Slurm says of this job alone, on one line: of an array's last job it would show the whole array.
 read_job() {
-    job=$(scontrol --oneliner --details show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ") || job=
+    job=$(ask_slurm --oneliner --details show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ") || job=
     tasks=$(read_field NumTasks)
     cpus=$(read_field CPUs/Task)
 }
@@ -137,7 +140,7 @@ requeue() {
     local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
     if ((${SLURM_RESTART_COUNT:-0} >= 10#$MAX_REQUEUES)); then
         say "not requeued again (max_requeues is $MAX_REQUEUES); the same command, or the next job of its chain, resumes the run"
-    elif scontrol requeue "${id:-$SLURM_JOB_ID}"; then
+    elif ask_slurm requeue "${id:-$SLURM_JOB_ID}"; then
         say "requeued"
     else
         say "could not be requeued; the same command, or the next job of its chain, resumes the run"

@@ -815,6 +815,15 @@ def test_the_policy_requeues_up_to_its_limit_and_one_job_of_an_array(policy):
         assert (answer.returncode, "requeue" in answer.stdout) == (status, False)
 
 
+def test_the_policy_hears_that_it_is_requeued_though_the_job_is_told_to_end_at_once(policy, tmp_path):
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\nkill -TERM $$\necho requeue $2\n")
+    program.chmod(0o755)
+    answer = policy(f"unset -f scontrol\nPATH={tmp_path}:$PATH\nrun_training prog", 85)
+    assert (answer.returncode, answer.stdout.splitlines()[-1]) == (85, "requeue 12")
+    assert answer.stderr.endswith("launch: requeued\n")
+
+
 @pytest.mark.parametrize(("status", "end", "goes_on"), [(0, 0, False), (2, 2, False), (1, 0, True), (137, 0, True)])
 def test_the_policy_asks_before_a_job_of_a_chain_begins(policy, status, end, goes_on):
     answer = policy(f"leave_if_done bash -c 'exit {status}'\nrun_training prog")
