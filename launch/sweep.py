@@ -197,7 +197,7 @@ def _read_mapping(values: dict[str, Any], key: str, path: Path) -> dict[str, Any
 def _find_option(name: str, options: Sequence[str]) -> str:
     """The training option that `name` means: itself, or its initials where no other option has them. Raises `UserError`."""
     if name in _FIXED_OPTIONS:
-        raise UserError(f"{name} cannot stand among a sweep's options: every run has its own folder, and all have one task, world and data")
+        raise UserError(f"{name} is one for all runs of a sweep: give it once, as --{name}")
     meant = name if name in options else find_by_initials(name, options)
     if meant is None:
         raise UserError(explain_unknown(name, name, options))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import PrivateAttr, model_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mnist_dist.errors import UserError
@@ -69,7 +69,7 @@ class Config(Options):
         "The data", 0, "processes that read the samples of a data set that is not kept in memory, beside each process", ge=0, le=1024
     )
 
-    epochs: int = _option("The training", 2, "passes over the training samples", ge=1, le=_STEPS_MAX)
+    epochs: float = _option("The training", 1.5, "passes over the training samples, to the nearest step", gt=0, le=_STEPS_MAX)
     steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
     shards: int | None = _option(
@@ -121,6 +121,11 @@ class Config(Options):
     timeout_s: float = _setting("The machine", 300.0, "how long a process waits for a silent one (seconds)", ge=1, le=86_400)
 
     _sizes: tuple[int, int] | None = PrivateAttr(None)
+
+    @field_validator("epochs")
+    @classmethod
+    def _keep_whole(cls, epochs: float) -> float:
+        return int(epochs) if epochs.is_integer() else epochs  # it names the folders of a sweep
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
@@ -214,7 +219,7 @@ class Config(Options):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps or self.epochs * self.steps_per_epoch
+        return self.steps or max(1, round(self.epochs * self.steps_per_epoch))
 
     def is_evaluation_due(self, step: int) -> bool:
         """Whether the model is evaluated when `step` steps are done."""

@@ -197,7 +197,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args([*spelt, *words[end:]], namespace)
         for action in self._actions:
             if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`
-                raise UserError(f"{action.dest} needs a value")
+                raise UserError(f"{action.dest} has no value: write --{action.dest} VALUE")
         return known, unknown
 
     def _spell_out(self, word: str) -> str:

@@ -104,9 +104,9 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["--run_dir", "a\nb"], ["run_dir", "printable"]),
         (["--seed", "-1", "--epochs", "0"], ["seed is '-1'", "epochs is '0'"]),
         (["stray"], ["stray"]),
-        (["--seed=--"], ["seed needs a value"]),
-        (["--config=--"], ["config needs a value"]),
-        (["--task=--"], ["task needs a value"]),
+        (["--seed=--"], ["seed has no value: write --seed VALUE"]),
+        (["--config=--"], ["config has no value: write --config VALUE"]),
+        (["--task=--"], ["task has no value: write --task VALUE"]),
         (["--config", "absent.yaml"], ["'absent.yaml'", "course, fast, gpu, mnist, smoke"]),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number)
         ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'", "(in "]),
         ("batch_size: yes", ["batch_size is True", "not allowed"]),
         ("seed: 1\nseed: 2", ["'seed' stands there twice"]),
-        ("epochs: [1, 2]", ["epochs is [1, 2]; allowed: a whole number"]),
+        ("epochs: [1, 2]", ["epochs is [1, 2]; allowed: a number, above 0"]),
         ("run_dir: 2020-01-01", ["run_dir is", "allowed: text, not empty"]),
         ("- 1\n- 2", ["option: value"]),
         ("just words", ["option: value"]),
@@ -272,6 +272,8 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
 def test_steps_override_epochs_and_an_incomplete_batch_is_left_out():
     config = configure(dataset="synthetic", train_size=100, batch_size=30, epochs=2)
     assert (config.steps_per_epoch, config.total_steps) == (3, 6)
+    assert [configure(dataset="synthetic", train_size=100, batch_size=30, epochs=part).total_steps for part in (1.5, 0.4, 0.001)] == [4, 1, 1]
+    assert [str(configure(epochs=words).values()["epochs"]) for words in ("2", "2.0", "1.5")] == ["2", "2", "1.5"]
     assert configure(steps=7).total_steps == 7
     assert [step for step in range(1, 7) if config.is_evaluation_due(step)] == [3, 6]
     assert [step for step in range(1, 8) if configure(steps=7, evaluate_every=3).is_evaluation_due(step)] == [3, 6, 7]

@@ -499,7 +499,7 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert error.count("batch_size is '0'") == 1
     assert "did you mean 'learning_rate'" in refuse("learning_rat=1")
     assert "swept and also given" in refuse("seed=0,1", "--seed", "2")
-    assert "run_dir cannot stand" in refuse("run_dir=a,b")
+    assert "give it once, as --run_dir" in refuse("run_dir=a,b")
     assert "nothing to sweep" in refuse()
     assert "at most 1000" in refuse("seed=" + ",".join(map(str, range(1001))))
     assert "less than the 3 processes" in refuse("seed=0,1", "--batch_size", "2", "--tasks_per_node", "3")
