@@ -1,6 +1,7 @@
 """What Slurm offers and what it says of jobs: sinfo, squeue and scontrol in forms for machines. No slurmdbd is needed."""
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -14,8 +15,29 @@ from mnist_dist.errors import RunError, UserError
 
 _ANSWER_TIMEOUT_S = 60
 _ESTIMATE_TIMEOUT_S = 2.0
+_ASK_S = 1.0
+_ASK_S_MAX = 15.0  # a controller has many to answer
 # Nodes that a job would wait for until somebody repairs them; `*` marks those that do not answer.
 _DOWN = re.compile(r"(down|drain|drained|draining|fail|failing|unknown|future|inval)|.*\*")
+
+
+class Patience:
+    """When to ask Slurm again: ever more rarely while nothing changes."""
+
+    def __init__(self) -> None:
+        self._asked_at, self._wait_s = -math.inf, _ASK_S
+
+    def is_due(self) -> bool:
+        """Whether to ask now; where it is, the next question waits twice as long."""
+        now = time.monotonic()
+        if now - self._asked_at < min(self._wait_s, _ASK_S_MAX):
+            return False
+        self._asked_at, self._wait_s = now, min(2 * self._wait_s, _ASK_S_MAX)
+        return True
+
+    def hasten(self) -> None:
+        """Something changed: more may follow soon."""
+        self._wait_s = _ASK_S
 
 
 @dataclass(frozen=True)

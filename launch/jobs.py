@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -30,7 +29,6 @@ from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")
 _POLL_S = 1.0
-_ASK_S_MAX = 15.0  # a controller has many to answer
 _SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
 _UNANSWERED_S = 60.0  # for which Slurm may be busy, or be started again
 _CANCEL_TIMEOUT_S = 300.0
@@ -117,16 +115,15 @@ def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
 def follow(path: Path) -> int:
     """Print the log of the run in `path` until the run ends. 0 if it is finished, 1 if not."""
     log, position, ended_s = "", 0, 0.0
-    asked_at, ask_s, state = -math.inf, _POLL_S, ""
+    patience, state = cluster.Patience(), ""
     jobs, unanswered = list[cluster.Job](), ""
-    while True:
-        # The log is read each second. Slurm is asked ever more rarely while nothing changes.
-        if (now := time.monotonic()) - asked_at >= ask_s:
+    while True:  # the log is read each second
+        if patience.is_due():
             jobs, unanswered = cluster.find_jobs()
-            asked_at, ask_s = now, min(2 * ask_s, _ASK_S_MAX)
         run = read_state(path, jobs)
         if not run.is_active or run.state != state:
-            ask_s, state = _POLL_S, run.state
+            state = run.state
+            patience.hasten()
         newest = locate_log(run) or log  # Slurm may be silent for a while
         if newest != log:
             _copy(log, position)

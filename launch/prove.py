@@ -275,6 +275,8 @@ class Watched:
     _said_at: float = 0.0
     _ended_at: float | None = None
     _seen_at: float = field(default_factory=time.monotonic)
+    _patience: cluster.Patience = field(default_factory=cluster.Patience)
+    _is_over: bool = False
 
     @property
     def over_s(self) -> float:
@@ -287,7 +289,18 @@ class Watched:
         return f"is {self.state}" if self.state.startswith("held") else f"ended ({self.state})"
 
     def look(self) -> bool:
-        """Ask Slurm, and report in one line what is new. Whether it is over. Raises `RunError` where Slurm has been silent for too long."""
+        """Whether it is over, as Slurm, which is asked now and then, said last. Reports in one line what is new.
+
+        Raises `RunError` where Slurm has been silent for too long.
+        """
+        if self._patience.is_due():
+            before = self.state
+            self._is_over = self._ask()
+            if self._ended_at is not None or self.state != before:
+                self._patience.hasten()
+        return self._is_over
+
+    def _ask(self) -> bool:
         try:
             shown = cluster.show_job(self.number)
         except RunError as error:

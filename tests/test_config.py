@@ -272,7 +272,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
 def test_steps_override_epochs_and_an_incomplete_batch_is_left_out():
     config = configure(dataset="synthetic", train_size=100, batch_size=30, epochs=2)
     assert (config.steps_per_epoch, config.total_steps) == (3, 6)
-    assert [configure(dataset="synthetic", train_size=100, batch_size=30, epochs=part).total_steps for part in (1.5, 0.4, 0.001)] == [4, 1, 1]
+    assert [config.replace(epochs=part).total_steps for part in (1.5, 0.4, 0.001)] == [4, 1, 1]
     assert [str(configure(epochs=words).values()["epochs"]) for words in ("2", "2.0", "1.5")] == ["2", "2", "1.5"]
     assert configure(steps=7).total_steps == 7
     assert [step for step in range(1, 7) if config.is_evaluation_due(step)] == [3, 6]

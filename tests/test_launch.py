@@ -1146,6 +1146,19 @@ def test_a_link_to_a_run_is_listed_and_no_other_link_is_followed(tmp_path):
     assert [path.name for path in find_runs(tmp_path / "runs")] == ["a", "b"]
 
 
+def test_slurm_is_asked_ever_more_rarely_until_something_changes(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now)
+    patience, asked = cluster.Patience(), []
+    for second in range(70):
+        now = float(second)
+        if patience.is_due():
+            asked.append(second)
+        if second == 40:
+            patience.hasten()
+    assert asked == [0, 2, 6, 14, 29, 41, 43, 47, 55]
+
+
 def test_follow_prints_a_log_once_though_slurm_falls_silent(tmp_path, monkeypatch, capsys):
     log = tmp_path / "mnist-dist-12.out"
     log.write_text("one\n")

@@ -245,6 +245,7 @@ def test_a_silent_controller_says_nothing_of_a_job_and_ends_the_page_after_a_whi
         return {"JobState": answer}
 
     monkeypatch.setattr(slurm, "show_job", show_job)
+    monkeypatch.setattr(slurm, "_ASK_S_MAX", 0)
     job = prove.Watched("7", "the checks")
     answers += ["RUNNING", None, None, "RUNNING", "COMPLETED"]
     assert [job.look() for _ in range(5)] == [False, False, False, False, True]
