@@ -26,7 +26,7 @@ from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument, trait
 from mnist_dist.preemption import StopSignals
 from mnist_dist.program import print_answer
-from mnist_dist.reference import SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
+from mnist_dist.reference import BATCH_OF_MANY, SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
 from mnist_dist.source import note_named
 from mnist_dist.world import find_world
 
@@ -39,6 +39,7 @@ _RECIPE = {
     "weight_decay": 5e-4,
     "schedule": "constant",
 }
+_MANY = 64  # processes that are no more than the default batch has samples
 _TEST_SIZE = 100
 # What a comparison needs, or what has no use in one.
 _FIXED: dict[str, Any] = {
@@ -58,12 +59,10 @@ _FIXED: dict[str, Any] = {
 _UNUSED = (*RUN_FOLDER_OPTIONS, *_FIXED)
 
 
-def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None) -> Config:
-    """The config of a comparison: the options `given`, over those that suit a comparison, over those of a `recipe`. Raises `UserError`.
-
-    A batch of 64, the default, suits worlds of 1, 2, 4 ... 64.
-    """
-    config = resolve_config(_RECIPE | (given or {}) | _FIXED, recipe)
+def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None, processes: int = 1) -> Config:
+    """The config of a comparison: the options `given`, over those that suit a comparison, over those of a `recipe`. Raises `UserError`."""
+    suitable = _RECIPE | ({"batch_size": BATCH_OF_MANY} if processes > _MANY and "batch_size" not in (recipe or {}) else {})
+    config = resolve_config(suitable | (given or {}) | _FIXED, recipe)
     if config.test_size is None and not config.holdout and config.task.sizes is not None:
         config = config.replace(test_size=min(_TEST_SIZE, config.task.sizes[1]))
     # The run works in a folder of its own.
@@ -138,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("record", "answer"):
             if name in files:
                 check_free_name(name, files[name])
-        config = make_config(take_options(given, _UNUSED, "verify"), recipe)
+        from mnist_dist.starter import find_size, start_ranks
+
+        size, alone = find_size(os.environ, is_program=arguments is None)
+        config = make_config(take_options(given, _UNUSED, "verify"), recipe, size)
         reference = None
         if "record" not in files:
             path = files.get("reference") or find_shipped(config)
@@ -150,9 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--steps, or a smaller --batch_size"
             )
         note_named(config.task.name)
-        from mnist_dist.starter import find_size, start_ranks
-
-        size, alone = find_size(os.environ, is_program=arguments is None)
         if alone:
             return start_ranks(size)
         return verify(config, reference, files.get("record"), files.get("answer"))
