@@ -16,7 +16,7 @@ _WORDS = (
     ("GPU memory", r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|OutOfMemoryError"),
     ("NaN", r"the (loss|gradient norm) is (nan|-?inf)|are not finite"),
     ("disk full", r"No space left on device|[Dd]isk quota exceeded|File too large"),
-    ("memory", r"out of memory\?\)|Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
+    ("memory", r"Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
     ("rank gone", r"(is|are) gone and left no reason|connection to another rank broke"),
     ("suspended", r"stood still for [\d.]+ s"),
     ("rank silent", r"(was|were) silent for [\d.]+ s"),

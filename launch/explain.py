@@ -255,10 +255,17 @@ def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
     if why.startswith("failed"):
         kind = find_kind(why)
         host = str(facts.start.get("host"))
+        kills = facts.end.get("memory_kills", 0)
+        killed = (
+            f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"
+            if is_count(kills)
+            else ""
+        )
+        if kind == "no samples" and kills and killed:
+            return kind, [f"{killed}: perhaps a worker"]
         if kind == "rank gone" and find_first(why).endswith(f" on host {host}"):  # the one that counts what its kernel kills
-            kills = facts.end.get("memory_kills", 0)
-            if is_count(kills) and kills:
-                return "memory", [f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"]
+            if kills and killed:
+                return "memory", [killed]
             if facts.start.get("memory_kills") is not None:
                 return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]
         return kind or ("mistake" if facts.end.get("status") == UserError.exit_code else "rank failed" if find_first(why) else "failed"), []
@@ -378,7 +385,11 @@ def _add_ranks(facts: Facts, answer: Explanation) -> None:
     first = _find_first(facts.why, facts.errors)
     if not first and facts.has_begun and facts.world_size > 1:
         of_slurm = facts.account is not None and facts.account.state in STRONG_STATES  # which may have ended all of them
-        first = _find_dead(facts.log, kind) or ("rank 0" if kind in ("killed", "memory") and not facts.end and not of_slurm else "")
+        first = _find_dead(facts.log, kind)
+        if not first and not facts.end and not of_slurm and kind == "memory":
+            first = "rank 0"  # the kernel's log names its process
+        elif not first and not facts.end and kind == "killed":
+            answer.notes.append("rank zero recorded no end: it was killed, perhaps only after another rank")
     answer.first = first
     numbers = _parse_ranks(first)
     rank = numbers[0] if numbers else 0

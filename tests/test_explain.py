@@ -271,7 +271,7 @@ def slurm(monkeypatch, tmp_path):
         for name, text in ({"sinfo": "", "sbatch": "", "squeue": ""} | answers).items():
             (folder / name).unlink(missing_ok=True)
             if text is not None:
-                (folder / f"{name}.txt").write_text(text)
+                (folder / f"{name}.txt").write_text(text.replace("/nowhere/", f"{tmp_path}/runs/x/slurm/"))
                 (folder / name).write_text(f"#!/bin/sh\nexec /bin/cat '{folder}/{name}.txt'\n")
                 (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", str(folder))
@@ -456,7 +456,10 @@ CASES = {
     ),
     "deadline": Case("deadline", ["its deadline: before it could save", "--deadline"], sacct=account("DEADLINE", code="0:0"), first=""),
     "killed by nobody knows whom, with the others": Case(
-        "killed", [], log=BEGUN + "srun: Job step aborted: Waiting up to 32 s\nsrun: error: n1: task 1: Killed\n", first="rank 0"
+        "killed",
+        ["rank zero recorded no end: it was killed, perhaps only after another rank"],
+        log=BEGUN + "srun: Job step aborted: Waiting up to 32 s\nsrun: error: n1: task 1: Killed\n",
+        first="",
     ),
     "a crash": Case("killed", ["first: rank 2 on host n1\n", "Segmentation fault (core dumped)"], log=CRASH),
     "killed on another host": Case("killed", ["its host was n1: only the kernel's log there can tell", "on n1: dmesg"], log=None),
@@ -522,6 +525,27 @@ def test_a_job_that_never_trained_is_explained(slurm, tmp_path, name, where):
         answer, text = tell(what)
         assert answer.end == kind, text
         assert words in text, text
+
+
+def test_a_job_of_another_cluster_with_the_same_number_is_not_believed(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", "failed: the loss is nan at step 7 on rank 2; x")
+    for state in ("OUT_OF_MEMORY", "NODE_FAIL", "RUNNING", "CANCELLED"):
+        slurm(sacct=None, scontrol=show_job(state, log="/somebody/else/12.log"))
+        answer, text = tell(folder)
+        assert answer.end == "NaN", text
+        assert "OUT_OF_MEMORY" not in text
+    slurm(sacct=None, scontrol=show_job("OUT_OF_MEMORY"))
+    assert tell(folder)[0].end == "memory"
+
+
+def test_a_worker_that_died_is_not_said_to_have_run_out_of_memory(slurm, tmp_path):
+    slurm()
+    why = "failed: worker 1 of rank 0 died: DataLoader worker (pid 7) exited unexpectedly; out of memory?"
+    answer, text = tell(make_run(tmp_path / "runs/x", why))
+    assert answer.end == "no samples", text
+    answer, text = tell(make_run(tmp_path / "runs/y", why, memory_kills=2))
+    assert answer.end == "no samples", text
+    assert "the kernel of n1 killed 2 processes for memory while this start ran: perhaps a worker" in answer.notes
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_a_cluster_that_does_not_answer_could_not_be_tested(tmp_path, monkeypatc
         ("REQUEUE_HOLD", "None", "is held: REQUEUE_HOLD"),
         ("SPECIAL_EXIT", "None", "is held: SPECIAL_EXIT"),
         ("PENDING", "ReqNodeNotAvail, UnavailableNodes:threshold1", None),
+        ("PENDING", "QOSUsageThreshold", None),
         ("RUNNING", "None", None),
     ],
 )
