@@ -43,6 +43,7 @@ _PERTURBATION = 1e-6  # of each weight
 _ROUNDINGS_ALLOWED = 5
 _WEIGHTS_EVERY = 10  # steps
 _CHUNK = 1 << 20  # numbers of a tensor that are on the CPU at once
+_APART = 30  # times as far off as the others is a rank that went wrong alone: what all share, they show by less unlike amounts
 _SHOWN = 8
 
 
@@ -68,8 +69,7 @@ class Steps(NamedTuple):
 
     losses: list[float]  # of each step, the sum over the rank's own samples
     counts: list[int]  # of each step, how many these were
-    parted: int  # the first step in which the loss of one of them is not the recorded one; 0: none
-    difference: float  # in that step, or else the largest
+    differences: list[float]  # of each step, the largest between the loss of one of them and the recorded one
     strange: str  # the first step in which a sample is not the one that belongs there, in words
 
 
@@ -100,8 +100,7 @@ def watch_losses(task: type[Task], noted: list[Tensor]) -> type[Task]:
     class Watched(task):  # type: ignore[valid-type, misc]
         def losses(self, model: Any, batch: Any, drawn: Any) -> Tensor:
             found: Tensor = super().losses(model, batch, drawn)
-            # An evaluation may take gradients, too: of a penalty.
-            if isinstance(found, Tensor) and found.requires_grad and model.training:
+            if isinstance(found, Tensor) and model.training:
                 noted.append(found.detach())
             return found
 
@@ -196,8 +195,8 @@ class Inspection:
 
     def _judge(self, group: Group, losses: list[Tensor], places: list[list[int]], strange: str) -> None:
         rows = [row.tolist() for row in losses]
-        parted, difference = _find_parting(losses, places, self.reference)
-        steps = group.gather(Steps([math.fsum(row) for row in rows], [len(row) for row in rows], parted, difference, strange))
+        differences = _measure_losses(losses, places, self.reference)
+        steps = group.gather(Steps([math.fsum(row) for row in rows], [len(row) for row in rows], differences, strange))
         size = self.config.batch_size
         means = [math.fsum(one.losses[step] for one in steps) / size for step in range(len(rows))]
         self._add(self._judge_curve(group, steps, means))
@@ -221,7 +220,7 @@ class Inspection:
                 abs(mean - expected) / max(scale, 1e-30) for mean, expected, scale in zip(means, reference.losses, scales, strict=True)
             ]
             worst = max(differences)
-            farthest = max(one.difference for one in steps)
+            farthest = max(max(one.differences) for one in steps)
             values |= {"difference": _keep_finite(worst), "allowed": CURVE_TOLERANCE, "sample_difference": _keep_finite(farthest)}
             text += f", at most {worst:.1e} from the recorded losses (allowed {CURVE_TOLERANCE:.0e})"
             wrong = next((step for step, one in enumerate(differences, start=1) if not one <= CURVE_TOLERANCE), None)
@@ -243,13 +242,16 @@ class Inspection:
             which = "each rank" if len(odd) == group.size > 1 else self._name(odd)
             reasons.append(f"{which} took other samples than belong to its place: {odd[first]}")
             next_steps.append("look for a loader that is sharded twice, or data that are shifted")
-        parted = {rank: one for rank, one in enumerate(steps) if one.parted}
-        if parted:
-            step = min(one.parted for one in parted.values())
-            first_ones = [rank for rank, one in parted.items() if one.parted == step]
-            by = max(parted[rank].difference for rank in first_ones)
+        parted = next((step for step in range(len(means)) if any(one.differences[step] > SAMPLE_TOLERANCE for one in steps)), None)
+        began_wrong = bool(odd or counts or parted == 0)  # and so is what was exchanged
+        exchange = "" if began_wrong else self._describe_exchange()
+        if parted is not None:
+            step, off = parted + 1, [one.differences[parted] for one in steps]
+            first_ones = [rank for rank, one in enumerate(off) if one > SAMPLE_TOLERANCE]
+            by = max(off)
             values |= {"parted_step": step, "parted_ranks": first_ones[:64]}
-            alike = len(first_ones) == group.size
+            rest = [one for rank, one in enumerate(off) if rank not in first_ones]
+            alike = not rest or bool(exchange) or by < _APART * statistics.median(rest)
             named |= set() if alike else {*first_ones}
             who = ("all ranks" if group.size > 1 else self._name([0])) if alike else self._name(first_ones)
             reasons.append(
@@ -257,8 +259,7 @@ class Inspection:
             )
             if alike and step == 1:
                 next_steps.append("their samples, or what is drawn for them, are not those recorded: compare the data and the code")
-        began_wrong = bool(odd or counts or any(one.parted == 1 for one in steps))  # and so is what was exchanged
-        if not began_wrong and (exchange := self._describe_exchange()):
+        if exchange:
             reasons.append(exchange)
             next_steps.append("look at what averages the gradients: communication hooks, Accelerate's settings, the library of collectives")
         if self._parting is not None:
@@ -501,16 +502,12 @@ def _find_strange(batch: Batch, places: list[int], expected: Tensor) -> str:
     )
 
 
-def _find_parting(losses: list[Tensor], places: list[list[int]], reference: Reference | None) -> tuple[int, float]:
-    """The first step in which a sample's loss is not the recorded one, and by how much; 0 and the largest difference where none is."""
-    largest = 0.0
-    for step, (row, own) in enumerate(zip(losses, places, strict=True), start=1):
-        if reference is None or len(row) != len(own):
-            continue
-        expected = torch.tensor(reference.samples[step - 1], dtype=torch.float64)
-        scale = max(float(expected.abs().mean()), 1e-30)
-        difference = float((row - expected[own]).abs().max()) / scale if own else 0.0
-        if not difference <= SAMPLE_TOLERANCE:
-            return step, difference
-        largest = max(largest, difference)
-    return 0, largest
+def _measure_losses(losses: list[Tensor], places: list[list[int]], reference: Reference | None) -> list[float]:
+    """Of each step, the largest difference between the loss of a sample and the recorded one, in parts of the mean of these."""
+    differences = [0.0] * len(losses)
+    for step, (row, own) in enumerate(zip(losses, places, strict=True)):
+        if reference is not None and len(row) == len(own) and own:
+            expected = torch.tensor(reference.samples[step], dtype=torch.float64)
+            off = float((row - expected[own]).abs().max()) / max(float(expected.abs().mean()), 1e-30)
+            differences[step] = off if math.isfinite(off) else math.inf
+    return differences

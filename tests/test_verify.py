@@ -1,12 +1,14 @@
 """What any right world computes alike, and the mistakes that leave it: each is planted in real processes, found, and its rank named."""
 
 import json
+import math
 import os
 import re
 import socket
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +19,18 @@ from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.inspection import (
     CURVE_TOLERANCE,
     GRADIENT_TOLERANCE,
+    Inspection,
     Print,
     Rank,
+    Steps,
     compare_gradients,
     measure_distance,
     take_print,
     watch_losses,
 )
-from mnist_dist.reference import BATCHES, SKETCH, read_reference
+from mnist_dist.reference import BATCHES, SKETCH, find_shipped, read_reference
 from mnist_dist.task import Task
-from mnist_dist.verify import main
+from mnist_dist.verify import main, make_config
 
 SHIPPED = Path(str(resources.files("mnist_dist.tasks.mnist"))) / "reference.json"
 TASK = str(Path(__file__).parent / "noisy_task.py")
@@ -366,6 +370,45 @@ def test_findings_come_back_from_their_file_and_others_are_refused(tmp_path):
             read_findings(path)
 
 
+def test_more_than_64_processes_are_compared_in_larger_batches():
+    large = make_config(processes=72)
+    assert [make_config(processes=size).batch_size for size in (1, 64, 65)] == [64, 64, 1024]
+    assert make_config({"batch_size": 128}, processes=72).batch_size == make_config({}, {"batch_size": 128}, processes=72).batch_size == 128
+    large.check_world(1024)
+    path = find_shipped(large)
+    read_reference(path).check_config(large, str(path))
+    assert find_shipped(make_config()) == SHIPPED
+
+
+@pytest.mark.slow
+def test_the_file_for_more_than_64_processes_is_what_this_machine_computes(tmp_path):
+    arguments = ("--batch_size", "1024", "--answer", str(tmp_path / "answer.json"))
+    run_ranks(tmp_path, Verify(arguments), 2)
+    assert {finding.word for finding in read_findings(tmp_path / "answer.json")} <= {"ok", "WARN"}
+
+
+def test_of_a_fault_that_all_ranks_share_none_is_named():
+    inspection = Inspection(make_config(), None, lambda _: None)
+    inspection.config = inspection.config.replace(batch_size=4)
+    inspection.reference = SimpleNamespace(losses=[1.0] * 3, samples=[[1.0] * 4] * 3, first_gradient=[1.0] * SKETCH)
+    inspection.ranks = [Rank("ab"[rank // 2], "cpu", "kind", "data", []) for rank in range(4)]
+
+    def judge(*differences, gradient=1.0):
+        inspection._first_gradient = [gradient] * SKETCH
+        steps = [Steps([1.0] * 3, [1] * 3, [1e-6, one, 0.1], "") for one in differences]
+        return inspection._judge_curve(SimpleNamespace(size=4), steps, [1.0] * 3)
+
+    # A wrong average of step 1, say: each rank's samples show it by as much as they depend on it.
+    shared = judge(4e-4, 2e-3, 1e-4, 9e-4)
+    assert (shared.values["parted_step"], shared.values["ranks"]) == (2, [])
+    assert shared.measured.endswith("all ranks went wrong in step 2: the loss of a sample is off by 2.0e-03 of the mean")
+    alone = judge(2e-6, 2e-3, 1e-6, 5e-6)
+    assert alone.values["ranks"] == [1]
+    assert "rank 1 on host a (cpu, kind) went wrong first, in step 2" in alone.measured
+    assert judge(1e-6, math.inf, 1e-6, math.inf).values["ranks"] == [1, 3]
+    assert judge(2e-6, 2e-3, 1e-6, 5e-6, gradient=2.0).values["ranks"] == []  # what was exchanged is wrong
+
+
 def test_only_the_losses_of_a_training_are_noted():
     class Penalty(Task):
         def losses(self, model, batch, drawn):
@@ -375,6 +418,7 @@ def test_only_the_losses_of_a_training_are_noted():
     noted = []
     task, model = watch_losses(Penalty, noted)(), torch.nn.Linear(2, 3)
     task.losses(model.train(), torch.ones(4, 2), None)
+    task.losses(torch.nn.Linear(2, 3).train().requires_grad_(False), torch.ones(3, 2), None)  # samples that reach no parameter
     with torch.no_grad():
         task.losses(model.eval(), torch.ones(5, 2), None)
-    assert [len(losses) for losses in noted] == [4]
+    assert [len(losses) for losses in noted] == [4, 3]
