@@ -32,12 +32,12 @@ def choose_device(config: Config, world: World) -> str:
     """The device of this process: cpu or cuda. Raises `UserError` where it may not have what it asks for."""
     available = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     if config.device == "cuda" and not available:
-        raise UserError(f"device is cuda, but torch finds no GPU here that it may use ({_explain_no_gpu()}); allowed: auto, cpu")
+        raise UserError(f"device is cuda, but torch finds no GPU here that it may use ({explain_no_gpu()}); allowed: auto, cpu")
     if config.device == "auto" and not available and world.gpus:
         _log.warning(
             "Slurm gave this node %d GPUs, and torch finds none that it may use (%s): the run is on the CPU; --device cuda would refuse it",
             world.gpus,
-            _explain_no_gpu(),
+            explain_no_gpu(),
         )
     if config.device == "cpu" or not available:
         return "cpu"
@@ -52,7 +52,7 @@ def choose_device(config: Config, world: World) -> str:
     return "cuda"
 
 
-def _explain_no_gpu() -> str:
+def explain_no_gpu() -> str:
     """Why torch may find no GPU, as far as this process can know."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return f"ACCELERATE_USE_CPU is {os.environ['ACCELERATE_USE_CPU']!r}"
@@ -140,7 +140,7 @@ def repeating_bits() -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     cudnn: Any = torch.backends.cudnn
     mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    fixed, short = cudnn.deterministic, cudnn.allow_tf32
+    fixed, short, products = cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     show, told = warnings.showwarning, set[str]()
 
     def tell(message: Warning | str, *more: Any, **others: Any) -> None:
@@ -155,6 +155,8 @@ def repeating_bits() -> Iterator[None]:
     torch.set_deterministic_debug_mode(max(mode, 1))
     settings.fill_uninitialized_memory = False  # nothing of ours reads it
     cudnn.deterministic, cudnn.allow_tf32 = True, False  # float32 means float32; who wants less asks for bf16
+    if "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in os.environ:  # some containers set it; a task's own choice stays
+        torch.set_float32_matmul_precision("highest")
     warnings.showwarning = tell
     try:
         yield
@@ -162,6 +164,7 @@ def repeating_bits() -> Iterator[None]:
         warnings.showwarning = show
         settings.fill_uninitialized_memory = fills
         cudnn.deterministic, cudnn.allow_tf32 = fixed, short
+        torch.set_float32_matmul_precision(products)
         torch.set_deterministic_debug_mode(mode)
 
 

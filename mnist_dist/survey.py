@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -25,14 +26,14 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
-from mnist_dist.machine import choose_device, choose_gpu
+from mnist_dist.machine import choose_device, choose_gpu, explain_no_gpu
 from mnist_dist.model import build_model
 from mnist_dist.network import check_exchange
 from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
 from mnist_dist.source import BUILT_IN, find_task
-from mnist_dist.world import World, count_usable_cores, find_host, may_share_gpus
+from mnist_dist.world import World, find_host, may_share_gpus, read_quota
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
 
@@ -101,15 +102,15 @@ def _list_first(hosts: Hosts) -> list[int]:
 
 def check_joined(group: Group, hosts: Hosts, world: World, config: Config) -> list[Finding]:
     """Ranks and hosts; ranks that share too few CPUs; ranks that share a GPU, or lack one."""
-    own: dict[str, Any] = {"cpus": sorted(os.sched_getaffinity(0)), "usable": count_usable_cores(), **describe_device(world, config)}
+    own: dict[str, Any] = {"cpus": sorted(os.sched_getaffinity(0)), "quota": read_quota(), **describe_device(world, config)}
     told = group.gather(own)
     problems = []
     for host, ranks in _by_value(hosts).items():
-        usable = max(told[rank]["usable"] for rank in ranks)
+        quota = max(told[rank]["quota"] or math.inf for rank in ranks)
         crowded, cpus = find_crowded({rank: told[rank]["cpus"] for rank in ranks})
         shared = f"{_count(len(cpus), 'CPU')} ({', '.join(map(str, cpus[:8]))}{', ...' if len(cpus) > 8 else ''})"
-        if not crowded and len(ranks) > usable:
-            crowded, shared = ranks, f"{_count(usable, 'CPU')} by the quota of their control group"
+        if not crowded and len(ranks) > quota:
+            crowded, shared = ranks, f"{_count(int(quota), 'CPU')} by the quota of their control group"
         if crowded:
             problems.append(
                 Finding(
@@ -137,7 +138,9 @@ def describe_device(world: World, config: Config) -> dict[str, str]:
     except UserError as error:
         return {"device": "none", "identity": "", "problem": str(error)}
     if kind == "cpu":
-        return {"device": "no GPU", "identity": "", "problem": ""}
+        missed = world.gpus if config.device == "auto" else 0
+        problem = f"Slurm gave this node {_count(missed, 'GPU')}, and torch finds none ({explain_no_gpu()})" if missed else ""
+        return {"device": "no GPU", "identity": "", "problem": problem}
     properties = torch.cuda.get_device_properties(choose_gpu(world))
     return {"device": properties.name, "identity": str(getattr(properties, "uuid", "")), "problem": ""}
 
@@ -148,19 +151,17 @@ def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:
 
     ask = "ask for one GPU for each rank (--gpus-per-task, or --gpus_per_node of launch.submit)"
     problems = []
+    look = "look at the driver there (nvidia-smi)"
     for text, ranks in _by_value({rank: one["problem"] for rank, one in enumerate(told) if one["problem"]}).items():
-        problems.append(find(f"{name_with_hosts(ranks, hosts)}: {text}", ranks, ask))
+        is_lost = told[ranks[0]]["device"] == "no GPU"
+        problems.append(find(f"{name_with_hosts(ranks, hosts)}: {text}", ranks, f"{look}, and at the build of torch" if is_lost else ask))
     for _, ranks in _by_value({rank: (hosts[rank], one["identity"]) for rank, one in enumerate(told) if one["identity"]}).items():
         if len(ranks) > 1:
             text = f"{name_with_hosts(ranks, hosts)} have the same GPU"
             problems.append(find(text, ranks, ask, "WARN" if may_share_gpus() else "WRONG"))
     without = [rank for rank, one in enumerate(told) if one["device"] == "no GPU"]
     if 0 < len(without) < len(told):
-        problems.append(
-            find(
-                f"no GPU is seen by {name_with_hosts(without, hosts)}, but by the others", without, "look at the driver there (nvidia-smi)"
-            )
-        )
+        problems.append(find(f"no GPU is seen by {name_with_hosts(without, hosts)}, but by the others", without, look))
     return problems
 
 

@@ -233,10 +233,15 @@ def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
 def count_usable_cores() -> int:
     """CPU cores that this process may use: its affinity, cut by the control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, read_quota() or cores)
+
+
+def read_quota() -> int | None:
+    """CPU cores that the control group's quota allows to all of its processes together; None where there is no quota."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no quota
-    return cores
+        return max(1, int(quota) // int(period))  # "max" is no number: no quota
+    return None
 
 
 def choose_threads(world: World) -> int:

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,12 +67,25 @@ def test_a_run_leaves_the_settings_of_torch_as_they_were():
     def read():
         cudnn = torch.backends.cudnn
         mode = torch.get_deterministic_debug_mode()
-        return mode, cudnn.deterministic, cudnn.allow_tf32, torch.utils.deterministic.fill_uninitialized_memory
+        fills = torch.utils.deterministic.fill_uninitialized_memory
+        return mode, cudnn.deterministic, cudnn.allow_tf32, fills, torch.get_float32_matmul_precision()
 
     before = read()
     with machine.repeating_bits():
-        assert read() == (1, True, False, False)
-    assert read() == before == (0, False, True, True)
+        assert read() == (1, True, False, False, "highest")
+    assert read() == before == (0, False, True, True, "highest")
+
+
+def test_float32_means_float32_though_the_environment_says_otherwise():
+    program = """import torch
+from mnist_dist.machine import repeating_bits
+found = [torch.get_float32_matmul_precision()]
+with repeating_bits():
+    found.append(torch.get_float32_matmul_precision())
+print(*found, torch.get_float32_matmul_precision())"""
+    environ = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    answer = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert answer.stdout.split() == ["high", "highest", "high"], answer.stderr
 
 
 def test_ports_of_jobs_differ_and_stay_below_the_ephemeral_ones():

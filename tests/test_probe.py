@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import Programs, run_ranks, start_ranks
@@ -19,7 +20,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.network import Link, judge_links, list_rounds
 from mnist_dist.probe import CHECKS, main, probe
-from mnist_dist.survey import _judge_devices, find_crowded
+from mnist_dist.survey import _judge_devices, check_joined, describe_device, find_crowded
 from mnist_dist.world import World
 
 
@@ -273,12 +274,34 @@ def test_two_ranks_on_one_gpu_and_a_rank_without_one_are_named(monkeypatch):
     assert judge(("H", "x", ""), ("H", "y", ""), ("H", "x", "")) == []
     assert judge(("no GPU", "", ""), ("no GPU", "", ""), ("no GPU", "", "")) == []
     assert judge(("H", "x", ""), ("H", "x", ""), ("H", "x", "")) == ["ranks 0-1 on host a have the same GPU"]
+    assert judge(("no GPU", "", "not found"), ("no GPU", "", "not found"), ("no GPU", "", "")) == [
+        "ranks 0-1 on host a: not found",
+    ]
     assert judge(("H", "x", ""), ("H", "y", ""), ("no GPU", "", "")) == ["no GPU is seen by rank 2 on host b, but by the others"]
     assert judge(("none", "", "too many"), ("none", "", "too many"), ("H", "x", "")) == ["ranks 0-1 on host a: too many"]
     shared = [{"device": "H", "identity": "x", "problem": ""}] * 2
     assert [finding.word for finding in _judge_devices(shared, {0: "a", 1: "a"})] == ["WRONG"]
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert [finding.word for finding in _judge_devices(shared, {0: "a", 1: "a"})] == ["WARN"]
+
+
+def test_gpus_of_slurm_that_torch_does_not_find_are_named():
+    missed = describe_device(World(gpus=8), configure())
+    assert re.match(r"Slurm gave this node 8 GPUs, and torch finds none \(.+\)", missed["problem"])
+    assert describe_device(World(), configure())["problem"] == ""
+    assert describe_device(World(gpus=8), configure(device="cpu"))["problem"] == ""
+
+
+def test_a_quota_is_named_and_cpus_of_ones_own_are_none(monkeypatch):
+    def judge(ranks, quota):
+        told = [{"cpus": [2 * rank, 2 * rank + 1], "quota": quota, "device": "", "identity": "", "problem": ""} for rank in range(ranks)]
+        group = SimpleNamespace(gather=lambda _: told, size=ranks)
+        findings = check_joined(group, dict.fromkeys(range(ranks), "a"), World(), configure())
+        return [(finding.word, finding.measured) for finding in findings if finding.word != "ok"]
+
+    assert judge(4, None) == []
+    assert judge(4, 4) == []
+    assert judge(4, 2) == [("WARN", "ranks 0-3 on host a share 2 CPUs by the quota of their control group")]
 
 
 def test_crowded_cpus_are_found_and_others_are_not():
@@ -302,16 +325,15 @@ def test_only_a_pair_far_below_the_others_and_below_a_sane_network_is_slow():
     hosts = dict(enumerate("abc"))
 
     def judge(*speeds):
-        pairs = [(0, 1), (0, 2), (1, 2)]
-        return [
-            finding.values["ranks"]
-            for finding in judge_links([Link(pair, 1e-4, speed) for pair, speed in zip(pairs, speeds, strict=True)], hosts)
-        ]
+        links = [Link(pair, 1e-4, speed) for pair, speed in zip([(0, 1), (0, 2), (1, 2)], speeds, strict=False)]
+        return [finding.values["ranks"] for finding in judge_links(links, hosts)]
 
     assert judge(1e9, 1e9, 1e8) == [(1, 2)]
     assert judge(1e9, 1e9, 1.9e8) == []  # noise
     assert judge(1e8, 1e8, 3e7) == []
     assert judge(1e8, 1e8, 1e7) == [(1, 2)]
+    assert judge(1e9, 1e7, 1e7) == [(0, 2), (1, 2)]  # all pairs of one host
+    assert (judge(1e6), judge(1e8)) == ([(0, 1)], [])  # two hosts, with no pair to compare theirs with
 
 
 def test_mistakes_are_refused(tmp_path, capsys):
