@@ -194,6 +194,8 @@ def save_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     paths = []
     try:
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink():  # of a run from somebody else, it may lead to one's own pictures
+            raise RunError(f"the pictures cannot be written to {folder}: it is a link to {folder.resolve()}; expected a folder")
         for panel in panels:
             if panel.figure is not None:
                 paths.append(folder / f"{panel.name}.png")

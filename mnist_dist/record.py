@@ -38,6 +38,7 @@ _STEPS_MAX = 2**53
 _ALWAYS = ("run_dir", "batch_size", "learning_rate", "seed", "precision", "log_every", "checkpoint_every")  # from its begin to its end
 _SMALL_BYTES_MAX = 1 << 20  # of a note
 _RESULT_BYTES_MAX = 256 << 20  # it has the facts of the data, such as a vocabulary, and all measures
+_DEPTH_MAX = 16  # of lists in a measure
 _NAME_MAX = 1000  # letters of a measure's name: to draw a text takes time
 _LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
@@ -459,12 +460,12 @@ def is_step_row(row: object) -> bool:
     return isinstance(row, dict) and is_row(row) and all(is_number(row.get(name)) for name in numbers)
 
 
-def is_measure(value: object, name: str = "") -> bool:
-    """Whether `value` can be a measure called `name`: a number, or a list of such; one may not be known."""
+def is_measure(value: object, name: str = "", depth: int = 0) -> bool:
+    """Whether `value`, in so many lists already, can be a measure called `name`: a number, or a list of such; one may not be known."""
     if len(name) > _NAME_MAX:
         return False
     if isinstance(value, list):
-        return all(is_measure(entry, name) for entry in value)
+        return depth < _DEPTH_MAX and all(is_measure(entry, name, depth + 1) for entry in value)
     return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))  # type: ignore[operator]
 
 

@@ -29,7 +29,7 @@ from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.options import spell
 from mnist_dist.plots import draw_comparison, draw_run, list_compared, open_run, print_written, save_figures
-from mnist_dist.record import PLOTS, REPORT_FILE, Run, pick_measures, read_run
+from mnist_dist.record import PLOTS, REPORT_FILE, Run, is_number, pick_measures, read_run
 from mnist_dist.source import Unknown
 from mnist_dist.task import Data, Panel, format_measure
 
@@ -274,7 +274,10 @@ def _describe_result(run: Run, measures: Sequence[str]) -> tuple[str, ...]:
     start = run.starts[-1] if run.starts else {}
     return (
         "finished" if run.result else "not finished",
-        *("" if value is None else f"{format_measure(name, value)} ({config.evaluated_on})" for name, value in values.items()),
+        *(
+            f"{format_measure(name, value)} ({config.evaluated_on})" if value is not None and is_number(value) else ""
+            for name, value in values.items()
+        ),
         f"{result.get('step', last.get('step', 0)):,} of {_describe_total(config)}",
         format_duration(result["elapsed_s"]) if result else "",
         "" if speed is None else f"{speed:,.0f}",

@@ -1,5 +1,6 @@
 """What a finished run can be asked: what it gets right, on any number of processes, and for a file that others can load."""
 
+import argparse
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mnist_dist import evaluate, export
+from mnist_dist.config import configure
 from mnist_dist.errors import RunError
 from mnist_dist.task import Export
 from mnist_dist.tasks.mnist import Mnist
@@ -180,6 +182,19 @@ def test_an_export_that_differs_from_the_model_is_not_written(tmp_path, monkeypa
     assert export.main([str(run), str(tmp_path / "model.pt2")]) == 1
     assert "differs from the model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_large_outputs_may_differ_in_their_last_digits_from_those_of_the_export():
+    example = torch.rand(5, 3) + 1
+    assert export.check_export(lambda x: 3e5 * x, lambda x: 3e5 * x * (1 + 1e-5), example) > 1
+    with pytest.raises(RunError, match=r"differs from the model by .*, allowed [3-6]e\+01"):
+        export.check_export(lambda x: 3e5 * x, lambda x: 3e5 * x * (1 + 1e-3), example)
+
+
+def test_the_config_of_a_run_from_somebody_else_downloads_nothing(tmp_path):
+    config = configure(dataset="kmnist", download="true", data_dir=str(tmp_path / "data"), run_dir=str(tmp_path))
+    options = argparse.Namespace(run=str(tmp_path), **dict.fromkeys(evaluate._GIVEN))
+    assert evaluate._make_config(options, config).task.download is False
 
 
 class Branching(nn.Module):

@@ -528,6 +528,24 @@ def test_runs_are_compared_on_one_page(run_dir, capsys):
     assert "named twice" in capsys.readouterr().err
 
 
+def test_a_comparison_leaves_out_a_measure_that_is_no_number(run_dir):
+    other = shutil.copytree(run_dir, run_dir.parent / "lists")
+    run = read_run(other)
+    run = dataclasses.replace(run, result=run.result | {"test/loss": [0.5, 0.25]})
+    rows = Page(report.make_comparison([read_run(run_dir), run])).rows
+    [header] = [row for row in rows if row[:2] == ["run", "state"]]
+    assert [row[header.index("loss")] == "" for row in rows if row[0] in (run_dir.name, "lists") and row[1] == "finished"] == [False, True]
+
+
+def test_pictures_are_not_written_through_a_link(run_dir, tmp_path, capsys):
+    other = shutil.copytree(run_dir, tmp_path / "other", ignore=shutil.ignore_patterns("plots"))
+    (tmp_path / "mine").mkdir()
+    (other / "plots").symlink_to(tmp_path / "mine")
+    assert plots.main([str(other)]) == 1
+    assert f"cannot be written to {other}/plots: it is a link to {tmp_path}/mine" in capsys.readouterr().err
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_comparison_of_equal_names_shows_the_whole_paths(run_dir, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "elsewhere" / run_dir.name)
     rows = Page(report.make_comparison([read_run(run_dir), read_run(other)])).rows

@@ -418,6 +418,7 @@ ODD_ROWS = {
     "a huge step": '{"step": 1' + "0" * 400 + "}",
     "endless digits": '{"step": 1' + "0" * 10_000 + "}",
     "deep JSON": '{"step": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    "a deep list": '{"step": 1, "test/x": ' + "[" * 900 + "]" * 900 + "}",
     "no object": "[1, 2]",
     "no JSON": "\x1b[31mred",
 }
