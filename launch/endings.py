@@ -22,7 +22,7 @@ _WORDS = (
     ("rank silent", r"(was|were) silent for [\d.]+ s"),
     ("did not meet", r"could not join the others|did not come|was left by rank zero"),
     ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
-    ("in use", r"is in use by|has removed the lock"),
+    ("in use", r"is in use by|has removed the lock|lock was lost to"),
     ("folder gone", r"run_dir .* is gone[:;]|another folder is in the place of"),
     # The group is atomic: the first checkpoint of a line, or many would take long.
     ("checkpoint", r"^(?>.*?checkpoints? ).*(is valid|cannot be read|is damaged)|has no checkpoint any more"),

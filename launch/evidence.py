@@ -181,7 +181,7 @@ def _find_original(path: Path) -> str:
     """The folder that this one is a copy of, as its notes name it; empty where it is none."""
     marks = [str(read_note(path / f"slurm/{name}.json").get("folder", "")) for name in ("job", "end")]
     with contextlib.suppress(OSError):
-        marks.append(read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").partition("\n")[2])
+        marks += read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").split("\n")[1:2]
     mark = next((mark.strip() for mark in marks if not is_marked(path, mark)), "")
     return mark.partition(" ")[2].strip("'\"")[:300]
 

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Lock:
         self._end_s = time.monotonic() + patience_s
         self._patience_s, self._is_asked_to_stop = patience_s, is_asked_to_stop
         self._lost, self._gone, self._checking = "", "", threading.Lock()  # rows come from the loop, checkpoints from a thread
+        self._text = b""  # what this holder has written into the file, and no other ever did
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         try:
             self._lock_soon(self._descriptors[0])
@@ -73,9 +75,14 @@ class Lock:
             raise
         self._descriptors.append(descriptor)
         holder = Holder(os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID", ""))
-        with contextlib.suppress(OSError):  # the text only serves the message of another job, and who lists runs
+        self._text = b""
+        with contextlib.suppress(OSError):  # such as of a full disk
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{holder}\n{mark_folder(self.run_dir)}\n".encode(errors="surrogateescape"), 0)
+            # Two holders may have the same number, as the first processes of two containers do, so each has a token.
+            text = f"{holder}\n{mark_folder(self.run_dir)}\n{secrets.token_hex(8)}\n".encode(errors="surrogateescape")
+            os.pwrite(descriptor, text, 0)
+            os.fsync(descriptor)  # NFS would show it to another host only half a minute later
+            self._text = text[-_BYTES_MAX:]
 
     def _lock_soon(self, descriptor: int) -> bool:
         """Lock a file or folder; False where the file system cannot. Raises `UserError` or `RunError` if it stays locked.
@@ -107,7 +114,7 @@ class Lock:
     def check(self, *, at_end: bool = False) -> None:
         """Notice that somebody removed the file of the lock, and take it again; warn once where the folder itself is gone.
 
-        Raises `RunError` if another job was quicker, or if another folder is in the place of the one that was locked; and then each time.
+        Raises `RunError` if another job has the lock, or if another folder is in the place of the one that was locked; and then each time.
         With `at_end`, when nothing can be written later, also if the folder is gone.
         """
         # Where the disk is gone, or the file server does not answer, what is to be written there will tell.
@@ -163,9 +170,14 @@ class Lock:
         return None
 
     def _keep_file(self) -> str:
-        """Take the file of the lock again if somebody removed it; in words, that another job was quicker. Raises OSError."""
+        """Take the file of the lock again if somebody removed it; in words, that another job has the lock. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
+                # By its name: of a node that was cut off, NFS forgets the lock, and what is held here looks as before.
+                text = read_file(self.run_dir / LOCK_FILE, _BYTES_MAX, tail=True)
+                if self._text and text and text != self._text:
+                    other = read_holder(self.run_dir) or "another writer"
+                    return f"run_dir {self.run_dir}: its lock was lost to {other}; this run stops and leaves the folder alone"
                 return ""
         try:
             self._take_file()
@@ -183,9 +195,10 @@ class Lock:
 def read_holder(run_dir: Path) -> Holder | None:
     """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell, or is the copy of another folder's."""
     try:
-        text, _, mark = read_file(run_dir / LOCK_FILE, _BYTES_MAX).decode(errors="replace").partition("\n")
+        content = read_file(run_dir / LOCK_FILE, _BYTES_MAX).decode(errors="replace")
     except OSError:
         return None
+    text, mark, *_ = [*content.split("\n"), ""]
     match = re.fullmatch(r"process (\d{1,18}) on (.{1,255}?)(?: \(Slurm job (\d{1,18})\))?", text.strip())
     return Holder(int(match[1]), match[2], match[3] or "") if match and is_marked(run_dir, mark) else None
 

@@ -22,6 +22,7 @@ from processes import TINY, Train, run_ranks, start_ranks
 
 from launch import cluster, jobs, submit
 from launch.endings import find_kind
+from launch.evidence import _find_original
 from launch.runs import read_state
 from launch.training import write_note
 from mnist_dist import checkpoint, evaluate, lock, report
@@ -605,6 +606,43 @@ def test_where_folders_have_no_lock_a_run_that_lost_its_file_to_another_stops(tm
         with pytest.raises(RunError, match=r"somebody has removed the lock of .*, and this run stops: .* is in use by process"):
             first.check()
     second.release()
+
+
+@pytest.mark.parametrize("is_same_process", [False, True])
+def test_a_run_whose_lock_was_lost_to_another_holder_stops(tmp_path, monkeypatch, is_same_process):
+    """As on NFS, which forgets the locks of a node that was cut off: the file and what is held of it look as before."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    first = Lock(tmp_path)
+    first.check()
+    os.truncate(tmp_path / "lock", 0)  # as it is for a moment while another one writes
+    first.check()
+    if not is_same_process:
+        monkeypatch.setattr(os, "getpid", lambda: 77)
+    second = Lock(tmp_path)
+    second.check()
+    other = read_holder(tmp_path)
+    second.release()
+    for _ in range(2):
+        with pytest.raises(RunError, match=re.escape(f"run_dir {tmp_path}: its lock was lost to {other}; this run stops")) as caught:
+            first.check()
+        assert find_kind(str(caught.value)) == "in use"
+    with pytest.raises(RunError, match="was lost to"):
+        first.find_folder()
+    first.release()
+
+
+def test_the_lock_of_an_older_version_is_read(tmp_path):
+    (tmp_path / "lock").write_text("process 77 on there (Slurm job 5)\n")
+    assert str(read_holder(tmp_path)) == "process 77 on there (Slurm job 5)"
+    for token in ("", "0123456789abcdef\n"):
+        (tmp_path / "lock").write_text(f"process 77 on there\n{mark_folder(tmp_path)}\n{token}")
+        assert str(read_holder(tmp_path)) == "process 77 on there"
+        inode, path = mark_folder(tmp_path).split(" ", 1)  # as of a folder that came back from a backup
+        (tmp_path / "lock").write_text(f"process 77 on there\n{int(inode) + 1} {path}\n{token}")
+        assert str(read_holder(tmp_path)) == "process 77 on there"
+        (tmp_path / "lock").write_text(f"process 77 on there\n{int(inode) + 1} '/original'\n{token}")
+        assert read_holder(tmp_path) is None
+        assert _find_original(tmp_path) == "/original"
 
 
 def test_a_file_server_that_does_not_answer_for_a_moment_costs_no_run(tmp_path, monkeypatch):
