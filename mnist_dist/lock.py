@@ -20,6 +20,8 @@ from mnist_dist.files import is_marked, mark_folder, read_file
 LOCK_FILE = "lock"
 
 _LOCK_WAIT_S = 1.0
+_IN_USE = (errno.EAGAIN, errno.EACCES)
+_PASSING = (errno.ENOLCK, errno.EIO)  # as from a file server whose table of locks is full, or that has just begun
 _BYTES_MAX = 4096
 _log = logging.getLogger(__name__)
 
@@ -89,16 +91,20 @@ class Lock:
 
         A program that lists runs may hold it for a moment, to see whether it is locked.
         """
-        start_s, is_waiting = time.monotonic(), False
+        start_s = answered_s = time.monotonic()
+        is_waiting = False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    return False
+                number = error.errno
             now_s = time.monotonic()
-            if now_s - start_s > _LOCK_WAIT_S:
+            if number in _IN_USE:
+                answered_s = now_s
+            elif number not in _PASSING or now_s - answered_s > _LOCK_WAIT_S:
+                return False
+            if number in _IN_USE and now_s - start_s > _LOCK_WAIT_S:
                 holder = read_holder(self.run_dir)
                 words = f"run_dir {self.run_dir} is in use by {holder or 'another process'}"
                 may_be_lost = holder is not None and holder.host != platform.node() and "SLURM_JOB_ID" in os.environ

@@ -707,10 +707,29 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplo
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.1)
     Lock(tmp_path).release()
     assert [record.getMessage() for record in caplog.records] == [
         f"the file system of {tmp_path} has no locks: make sure that no second job uses this folder"
     ]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_whose_locks_fail_for_a_moment_has_locks(tmp_path, monkeypatch, caplog, number):
+    flock, failures = fcntl.flock, iter(range(3))
+
+    def refuse_at_first(*given):
+        if next(failures, None) is not None:
+            raise OSError(number, os.strerror(number))
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", refuse_at_first)
+    held = Lock(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.1)
+    with pytest.raises(UserError, match="is in use by process"):
+        Lock(tmp_path)
+    held.release()
 
 
 # The record
