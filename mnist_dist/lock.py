@@ -10,6 +10,7 @@ import re
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Lock:
         self._lost, self._gone, self._checking = "", "", threading.Lock()  # rows come from the loop, checkpoints from a thread
         self._text = b""  # what this holder has written into the file, and no other ever did
         self._descriptors = [os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+        _held.add(self)
         try:
             self._lock_soon(self._descriptors[0])
             self._take_file()
@@ -152,7 +154,7 @@ class Lock:
 
     def find_folder(self) -> Path:
         """The folder that was locked, wherever it is today. Raises `RunError` if another job has it, or nobody can tell; and OSError."""
-        if self._is_in_place():
+        if not self._descriptors or self._is_in_place():
             self.check()
             return self.run_dir
         path = self._find_path()
@@ -194,8 +196,25 @@ class Lock:
 
     def release(self) -> None:
         """Give the folder back."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def forget(self) -> None:
+        """Close the files of the lock in a process that was forked from its holder's, whose lock stays."""
+        self._lost = f"run_dir {self.run_dir} belongs to the process that this one was forked from"
+        self.release()
+
+
+_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for lock in _held:
+        lock.forget()
+
+
+# A process that a task has forked may outlive the run, and with open files it would keep the folder locked.
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def read_holder(run_dir: Path) -> Holder | None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -712,6 +713,36 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplo
     assert [record.getMessage() for record in caplog.records] == [
         f"the file system of {tmp_path} has no locks: make sure that no second job uses this folder"
     ]
+
+
+def test_a_process_that_was_forked_from_a_run_does_not_keep_its_folder(tmp_path, monkeypatch):
+    """As one of a pool that a data set keeps, which outlives a run that is killed."""
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.1)
+    held = Lock(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    ready, go_on = fork.Event(), fork.Event()
+
+    def live():
+        with pytest.raises(RunError, match="forked from"):
+            held.find_folder()
+        with open(os.devnull):  # where it may have the number of the lock's file
+            held.release()
+        ready.set()
+        go_on.wait()
+
+    child = fork.Process(target=live)
+    child.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(UserError, match="is in use by process"):  # the lock is still the parent's
+            Lock(tmp_path)
+        held.check()
+        held.release()
+        Lock(tmp_path).release()
+    finally:
+        go_on.set()
+        child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
