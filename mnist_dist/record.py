@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import re
 import stat
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -65,9 +66,8 @@ class Record:
 
     def cut_back(self, step: int, promised: Iterable[int] | None = None) -> None:
         """Keep the valid rows up to `step`. Names on the log what is damaged, and which of the `promised` steps have no row."""
-        content = read_file(self.path, _RECORD_BYTES_MAX)
-        kept, damaged = io.BytesIO(), []
-        for number, line in enumerate(io.BytesIO(content), start=1):
+        good, moved, damaged = 0, io.BytesIO(), []  # rows that lie where they belong, in bytes; those behind what goes
+        for number, start, line in self._read_lines():
             row = parse_object(line)
             if is_row(row) and row["step"] > step:
                 continue
@@ -75,19 +75,36 @@ class Record:
                 if line.endswith(b"\n"):  # else it was torn: the run was killed while it wrote
                     damaged.append(number)
                 continue
-            kept.write(line.rstrip(b"\r\n") + b"\n")
+            whole = line.rstrip(b"\r\n") + b"\n"
+            if start == good and whole == line:
+                good += len(line)
+            else:
+                moved.write(whole)
             self.steps.append(row["step"])
         if damaged:
             _log.warning("%s: %s damaged or out of order and left out", self.path, _name_some(damaged, "line", "lines"))
         missing = sorted(set(promised or ()) - set(self.steps))
         if missing:
             _log.warning("%s lacks rows that the checkpoint promises, those of %s", self.path, _name_some(missing, "step"))
-        good = kept.getvalue()
-        if content.startswith(good):
-            os.ftruncate(self._descriptor, len(good))
+        self._end = good + len(moved.getbuffer())
+        if self._end == good:
+            os.ftruncate(self._descriptor, good)
         else:
-            self._replace(good)
-        self._end = len(good)
+            with open(self._descriptor, "rb", closefd=False) as file:
+                file.seek(0)
+                content = file.read(good) + moved.getvalue()
+            self._replace(content)
+
+    def _read_lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """The number, the place and the bytes of each line, however many a long run has made. Raises OSError where one has no end."""
+        start = 0
+        with open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(0)
+            for number, line in enumerate(iter(lambda: file.readline(_RECORD_BYTES_MAX), b""), start=1):
+                if len(line) == _RECORD_BYTES_MAX:
+                    raise OSError(errno.EFBIG, f"line {number} has more than the {len(line) - 1:,} bytes that are read", str(self.path))
+                yield number, start, line
+                start += len(line)
 
     def append(self, row: Row) -> None:
         """Add a row. Where the disk refuses it, it is kept for the next try and a warning is given."""

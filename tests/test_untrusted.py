@@ -27,6 +27,7 @@ from launch.evidence import _find_original
 from launch.runs import read_state
 from launch.training import write_note
 from mnist_dist import checkpoint, evaluate, lock, report
+from mnist_dist import record as record_module
 from mnist_dist.config import configure, make_config, parse_command_line
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import expand_path, is_marked, mark_folder, read_file, write_atomically
@@ -795,6 +796,26 @@ def test_the_record_is_compared_with_what_the_checkpoint_promises(tmp_path, capl
     messages = [entry.getMessage() for entry in caplog.records]
     assert len(messages) == len(words)
     assert all(word in message for word, message in zip(words, messages, strict=True)), messages
+
+
+def test_a_record_of_any_size_is_continued_while_others_read_so_many_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "config.yaml").write_text(configure().to_yaml())
+    monkeypatch.setattr(record_module, "_RECORD_BYTES_MAX", 100)
+    for text in (rows_of(*range(1, 12)), "garbage\n" + rows_of(*range(1, 12))):
+        path.write_text(text)
+        record = Record(path)
+        record.cut_back(10, range(1, 11))
+        record.append({"step": 11, "train/loss": 1.0})
+        record.close()
+        assert path.read_text() == rows_of(*range(1, 12))
+    with pytest.raises(UserError, match="more than the 100 that are read"):
+        read_run(tmp_path)
+    path.write_bytes(rows_of(1).encode() + bytes(200))
+    record = Record(path)
+    with pytest.raises(OSError, match="line 2 has more than the 99 bytes that are read"):
+        record.cut_back(10)
+    record.close()
 
 
 def test_rows_that_are_lost_between_two_starts_are_named(run_dir):
