@@ -178,14 +178,15 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                             run.save_if_due(state)
                     # An earlier start may have been killed between its last checkpoint and its result.
                     evaluation = evaluation or evaluate_model()
+                    agreement.finish()
             except Stopped as stopped:
-                agreement.finish()
-                meter.check()
+                with run.saving_what_is_done(state):
+                    agreement.finish()
+                    meter.check(state)
                 path = run.save_last(state, stopped.stop)
                 then = ", amid an evaluation, which the next start repeats" * (state.unfinished is not None)
                 _log.info("stopped by a signal after step %d of %d%s; saved %s", state.step, config.total_steps, then, path)
                 return Result(stopped.stop, state.step, {})
-            agreement.finish()
             run.save_last(state)
         values = _describe_result(state, evaluation) | facts
         run.finish(values, encode_weights(state.bare_model, config))

@@ -40,16 +40,17 @@ class Meter:
         """Note this rank's mean loss of one step, a scalar on the device."""
         self._losses.append(loss)
 
-    def check(self) -> float:
+    def check(self, state: TrainingState) -> float:
         """The mean loss over the global batch of the last step; NaN if there was none since the last reading.
 
-        Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite.
+        Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite; then the state is not to be saved.
         """
         if not self._losses:
             return math.nan
         losses = self.group.accelerator.gather(torch.stack(self._losses).unsqueeze(0)).cpu()  # [world_size, steps]
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
+            state.is_settled = False
             rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
             where = "" if self.config.shards else f" on rank {rank}"  # with shards each rank has the loss of all
             step = self._step + index + 1
@@ -62,7 +63,7 @@ class Meter:
     def read(self, state: TrainingState, learning_rate: float) -> Row:
         """The row of the step just done. Raises `NotFiniteError` as `check` does."""
         steps = len(self._losses)
-        loss = self.check()
+        loss = self.check(state)
         assert self._step == state.step
         elapsed_s = time.perf_counter() - self._since_s
         health = {"health/step_s": round(elapsed_s / steps, 6), "health/memory_gb": round(self._measure_memory_gb(), 3)}

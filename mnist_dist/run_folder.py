@@ -299,7 +299,19 @@ class RunFolder:
 
     def save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
         """Write the checkpoint with which this start ends, because of `stop` or at the end. Raises `RunError` where that fails."""
-        return self.group.on_main(lambda: self._save_last(state, stop))
+        saved: list[Path] = []
+
+        def save() -> Path:
+            saved.append(self._save_last(state, stop))
+            return saved[0]
+
+        try:
+            return self.group.on_main(save)
+        except Exception as error:
+            if not (stop and saved and is_loss(error)):
+                raise
+            _log.warning("the checkpoint is written, but not all ranks lived to hear of it: %s", self.group.explain(error))
+            return saved[0]
 
     def _save_last(self, state: "TrainingState", stop: Stop = Stop.NONE) -> Path:
         assert self._writer is not None

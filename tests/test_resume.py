@@ -20,11 +20,15 @@ from safetensors.torch import load_file
 
 from mnist_dist import checkpoint
 from mnist_dist.config import configure, parse_command_line
+from mnist_dist.errors import NotFiniteError
+from mnist_dist.loop import train as train_config
+from mnist_dist.meter import Meter
 from mnist_dist.preemption import Stop
 from mnist_dist.record import read_run
 from mnist_dist.run_folder import RunFolder
 
 CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
+RARE = ["--log_every", "1000", "--evaluate_every", "1000", "--checkpoint_every", "1000"]
 
 
 def read_rows(folder):
@@ -206,6 +210,40 @@ def test_what_was_trained_before_a_rank_is_killed_is_saved(tmp_path):
     (tmp_path / "run/starts.jsonl").write_text("")
     text = run_ranks(tmp_path, Train([*plain, "--checkpoint_every", "1000", "--run_dir", str(tmp_path / "run")]), 2, expect=2)
     assert "has no checkpoint any more" in text
+
+
+@dataclass(frozen=True)
+class LoseARankAtAStop(Train):
+    """Two ranks that stop after three steps, of which the second is killed where it enters a function of the stop."""
+
+    place: str
+
+    def __call__(self):
+        from mnist_dist.loop import train
+        from mnist_dist.program import run_program
+
+        if os.environ["RANK"] == "1":
+            kind, name = {"check": (Meter, "check"), "save_last": (RunFolder, "save_last")}[self.place]
+            setattr(kind, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return run_program(lambda: train(parse_command_line(self.arguments), StopAt(2)).stop.exit_code)
+
+
+@pytest.mark.parametrize(("place", "status"), [("check", 1), ("save_last", 85)])
+def test_a_rank_that_is_lost_amid_a_stop_costs_no_step(tmp_path, place, status):
+    arguments = [*TINY, *RARE, "--run_dir", str(tmp_path / "run")]
+    main, other = start_ranks(tmp_path, LoseARankAtAStop(arguments, place), 2)
+    assert (main.wait(60), other.wait(60)) == (status, -signal.SIGKILL), main.text
+    assert "rank 1 on host" in main.text
+    [end] = [json.loads(line) for line in (tmp_path / "run/ends.jsonl").read_text().splitlines()]
+    assert (end["saved"], end["status"]) == (3, status)
+    assert [checkpoint.find_step(path) for path in checkpoint.list_newest_first(tmp_path / "run/checkpoints")] == [3]
+
+
+def test_a_loss_that_is_not_finite_and_is_found_at_a_stop_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(Meter, "add", lambda meter, loss: meter._losses.append(loss * float("nan")))
+    with pytest.raises(NotFiniteError, match="the loss is nan at step 1"):
+        train_config(parse_command_line([*TINY, *RARE, "--run_dir", str(tmp_path / "run")]), StopAt(3))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 @dataclass(frozen=True)
