@@ -24,8 +24,10 @@ class GraphedStep:
     the addresses and the numbers that it was recorded with.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Tensor], note_replay: Callable[[], None] = lambda: None) -> None:
+        """`note_replay` is called before each replay, which does nothing else of Python's."""
         self._compute = compute
+        self._note_replay = note_replay
         self._calls = 0
         self._inputs: Any = ()
         self._replay: Callable[[], None] | None = None
@@ -48,6 +50,7 @@ class GraphedStep:
                     "batches the same shapes"
                 )
             kept.copy_(now, non_blocking=True)
+        self._note_replay()
         self._replay()
         return self._output.clone()  # the next replay writes over it
 

@@ -120,7 +120,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
                 return state.train_on(parts, meter.note_forward)
 
         state.settle()
-        train_step = GraphedStep(compute) if config.cuda_graph else compute
+        train_step = GraphedStep(compute, state.unsettle) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
         meter = Meter(config, group, state.step)

@@ -132,9 +132,13 @@ class TrainingState:
             self._check_frozen(versions)
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
-        self.is_settled, self._versions = False, None
+        self.unsettle()
         self.optimizer.step()
         return loss
+
+    def unsettle(self) -> None:
+        """Note that what comes changes the state: until the row of the step is in the record, it is not to be saved."""
+        self.is_settled, self._versions = False, None
 
     @property
     def is_whole(self) -> bool:

@@ -117,6 +117,27 @@ def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatc
     assert all(torch.allclose(value, mixed[name], atol=1e-5) for name, value in weights.items())
 
 
+def test_a_step_whose_replay_fails_is_not_saved(tmp_path, monkeypatch):
+    """It may have moved the weights, and runs none of the Python that would have noted it."""
+
+    def record_once(compute, inputs):
+        replays = iter([lambda: compute(*inputs)])
+
+        def replay():
+            next(replays, fail)()
+
+        return replay, torch.zeros(())
+
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(distributed, "check_graph", lambda *_: None)
+    monkeypatch.setattr(graph, "record", record_once)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(tmp_path, cuda_graph=True, checkpoint_every=1000)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
 def test_replayed_steps_need_a_gpu(tmp_path, values):
     with pytest.raises(UserError, match="one process on a GPU, and this run is on a CPU"):
