@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +27,12 @@ from mnist_dist.machine import (
     choose_gpu,
     choose_precision,
     count_open_files,
+    describe_choice,
     keep_memory,
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet
+from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
 from mnist_dist.world import World, choose_threads, count_usable_cores
 
 _log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ T = TypeVar("T")
 
 _CLOSING_S = 1.0
 _NCCL_EXTRA_S = 60.0
+_READING_S = 5.0
+_SHOWN_CHOICES = 8
 _FOREVER = timedelta(days=365)
 
 
@@ -259,7 +263,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
             with _watchdog(world, config.timeout_s):
                 if place is not None:
                     with explaining_start(world, timeout):
-                        store, board = _start_group(world, place, device, timeout)
+                        store, board = _start_group(world, config, place, device, timeout)
                 accelerator = _make_accelerator(world, device, precision, timeout)
                 _check_world(accelerator, world)
                 with explaining_start(world, timeout):
@@ -307,15 +311,36 @@ def find_place(world: World, config: Config) -> Place:
 _meetings = itertools.count()  # of this process: a script may train more than once
 
 
-def _start_group(world: World, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
+def _start_group(world: World, config: Config, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
     """Make the process group over a store of its own, and the board beside it."""
     store = open_store(place, timeout)
+    _check_devices(store, world, place, device, describe_choice(config, device))
     board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout, on_gpu=device == "cuda")
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
     longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout
     dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=longer)
     return store, board
+
+
+def _check_devices(store: Any, world: World, place: Place, device: str, choice: str) -> None:
+    """Raise `UserError` on all ranks where some have chosen another device: one would start NCCL, the other gloo, and both would wait."""
+    ranks = range(world.size)
+    store.multi_set([f"choice/{world.rank}", f"device/{world.rank}"], [choice, device])
+    if len(set(store.multi_get([f"device/{rank}" for rank in ranks]))) == 1:
+        return
+    alike: dict[str, list[int]] = {}
+    for rank, text in enumerate(store.multi_get([f"choice/{rank}" for rank in ranks])):
+        alike.setdefault(text.decode(), []).append(rank)
+    # Rank zero serves the store: it lets the others read before it ends.
+    end = time.monotonic() + _READING_S
+    read = store.add("choices read", 1)
+    while world.rank == 0 and read < world.size and time.monotonic() < end:
+        time.sleep(0.02)
+        read = store.add("choices read", 0)
+    hosts = dict(enumerate(place.hosts))
+    found = [f"{name_with_hosts(ranks, hosts)} would compute {text}" for text, ranks in list(alike.items())[:_SHOWN_CHOICES]]
+    raise UserError(f"{'; '.join(found)}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
 
 
 def open_store(place: Place, timeout: timedelta) -> Any:

@@ -52,6 +52,13 @@ def choose_device(config: Config, world: World) -> str:
     return "cuda"
 
 
+def describe_choice(config: Config, device: str) -> str:
+    """The device that this process has chosen, and why if it is the CPU."""
+    if device == "cuda":
+        return "on a GPU"
+    return f"on the CPU ({'device is cpu' if config.device == 'cpu' else explain_no_gpu()})"
+
+
 def explain_no_gpu() -> str:
     """Why torch may find no GPU, as far as this process can know."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):

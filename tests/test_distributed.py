@@ -1,13 +1,15 @@
 import os
+import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, find_free_port, run_ranks, start_ranks
+from processes import TINY, Train, find_free_port, run_ranks, start_ranks
 
 from mnist_dist import distributed, machine
 from mnist_dist.config import configure
@@ -261,6 +263,31 @@ def test_ranks_that_were_given_different_options_are_refused(tmp_path, option):
         ranks += start_ranks(tmp_path / str(rank), work, 1, {name: str(value) for name, value in environ.items()})
     assert [rank.wait() != 0 for rank in ranks] == [True, True]
     assert f"this rank has other options than rank zero ({option.removeprefix('--')})" in ranks[1].text
+
+
+@dataclass(frozen=True)
+class LackGpu(Train):
+    """Ranks of which two find a GPU, and one none."""
+
+    without: int
+
+    def __call__(self):
+        distributed.choose_device = lambda *_: "cpu" if os.environ["RANK"] == str(self.without) else "cuda"
+        distributed.choose_gpu = lambda _: 0
+        return super().__call__()
+
+
+@pytest.mark.parametrize("without", [0, 2])
+def test_a_rank_without_the_gpu_that_the_others_have_is_named_on_every_rank(tmp_path, without):
+    begun = time.monotonic()
+    work = LackGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], without)
+    text = run_ranks(tmp_path, work, 3, expect=2)
+    assert time.monotonic() - begun < 15
+    assert text.count(f"rank {without} on host {platform.node()} would compute on the CPU (torch ") == 3
+    others = "ranks 1-2" if without == 0 else "ranks 0-1"
+    assert text.count(f"{others} on host {platform.node()} would compute on a GPU") == 3
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
 
 
 def launch(tmp_path, *command):
