@@ -29,6 +29,7 @@ _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
 _TICK_S = 30.0  # at most: one that takes longer shows that this process stood still
 _LEAVING_S = 5.0
 _LEAVING_GPU_S = 2 * _LEAVING_S
+_COMPUTING_S = 60.0  # at most: a process may also spin while it waits
 _STACK_BYTES = 16_384
 _PACKAGE = Path(__file__).resolve().parent
 _WAITING_FILES = {str(_PACKAGE / name) for name in ("distributed.py", "exchange.py")}  # ours that wait in collectives
@@ -240,15 +241,22 @@ class Board:
         """End the process, saying why, once it waits for a rank that is gone: it may do so already, or be busy and wait later.
 
         Gloo connects two ranks when they first talk to each other, and waits out its time where the other has left before. A kernel of
-        NCCL waits for ever, and with it whoever waits for the GPU, wherever that is.
+        NCCL waits for ever, and with it whoever waits for the GPU, wherever that is. On a CPU a long backward stands at the same call of
+        torch as one that waits. But it uses the processor, and rank zero may have steps to save after it.
         """
         since, place, allowed_s = time.monotonic(), None, _LEAVING_GPU_S if self._on_gpu else _LEAVING_S
         find_wait = _find_stop if self._on_gpu else _find_collective
+        entered = looked = since
+        used_s = time.process_time()
         while not self._closed.wait(0.2):
-            now = find_wait(self._thread_of_run)
+            now, before, used_before_s = find_wait(self._thread_of_run), looked, used_s
+            looked, used_s = time.monotonic(), time.process_time()
+            computes = not self._on_gpu and used_s - used_before_s > 0.1 * (looked - before)
             if now != place or now is None:
-                since, place = time.monotonic(), now
-            if time.monotonic() - since > allowed_s:
+                since, entered, place = looked, looked, now
+            elif computes and looked - entered < _COMPUTING_S:
+                since = looked
+            if looked - since > allowed_s:
                 with contextlib.suppress(OSError):
                     os.write(2, f"[rank {self._rank}] error: {make_printable(reason)}\n".encode(errors="backslashreplace"))
                 os._exit(RunError.exit_code)

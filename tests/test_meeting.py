@@ -698,6 +698,32 @@ def test_the_first_reason_is_everybodys(boards, pool):
     assert boards[2].explain(error) == texts[0]
 
 
+@pytest.mark.parametrize("most_s", [60, 0.5])
+def test_a_rank_that_computes_is_not_taken_for_one_that_waits_but_not_for_ever(boards, monkeypatch, most_s):
+    monkeypatch.setattr(board, "_LEAVING_S", 0.8)
+    monkeypatch.setattr(board, "_COMPUTING_S", most_s, raising=False)
+    monkeypatch.setattr(board, "_find_collective", lambda _: "a collective")
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise ChildProcessError  # in the place of the end
+
+    def leave():
+        with contextlib.suppress(ChildProcessError):
+            boards[0].leave("the planted reason")
+
+    monkeypatch.setattr(os, "_exit", end)
+    begun = time.monotonic()
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    while leaving.is_alive() and time.monotonic() < begun + (1.8 if most_s == 60 else 10):
+        torch.ones(200, 200).mm(torch.ones(200, 200))
+    assert leaving.is_alive() == (most_s == 60)
+    leaving.join(10)
+    assert statuses == [1]
+
+
 # Open files.
 
 
