@@ -217,8 +217,10 @@ class RunFolder:
                 ", ".join(changed),
             )
         differing = [f"{name} {before[name]}, now {start[name]}" for name in _BIT_NAMES if before.get(name, start[name]) != start[name]]
-        if self.config.shards and differing:
-            _log.warning("shards give the same bits only where these are the same; the last start had %s", "; ".join(differing))
+        what = "shards give" if self.config.shards else "a run that is resumed has"
+        # On another number of processes a run without shards is the same up to rounding anyway.
+        if differing and (self.config.shards or before.get("world_size") == start["world_size"]):
+            _log.warning("%s the same bits only where these are the same; the last start had %s", what, "; ".join(differing))
 
     def _sync(self) -> None:
         assert self._lock is not None

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import tempfile
 import threading
@@ -448,6 +449,24 @@ def test_a_run_has_ended_well_though_the_others_did_not_wait_for_its_report(tmp_
 
     RunFolder(configure(run_dir=str(tmp_path)), Alone(lose)).publish({}, None, None)
     assert "see --timeout_s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shards", "before", "words"),
+    [
+        (None, {}, ""),
+        (None, {"threads": 7, "processor": "x"}, "a run that is resumed has the same bits .* had processor x, now y; threads 7, now 1"),
+        (None, {"torch": "2.10"}, "torch 2.10, now 2.11"),
+        (None, {"threads": 7, "world_size": 4}, ""),  # which is the same up to rounding in any case
+        (4, {"threads": 7, "world_size": 4}, "shards give the same bits .* had threads 7, now 1"),
+    ],
+)
+def test_a_resumed_run_that_computes_otherwise_is_told_what_differs(tmp_path, caplog, shards, before, words):
+    start = {"step": 0, "source": "", "world_size": 2, "processor": "y", "device": "cpu", "threads": 1, "torch": "2.11"}
+    start |= {"precision": "fp32", "micro_batch": 6}
+    (tmp_path / "starts.jsonl").write_text(json.dumps(start | before) + "\n")
+    RunFolder(configure(run_dir=str(tmp_path), shards=shards), Alone())._compare(start)
+    assert re.search(words, caplog.text) if words else not caplog.text
 
 
 def test_a_second_live_job_in_the_folder_is_refused_and_a_dead_one_does_not_hold_it(tmp_path):
