@@ -149,9 +149,11 @@ def compare_weights(folder: Path, part: str) -> tuple[bool, str]:
             return False, f"the run {run} left no weights to compare"
     if digests[0] == digests[1]:
         return True, "weights bit-equal to an unbroken run's"
-    kinds = [str(start.get("processor")) for run in (UNBROKEN, part) for start in _read_rows(read_starts, folder / run)]
-    if len(set(kinds)) > 1:
-        return False, f"weights differ from an unbroken run's, which ran on other processors ({', '.join(dict.fromkeys(kinds))})"
+    notes = [str(start.get("processor")) for run in (UNBROKEN, part) for start in _read_rows(read_starts, folder / run)]
+    # Where the ranks of one start have several kinds, those of another may have them in another order.
+    kinds = dict.fromkeys(kind for note in notes for kind in note.split("; "))
+    if len(kinds) > 1:
+        return False, f"weights differ from an unbroken run's, and the ranks had different processors or GPUs ({', '.join(kinds)})"
     return False, f"weights differ from an unbroken run's (SHA-256 {digests[1][:8]}, not {digests[0][:8]})"
 
 
@@ -226,7 +228,7 @@ _ADVICE_ON_BITS = "compare one kind of node with itself (--constraint); else see
 
 
 def _word_of(words: str) -> str:
-    return "WARN" if "other processors" in words else "WRONG"
+    return "WARN" if "different processors" in words else "WRONG"
 
 
 def _read_time(row: dict[str, Any]) -> float:

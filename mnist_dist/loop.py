@@ -29,7 +29,7 @@ from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import describe, evaluate, open_evaluation, rehearse
 from mnist_dist.graph import GraphedStep
-from mnist_dist.machine import find_processor
+from mnist_dist.machine import find_kind
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, Stopped, StopSignals
@@ -105,7 +105,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             "tier": ANY_WORLD if state.is_any_world else THIS_WORLD,
             "best": task.best,
             "micro_batch": config.micro_batch,
-            "processor": find_processor(),
+            "processor": "; ".join(sorted(set(group.gather(find_kind(group.device))))),  # of all ranks
             "torch": torch.__version__,
             **config.name_sizes(),
         }

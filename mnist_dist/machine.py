@@ -175,10 +175,20 @@ def repeating_bits() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
+def find_kind(device: torch.device) -> str:
+    """The model of the GPU, or of the processor, that a process computes on: the rounding of sums depends on it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
+
+
 def find_processor() -> str:
-    """The model of this machine's processor, on which the rounding of sums depends."""
+    """The model of this machine's processor."""
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    if "model name" in found:
+        return found["model name"]
+    # Linux gives the processors of Arm no other name than these numbers.
+    numbers = [f"{name} {found[name]}" for name in ("CPU implementer", "CPU part") if name in found]
+    return ", ".join([platform.processor() or platform.machine(), *numbers])

@@ -1,3 +1,4 @@
+import json
 import os
 import platform
 import re
@@ -63,6 +64,33 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert machine.choose_device(configure(), find_world(SUBMITIT)) == "cuda"
     assert machine.choose_gpu(find_world(SUBMITIT)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9654\n\nprocessor\t: 1\nmodel name\t: AMD EPYC 9654\n", "AMD EPYC 9654"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n", ", CPU implementer 0x41, CPU part 0xd4f"),
+    ],
+)
+def test_a_processor_is_named_by_its_model_also_on_arm(tmp_path, monkeypatch, text, name):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    assert machine.find_processor().endswith(name)
+
+
+@dataclass(frozen=True)
+class TrainOnOtherProcessor(Train):
+    """Ranks of which each has a processor of its own kind, but for the last two."""
+
+    def __call__(self):
+        machine.find_processor = lambda: f"kind {min(int(os.environ['RANK']), 1)}"
+        return super().__call__()
+
+
+def test_a_start_notes_the_processors_of_all_ranks(tmp_path):
+    run_ranks(tmp_path, TrainOnOtherProcessor([*TINY, "--steps", "1", "--run_dir", str(tmp_path / "run")]), 3)
+    assert json.loads((tmp_path / "run/starts.jsonl").read_text())["processor"] == "kind 0; kind 1"
 
 
 def test_a_run_leaves_the_settings_of_torch_as_they_were():

@@ -370,7 +370,7 @@ def test_which_ranks_a_signal_reached(tmp_path):
             "did not requeue the job; submitted again, it went on at step 26; weights bit-equal",
         ),
         ({"starts": (0, 26), "ends": (26,), "weights": b"v"}, False, "WRONG", "weights differ"),
-        ({"starts": (0, 26), "ends": (26,), "weights": b"v", "processor": "y"}, False, "WARN", "other processors (x, y)"),
+        ({"starts": (0, 26), "ends": (26,), "weights": b"v", "processor": "y"}, False, "WARN", "different processors or GPUs (x, y)"),
         ({"starts": (0, 20), "ends": (26,)}, False, "WRONG", "saved at step 26, but went on at step 20"),
         ({"starts": (0,), "ends": (26,)}, False, "WRONG", "never came back (cancelled)"),
         ({"starts": (0,), "ends": ()}, False, "WARN", "not tried"),
@@ -384,6 +384,15 @@ def test_whether_a_run_came_back(tmp_path, run, forbidden, word, text):
     assert finding.word == word
     assert text in finding.measured
     assert bool(finding.next_step) == (word != "ok")
+
+
+def test_ranks_of_several_kinds_may_have_been_placed_otherwise(tmp_path):
+    folder = make_folder(tmp_path / "work")
+    make_run(folder, UNBROKEN, processor="x; y")
+    make_run(folder, REQUEUED, starts=(0, 26), ends=(26,), weights=b"v", processor="x; y")
+    finding = judge_requeue(folder, by="Slurm")
+    assert finding.word == "WARN"
+    assert "the ranks had different processors or GPUs (x, y)" in finding.measured
 
 
 def test_how_the_others_ended_when_a_rank_was_killed(tmp_path):
