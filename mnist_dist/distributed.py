@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from mnist_dist.board import Board
 from mnist_dist.config import Config
-from mnist_dist.errors import RunError, UserError, first_line, is_loss
+from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_loss
 from mnist_dist.machine import (
     check_graph,
     choose_device,
@@ -379,7 +379,7 @@ def _make_accelerator(world: World, device: str, precision: str, timeout: timede
             ],
         )
     except Exception as error:
-        if is_loss(error):
+        if is_loss(error) or is_device_failure(error):
             raise
         # Accelerate reads some forty variables, and each fails in its own way on a value that it does not know.
         variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))

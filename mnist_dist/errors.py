@@ -36,3 +36,8 @@ def is_loss(error: BaseException) -> bool:
 def is_lost_worker(error: BaseException) -> bool:
     """Whether `error` is what torch raises, wherever this process happens to be, when a worker of a DataLoader dies or is silent."""
     return type(error) is RuntimeError and str(error).startswith("DataLoader ")
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Whether `error` is what torch raises when a GPU has no room, or fails."""
+    return any(kind.__name__ in ("OutOfMemoryError", "AcceleratorError") for kind in type(error).__mro__)

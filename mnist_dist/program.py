@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
+from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_lost_worker
 from mnist_dist.files import describe_error
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.world import find_world
@@ -77,10 +77,11 @@ def _name_mistakes(work: Callable[[], int]) -> int:
             print("\n".join(f"{_find_prefix()}error: {make_printable(line)}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
-        if not is_lost_worker(error):
+        if not (is_lost_worker(error) or is_device_failure(error)):
             raise
+        what = "a worker that reads data is lost" if is_lost_worker(error) else "the GPU failed"
         with contextlib.suppress(OSError):
-            print(f"{_find_prefix()}error: a worker that reads data is lost: {first_line(error)}", file=sys.stderr)
+            print(f"{_find_prefix()}error: {what}: {first_line(error)}", file=sys.stderr)
         return RunError.exit_code
 
 

@@ -19,15 +19,19 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from processes import TINY, StopAt, Train, TrainTask, find_free_port, run_ranks, start_ranks
 
 from launch.endings import find_kind
-from mnist_dist import checkpoint
+from mnist_dist import checkpoint, distributed
 from mnist_dist.config import configure, parse_command_line
+from mnist_dist.distributed import join_group
 from mnist_dist.preemption import Stop, StopSignals
+from mnist_dist.program import run_program
 from mnist_dist.record import read_ends
 from mnist_dist.run_folder import Record, RunFolder
 from mnist_dist.tasks.mnist import Mnist
+from mnist_dist.world import World
 
 LONG = [*TINY, "--steps", "5000", "--test_size", "12"]  # of one batch, amid which no stop is heeded
 CODES = {signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
@@ -404,6 +408,24 @@ def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path,
     stacks = {path.name: path.read_text() for path in (folder / "stacks").glob("*")}
     assert set(stacks) == ({f"rank{index}.txt" for index in range(3) if index != rank} if how == "stopped" else set())
     assert all("thread 'MainThread', innermost call first:" in text and "loop.py, line" in text for text in stacks.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB."), (torch.AcceleratorError, "CUDA error: out of memory\nmore")],
+)
+def test_a_gpu_that_fails_anywhere_is_one_line(monkeypatch, capsys, kind, said):
+    def fail(*_, **__):
+        raise kind(said)
+
+    def work():
+        with join_group(World(), configure(threads=1)):
+            return 0
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # it is none of its variables
+    monkeypatch.setattr(distributed, "Accelerator", fail)
+    assert run_program(work) == 1
+    assert capsys.readouterr().err == f"error: the GPU failed: {said.splitlines()[0]}\n"
 
 
 # Disks.
