@@ -64,6 +64,7 @@ class StopSignals:
 
     def install(self) -> "StopSignals":
         """Take over the stop signals of this process (main thread only)."""
+        _take_standard_descriptors()
         # A Python handler waits for the main thread, which may sit in a collective for minutes because another rank is gone. So the
         # handlers do nothing: each signal's number is also written to this pipe at once, and a thread reads it.
         reading, writing = os.pipe()
@@ -101,6 +102,16 @@ class StopSignals:
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
                     _say(b"\nSaving and stopping as soon as the step, or batch of an evaluation, is done; Ctrl-C again stops at once.\n")
+
+
+def _take_standard_descriptors() -> None:
+    """Let nothing that is opened get the number of a standard descriptor that whoever started this has closed.
+
+    What is printed would be written into it: into the pipe of the signals, or a checkpoint.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _keep_from_children() -> None:

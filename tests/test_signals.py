@@ -245,6 +245,26 @@ def test_a_screen_that_is_gone_does_not_stop_the_training(tmp_path, redirect):
     assert (folder / "result.json").exists()
 
 
+PRINTING = """
+import os, sys, time
+from mnist_dist.preemption import StopSignals
+signals = StopSignals().install()
+signals.defer(announced=False)
+for descriptor in (0, 2):
+    try:
+        os.write(descriptor, bytes([15]))  # the number of SIGTERM
+    except OSError:
+        pass
+time.sleep(0.3)
+sys.exit(int(signals.received))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- 2>&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_what_is_printed_to_a_closed_screen_is_not_taken_for_a_signal(closed):
+    assert subprocess.run(["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", PRINTING]).returncode == 0
+
+
 def test_ctrl_c_saves_even_if_it_ended_the_reader_of_the_log_first(tmp_path):
     folder = tmp_path / "run"
     process = run_in_shell("2>&1 | cat", folder, "--steps", "5000")
