@@ -1,17 +1,14 @@
 """What a person sees of a run: a bar on a terminal, plain lines in a log; the rank in front where there are several."""
 
-import contextlib
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from mnist_dist.config import Config
-from mnist_dist.program import make_printable
+from mnist_dist.program import make_printable, surviving_stderr
 from mnist_dist.task import format_measure
 
 _log = logging.getLogger("mnist_dist")
@@ -25,19 +22,6 @@ class _Handler(logging.Handler):
         with surviving_stderr():
             tqdm.write(make_printable(self.format(record), kept="\n\t"), file=sys.stderr)
             sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def surviving_stderr() -> Iterator[None]:
-    """Print to standard error while somebody reads it.
-
-    Ctrl-C in `train | tee log` ends tee first, and a log's disk may be full: neither may end the training or lose its last checkpoint.
-    From then on nothing is printed, and nothing stays in a buffer either, which would turn the exit status into 120.
-    """
-    try:
-        yield
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def set_up_logging(rank: int, world_size: int) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
@@ -48,6 +49,30 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+_dropping = threading.Lock()
+
+
+@contextlib.contextmanager
+def surviving_stderr() -> Iterator[None]:
+    """Print to standard error if it takes what is printed; else that is lost, and the next message is tried again.
+
+    Ctrl-C in `train | tee log` ends tee first, a log's disk may be full, and a terminal may be busy: none of it may end the training or
+    lose its last checkpoint. Nothing stays in a buffer either, which would turn the exit status into 120.
+    """
+    try:
+        yield
+        sys.stderr.flush()
+    except OSError:
+        with _dropping, contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+            kept = os.dup(2)
+            try:
+                os.dup2(nothing.fileno(), 2)
+                sys.stderr.flush()
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+
+
 def run_program(work: Callable[[], int]) -> int:
     """Call `work`; its exit status, or 2 for a user's mistake, 130 for Ctrl-C and 1 for the rest, in one line without a traceback."""
     # When a rank is lost, torch's C++ side would print pages of stack frames before our one line. Read when torch is imported.
@@ -61,7 +86,7 @@ def run_program(work: Callable[[], int]) -> int:
     try:
         return _name_mistakes(work)
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
+        with surviving_stderr():
             print("interrupted", file=sys.stderr)
         return 130
     finally:
@@ -73,14 +98,14 @@ def _name_mistakes(work: Callable[[], int]) -> int:
     try:
         return work()
     except (UserError, RunError) as error:
-        with contextlib.suppress(OSError):
+        with surviving_stderr():
             print("\n".join(f"{_find_prefix()}error: {make_printable(line)}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
         if not (is_lost_worker(error) or is_device_failure(error)):
             raise
         what = "a worker that reads data is lost" if is_lost_worker(error) else "the GPU failed"
-        with contextlib.suppress(OSError):
+        with surviving_stderr():
             print(f"{_find_prefix()}error: {what}: {first_line(error)}", file=sys.stderr)
         return RunError.exit_code
 
@@ -145,7 +170,8 @@ class _Printable(io.TextIOBase):
 
 def say(text: str) -> None:
     """A line beside the answer."""
-    print(make_printable(text), file=sys.stderr)
+    with surviving_stderr():
+        print(make_printable(text), file=sys.stderr)
 
 
 def make_printable(text: str, kept: str = "") -> str:

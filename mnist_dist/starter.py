@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from mnist_dist.asked import count_asked
 from mnist_dist.errors import RunError
 from mnist_dist.preemption import STOP_SIGNALS, Stop, StopSignals
+from mnist_dist.program import surviving_stderr
 from mnist_dist.world import World, find_world, read_world
 
 _GRACE_S = 30.0  # for the other ranks to notice that one is lost, and to leave
@@ -57,12 +58,8 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
 
     with starting:
         signals.hand_on = hand_on
-        with contextlib.suppress(OSError):
-            print(
-                f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself",
-                file=sys.stderr,
-                flush=True,
-            )
+        with surviving_stderr():
+            print(f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself", file=sys.stderr)
         # Signals that come before a rank has its handlers wait for them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:

@@ -1,8 +1,10 @@
 """Each row of the table of signals and exits, and the failures that are no signals: real signals to real processes."""
 
 import errno
+import fcntl
 import itertools
 import json
+import logging
 import os
 import platform
 import resource
@@ -25,6 +27,7 @@ from processes import TINY, StopAt, Train, TrainTask, find_free_port, run_ranks,
 from launch.endings import find_kind
 from mnist_dist import checkpoint, distributed
 from mnist_dist.config import configure, parse_command_line
+from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.program import run_program
@@ -230,7 +233,7 @@ def test_a_signal_after_the_last_step_does_not_keep_the_run_from_finishing(tmp_p
 
 
 def run_in_shell(redirect, folder, *arguments):
-    command = f'exec "$@" {redirect}'
+    command = f'unset PYTHONUNBUFFERED; exec "$@" {redirect}'  # as most start it
     program = [sys.executable, "-m", "mnist_dist.train", *TINY, "--run_dir", str(folder), *arguments]
     return subprocess.Popen(["bash", "-c", command, "bash", *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -243,6 +246,29 @@ def test_a_screen_that_is_gone_does_not_stop_the_training(tmp_path, redirect):
     folder = tmp_path / "run"
     assert run_in_shell(redirect, folder).wait(60) == 0
     assert (folder / "result.json").exists()
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_status(tmp_path):
+    process = run_in_shell("2>/dev/full", tmp_path / "run", "--batch_size", "x")
+    assert process.wait(60) == 2
+
+
+def print_to_a_screen_that_is_busy_once():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    os.set_blocking(reading, False)
+    os.dup2(writing, 2)
+    os.write(2, bytes(fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ)))
+    set_up_logging(0, 1)
+    log = logging.getLogger("mnist_dist.test")
+    log.warning("lost")
+    os.read(reading, 1 << 20)
+    log.warning("heard")
+    assert os.read(reading, 100) == b"heard\n"
+
+
+def test_a_screen_that_is_busy_once_shows_the_next_message(tmp_path):
+    run_ranks(tmp_path, print_to_a_screen_that_is_busy_once)
 
 
 PRINTING = """

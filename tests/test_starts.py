@@ -97,6 +97,15 @@ def test_accelerate_launch_becomes_as_many_processes_as_it_was_asked_for(tmp_pat
     assert size == 1 or 10_000 <= port < 32_768
 
 
+def test_ranks_that_are_started_with_a_full_disk_for_the_log_keep_their_exit_status(tmp_path, probe):
+    with open("/dev/full", "w") as full:
+        command = [*accelerate(tmp_path, "--cpu", "--num_processes", 2), *probe, ""]
+        environ = make_environ(PYTHONUNBUFFERED="")  # as most start it
+        done = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=full, timeout=120)
+    assert done.returncode == 0, done
+    check_ranks(done.stdout, 2)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_accelerates_own_file_says_how_many_processes_there_are(tmp_path, probe, size):
     folder = tmp_path / "cache/accelerate"
