@@ -113,7 +113,8 @@ def meet(world: World, run: dict[str, str], timeout_s: float, publish: Callable[
     """Meet the other ranks of a world of several.
 
     Rank zero greets at the world's port; or at any port, which it `publish`es and the others find by `find_port`.
-    Raises `UserError` where the port is somebody else's, and `RunError` that names who did not come within `timeout_s`.
+    Raises `UserError` where the port is somebody else's, or `RunError` if nobody chose it, and `RunError` that names who did not come
+    within `timeout_s`.
     """
     if world.rank == 0:
         listener = _listen(world, 0 if publish else world.port, timeout_s)
@@ -131,6 +132,14 @@ def describe_missed_meeting(world: World, timeout_s: float, reason: str = "") ->
     where = f"{world.address}:{world.port}"
     words = f"rank {world.rank} of {world.size} could not join the others at {where} within {timeout_s:g} s"
     return f"{words}: {reason}" if reason else words
+
+
+def _make_taken_error(world: World, text: str) -> UserError | RunError:
+    """That the port is somebody else's: a mistake of who chose it. One that follows from the job may be free when the job starts again."""
+    advice = "set MASTER_PORT to a free one"
+    if "MASTER_PORT" in world.unchosen:
+        return RunError(f"{text} start again later, or {advice} (this one follows from the number of the job)")
+    return UserError(f"{text} {advice}")
 
 
 def _unmap(address: str) -> str:
@@ -157,7 +166,7 @@ def _listen(world: World, port: int, timeout_s: float) -> socket.socket:
                 reason = error.strerror or str(error)
                 raise UserError(f"port {port} on host {host} cannot be used: {reason}; set MASTER_PORT to a free one") from None
             if time.monotonic() > end:
-                raise UserError(f"port {port} on host {host} is taken by another program: set MASTER_PORT to a free one") from None
+                raise _make_taken_error(world, f"port {port} on host {host} is taken by another program:") from None
         time.sleep(_PAUSE_S)
 
 
@@ -392,7 +401,9 @@ class _Visitor:
             except socket.gaierror as error:
                 unknown_since, refused_since = unknown_since or begun, None
                 reason = f"host {platform.node()} does not know {self._host!r} ({error.strerror})"
-                if time.monotonic() - unknown_since >= PATIENCE_S:
+                # A name server may be out of reach for a while; a name that the user gave may be wrong.
+                may_pass = error.errno == socket.EAI_AGAIN and "MASTER_ADDR" in self._world.unchosen
+                if time.monotonic() - unknown_since >= PATIENCE_S and not may_pass:
                     raise UserError(
                         f"MASTER_ADDR is {self._host!r}, which host {platform.node()} does not know: {error.strerror}"
                     ) from None
@@ -401,7 +412,7 @@ class _Visitor:
                 unknown_since, refused_since = None, refused_since or time.monotonic()  # rank zero may have been held up for one try
                 reason = str(refusal)
                 if time.monotonic() - refused_since >= PATIENCE_S:
-                    raise UserError(f"port {self._port} on host {self._host} is taken: {reason}; set MASTER_PORT to a free one") from None
+                    raise _make_taken_error(self._world, f"port {self._port} on host {self._host} is taken: {reason};") from None
             except OSError as error:
                 refused_since = unknown_since = None
                 reason = f"rank zero is not there ({error.strerror or error})"

@@ -46,6 +46,7 @@ class World:
     port: int = 0
     cpus: int = 0  # that the launcher gave to this process alone; 0: it does not say
     gpus: int = 0  # that it gave to this node, or to this process; 0: none, or it does not say
+    unchosen: tuple[str, ...] = ()  # of MASTER_ADDR and MASTER_PORT, what nobody chose: it follows from the job
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
@@ -105,7 +106,8 @@ def read_world(environ: Mapping[str, str]) -> World:
     world = _read_torch_world(environ) if has_rank else _read_mpi_world(environ)
     if world is None and environ.get("SUBMITIT_LOCAL_GLOBALID"):
         rank, size, local_rank = (_read_int(environ, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS", "LOCALID"))
-        return World(rank, size, local_rank, size, "submitit", port=_choose_port(environ.get("SUBMITIT_LOCAL_JOB_ID", "")))
+        port = _choose_port(environ.get("SUBMITIT_LOCAL_JOB_ID", ""))
+        return World(rank, size, local_rank, size, "submitit", port=port, unchosen=_MEETING)
     in_step = _is_in_step(environ)
     if world is None and in_step:
         world = _read_srun_world(environ)
@@ -156,6 +158,7 @@ def _read_mpi_world(environ: Mapping[str, str]) -> World | None:
         if size == 1:
             return World(launcher="mpirun")
         address, port = _read_meeting(environ)
+        unchosen = _list_unchosen(address, port)
         job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid", "")
         if local_size != size:
             missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port or job)) if not value]
@@ -166,7 +169,7 @@ def _read_mpi_world(environ: Mapping[str, str]) -> World | None:
                 )
         if not port:
             port = _choose_port(str(zlib.crc32(job.encode())) if job else str(_find_mpi_proxy()))
-        return World(rank, size, local_rank, local_size, "mpirun", address or "127.0.0.1", port)
+        return World(rank, size, local_rank, local_size, "mpirun", address or "127.0.0.1", port, unchosen=unchosen)
     return None
 
 
@@ -184,6 +187,10 @@ def _read_meeting(environ: Mapping[str, str]) -> tuple[str, int]:
     if environ.get("MASTER_PORT") and not 1 <= port < 65_536:
         raise UserError(f"the port at which the processes meet is {port}; allowed: 1 to 65535 (see MASTER_PORT)")
     return ("", 0) if "ACCELERATE_MIXED_PRECISION" in environ and (address, port) == ("127.0.0.1", 29_500) else (address, port)
+
+
+def _list_unchosen(address: str, port: int) -> tuple[str, ...]:
+    return tuple(name for name, value in zip(_MEETING, (address, port), strict=True) if not value)
 
 
 def _is_in_step(environ: Mapping[str, str]) -> bool:
@@ -213,12 +220,13 @@ def _read_srun_world(environ: Mapping[str, str]) -> World:
     node = _read_int(environ, "SLURM_NODEID", 0)
     local_size = _read_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), node, size)
     address, port = _read_meeting(environ)
+    unchosen = _list_unchosen(address, port)
     if not address:
         address = "127.0.0.1" if local_size == size else _find_host_of_rank_zero(environ, rank, node)
     if not port:
         port = _choose_port(f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}")
     cpus, gpus = (_read_int(environ, f"SLURM_{name}", 0) for name in ("CPUS_PER_TASK", "GPUS_ON_NODE"))
-    return World(rank, size, local_rank, local_size, "srun", address, port, cpus, gpus)
+    return World(rank, size, local_rank, local_size, "srun", address, port, cpus, gpus, unchosen)
 
 
 def _is_typed_in_task(environ: Mapping[str, str]) -> bool:

@@ -39,7 +39,9 @@ def test_ranks_come_from_the_launcher():
     srun = find_world(SRUN)
     assert (srun.rank, srun.size, srun.local_rank, srun.local_size, srun.address) == (3, 5, 1, 2, "gpu07")
     assert find_world(SRUN | {"SLURM_NODEID": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "0"}).local_size == 1
+    assert srun.unchosen == ("MASTER_ADDR", "MASTER_PORT")
     assert find_world(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "6"}).address == "b"
+    assert find_world(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "6"}).unchosen == ()
     assert find_world(SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | TORCHRUN).launcher == "torchrun"  # one for each of two nodes
     submitit = find_world(SUBMITIT)
     assert (submitit.rank, submitit.size, submitit.local_rank, submitit.local_size) == (1, 2, 1, 2)

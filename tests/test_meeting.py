@@ -210,6 +210,39 @@ def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatc
     assert time.monotonic() - begun < 15  # and not the 20 s that they may wait
 
 
+def test_a_port_that_nobody_chose_and_is_taken_is_no_mistake_of_the_user(monkeypatch):
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.2)
+    main, other = (replace(world, launcher="srun", unchosen=("MASTER_PORT",)) for world in make_worlds(2))
+    with socket.create_server(("127.0.0.1", main.port)) as server:
+        with pytest.raises(RunError, match=r"is taken by another program: start again later, or set MASTER_PORT .* the number of the job"):
+            meet(main, RUN, 20, None, None)
+        threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+        monkeypatch.setattr(rendezvous, "PATIENCE_S", 0)
+        with pytest.raises(RunError, match=r"is taken: by another program, .*; start again later"):
+            meet(other, RUN, 20, None, None)
+
+
+def test_a_name_server_that_is_out_of_reach_is_asked_until_the_time_is_over(pool, monkeypatch):
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.2)
+    connect, end = socket.create_connection, time.monotonic() + 0.8
+
+    def fail_for_a_while(*given, **named):
+        if time.monotonic() < end:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return connect(*given, **named)
+
+    monkeypatch.setattr(socket, "create_connection", fail_for_a_while)
+    chosen = make_worlds(2)
+    with pytest.raises(UserError, match=r"MASTER_ADDR is '127.0.0.1', which host .* does not know: Temporary failure"):
+        meet(chosen[1], RUN, 20, None, None)
+    main, other = start_meeting(pool, [replace(world, unchosen=("MASTER_ADDR", "MASTER_PORT")) for world in chosen])
+    assert main.result().secret == other.result().secret
+    main.result().listener.close()
+    end = time.monotonic() + 99
+    with pytest.raises(RunError, match=r"within 0.5 s: host .* does not know '127.0.0.1' \(Temporary failure in name resolution\)"):
+        meet(replace(chosen[1], unchosen=("MASTER_ADDR",)), RUN, 0.5, None, None)
+
+
 def test_a_port_that_is_not_allowed_is_not_said_to_be_taken(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
