@@ -324,7 +324,10 @@ def _start_group(world: World, config: Config, place: Place, device: str, timeou
 
 
 def _check_devices(store: Any, world: World, place: Place, device: str, choice: str) -> None:
-    """Raise `UserError` on all ranks where some have chosen another device: one would start NCCL, the other gloo, and both would wait."""
+    """Raise `RunError` on all ranks where some have chosen another device: one would start NCCL, the other gloo, and both would wait.
+
+    On other nodes, or when the GPU that was lost is back, the same command may do.
+    """
     ranks = range(world.size)
     store.multi_set([f"choice/{world.rank}", f"device/{world.rank}"], [choice, device])
     if len(set(store.multi_get([f"device/{rank}" for rank in ranks]))) == 1:
@@ -340,7 +343,7 @@ def _check_devices(store: Any, world: World, place: Place, device: str, choice: 
         read = store.add("choices read", 0)
     hosts = dict(enumerate(place.hosts))
     found = [f"{name_with_hosts(ranks, hosts)} would compute {text}" for text, ranks in list(alike.items())[:_SHOWN_CHOICES]]
-    raise UserError(f"{'; '.join(found)}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
+    raise RunError(f"{'; '.join(found)}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
 
 
 def open_store(place: Place, timeout: timedelta) -> Any:

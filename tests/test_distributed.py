@@ -311,7 +311,7 @@ class LackGpu(Train):
 def test_a_rank_without_the_gpu_that_the_others_have_is_named_on_every_rank(tmp_path, without):
     begun = time.monotonic()
     work = LackGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], without)
-    text = run_ranks(tmp_path, work, 3, expect=2)
+    text = run_ranks(tmp_path, work, 3, expect=1)
     assert time.monotonic() - begun < 15
     assert text.count(f"rank {without} on host {platform.node()} would compute on the CPU (torch ") == 3
     others = "ranks 1-2" if without == 0 else "ranks 0-1"

@@ -170,7 +170,7 @@ FAULTS = {
         "WRONG",
         r"rank \d on host node\d does not reach rank 2 on host node2 at 127.0.0.1:\d+: Connection refused",
     ),
-    "slow_link": ("exchange", 3, "SLOW", r"rank 1 on host node1, rank 2 on host node2 exchange 2 MB/s, the median pair \d"),
+    "slow_link": ("exchange", 3, "SLOW", r"rank 1 on host node1, rank 2 on host node2 exchange 2 MB/s, the fastest pair \d"),
     "half_speed": ("speed", 2, "SLOW", r"rank 1 on host node1 needs \d+(\.\d+)? ms for a step, the median rank"),
     "unshared": ("files", 2, "WRONG", r"rank 1 on host node1 did not see a new file that rank zero wrote in .*runs within 1.5 s"),
     "no_locks": ("files", 2, "WARN", r"rank 1 on host node1 could take the lock of a folder while rank zero held it"),

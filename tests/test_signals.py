@@ -293,7 +293,7 @@ def test_what_is_printed_to_a_closed_screen_is_not_taken_for_a_signal(closed):
 
 def test_ctrl_c_saves_even_if_it_ended_the_reader_of_the_log_first(tmp_path):
     folder = tmp_path / "run"
-    process = run_in_shell("2>&1 | cat", folder, "--steps", "5000")
+    process = run_in_shell("2>&1 | cat", folder, "--steps", "5000", "--test_size", "12")
     # The shell runs a pipeline here: find the training by its lock.
     end = time.monotonic() + 60
     while count_rows(folder) < 3:
