@@ -291,7 +291,7 @@ def median_ratio(above, below):
 def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     accuracy, fast, gpu, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
 
-    for (name, *cells), first in ((accuracy, 76), (fast, 71)):
+    for (name, *cells), first in ((accuracy, 86), (fast, 71)):
         assert cells[1].startswith(f"{first} to {first + 4} of")
         rows = read_raw("accuracy", *range(first, first + 5), machine=("Intel(R) Xeon(R) Processor", 2, None), precision="bf16")
         assert {row["seed"] for row in rows} == {*range(5)}
@@ -351,11 +351,11 @@ def test_the_raw_rows_that_the_benchmarks_name_are_of_the_machine_they_name():
 
 
 def test_the_example_of_the_readme_is_in_the_raw_rows():
-    row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[59])
+    row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[85])
     wrong, seconds = row["test/errors"], round(row["elapsed_s"])
     speed = row["step"] * row["settings"]["recipe"]["batch_size"] / row["elapsed_s"]
     line = f"finished: test accuracy {row['test/accuracy']:.2%} ({wrong} of 10000 wrong) after {row['step']} steps, "
-    assert f"{line}{seconds // 60} min {seconds % 60:02} s, {speed:.0f} images/s" in read("README.md")
+    assert f"{line}{seconds // 60} min {seconds % 60:02} s, {speed:,.0f} images/s" in read("README.md")
 
 
 # The layers of docs/design.md
