@@ -24,6 +24,7 @@ from launch.runs import (
     list_noted_jobs,
     read_own_note,
     read_state,
+    share_folder,
 )
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError, first_line
@@ -138,7 +139,8 @@ def gather_facts(path: Path, job: str) -> Facts:
     is_slurms &= not find_noted_log(noted, job).endswith(LOCAL_LOG)
     job = job if JOB_NAME.fullmatch(job) else ""  # it may stand in a command that is proposed
     account = read_account(job) if is_slurms else None
-    if account is not None and not _is_of_note(account, noted):
+    # A job of another cluster, or of a later count, may have the same number.
+    if account is not None and not share_folder(find_noted_log(noted, account.job), account.log):
         account = None
     # squeue lists this user's jobs alone, and may not answer. sacct shows a job that its controller has lost as running for ever.
     is_unseen = number == len(starts) and not state.is_in_queue
@@ -169,12 +171,6 @@ def gather_facts(path: Path, job: str) -> Facts:
         last_row=rows[-1] if rows else {},
         unanswered=unanswered,
     )
-
-
-def _is_of_note(account: Account, noted: Row) -> bool:
-    """Whether Slurm's job is the one that was noted: that of another cluster, or of a later count, may have the same number."""
-    logs = find_noted_log(noted, account.job), account.log
-    return not all(logs) or len({os.path.realpath(os.path.dirname(log)) for log in logs}) == 1
 
 
 def _find_original(path: Path) -> str:

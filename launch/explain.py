@@ -255,16 +255,13 @@ def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
     if why.startswith("failed"):
         kind = find_kind(why)
         host = str(facts.start.get("host"))
-        kills = facts.end.get("memory_kills", 0)
-        killed = (
-            f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"
-            if is_count(kills)
-            else ""
-        )
-        if kind == "no samples" and kills and killed:
+        counted = facts.end.get("memory_kills")
+        kills = counted if is_count(counted) else 0
+        killed = f"the kernel of {host} killed {_count(kills, 'process', 'processes')} for memory while this start ran"
+        if kind == "no samples" and kills:
             return kind, [f"{killed}: perhaps a worker"]
         if kind == "rank gone" and find_first(why).endswith(f" on host {host}"):  # the one that counts what its kernel kills
-            if kills and killed:
+            if kills:
                 return "memory", [killed]
             if facts.start.get("memory_kills") is not None:
                 return kind, [f"{_NOT_FOR_MEMORY}: the kernel of {host} killed no process for memory while this start ran"]

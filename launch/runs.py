@@ -259,8 +259,12 @@ def _is_of_note(job: Job, noted: Row) -> bool:
     log = str(noted.get("log") or "")
     if job.name not in list_noted_jobs(noted) or log.endswith(LOCAL_LOG):
         return False
-    script_in, log_in = (os.path.realpath(os.path.dirname(path)) for path in (job.script, log))
-    return not job.script or not log or script_in == log_in
+    return share_folder(job.script, log)
+
+
+def share_folder(*paths: str) -> bool:
+    """Whether files lie in one folder, as the script and the log of a job do; also where one of them is not known."""
+    return not all(paths) or len({os.path.realpath(os.path.dirname(path)) for path in paths}) == 1
 
 
 def is_of_last_job(start: Row, noted: Row) -> bool:

@@ -259,6 +259,10 @@ class Config(Options):
         own = {name: getattr(self, name) for name in type(self).model_fields if name != "task"}
         return {"task": self.task.name} | own | self.task.model_dump()
 
+    def without_download(self) -> "Config":
+        """The same config, but that nothing is fetched: one from a run folder may be somebody else's, and nobody here asked for it."""
+        return self.replace(download=False) if "download" in self.fields() else self
+
     def replace(self, **values: Any) -> "Config":
         """The config with some options changed. Raises `UserError`."""
         config = make_config(self.values() | values, task=type(self.task)).with_facts(self.task.facts)

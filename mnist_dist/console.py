@@ -21,7 +21,6 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with surviving_stderr():
             tqdm.write(make_printable(self.format(record), kept="\n\t"), file=sys.stderr)
-            sys.stderr.flush()
 
 
 def set_up_logging(rank: int, world_size: int) -> None:

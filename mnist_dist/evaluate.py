@@ -101,11 +101,9 @@ def _make_config(options: argparse.Namespace, config: Config) -> Config:
 
     A bare file of weights brings no more than its task. Raises `UserError`.
     """
-    values = config.values()
+    values = config.without_download().values()
     if not os.path.isdir(options.run) and "dataset" in config.task.facts:
         values["dataset"] = config.task.facts["dataset"]
-    if "download" in values:  # the folder may be somebody else's: only who evaluates may ask for a download
-        values["download"] = False
     given = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     # The batch of a training may be larger than the split that is left: an evaluation has none.
     taken = {name: values[name] for name in ("train_size", "test_size", "holdout", "precision", "seed", *config.task.model_dump())}

@@ -50,7 +50,7 @@ class Meter:
         losses = self.group.accelerator.gather(torch.stack(self._losses).unsqueeze(0)).cpu()  # [world_size, steps]
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            state.is_settled = False
+            state.unsettle()
             rank, index = min(bad.tolist(), key=lambda place: (place[1], place[0]))
             where = "" if self.config.shards else f" on rank {rank}"  # with shards each rank has the loss of all
             step = self._step + index + 1

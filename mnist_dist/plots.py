@@ -156,9 +156,7 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
         left_out.append("what the model makes of its samples: the run is not finished")
     try:
         if data is None:
-            # Whoever looks at a run did not ask to fetch anything.
-            asked = config.replace(download=False) if "download" in config.fields() else config
-            found, data = load_data(asked.replace(workers=0))
+            found, data = load_data(config.without_download().replace(workers=0))
             config = found.with_facts(config.task.facts or found.task.facts)
         with explaining(config.task.name, "in draw_report"), torch.inference_mode():
             panels += _render(config.task.draw_report(data, model, read_on(data.evaluated, config, torch.device(device)), measures))

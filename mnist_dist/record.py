@@ -483,7 +483,7 @@ def is_measure(value: object, name: str = "", depth: int = 0) -> bool:
         return False
     if isinstance(value, list):
         return depth < _DEPTH_MAX and all(is_measure(entry, name, depth + 1) for entry in value)
-    return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))  # type: ignore[operator]
+    return value is None or (is_number(value) and (not name.endswith("accuracy") or 0 <= value <= 1))
 
 
 def is_count(value: object) -> TypeGuard[int]:
@@ -491,7 +491,7 @@ def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**53
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number."""
     return type(value) in (int, float) and -1e300 < value < 1e300  # type: ignore[operator]
 

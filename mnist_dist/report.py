@@ -274,10 +274,7 @@ def _describe_result(run: Run, measures: Sequence[str]) -> tuple[str, ...]:
     start = run.starts[-1] if run.starts else {}
     return (
         "finished" if run.result else "not finished",
-        *(
-            f"{format_measure(name, value)} ({config.evaluated_on})" if value is not None and is_number(value) else ""
-            for name, value in values.items()
-        ),
+        *(f"{format_measure(name, value)} ({config.evaluated_on})" if is_number(value) else "" for name, value in values.items()),
         f"{result.get('step', last.get('step', 0)):,} of {_describe_total(config)}",
         format_duration(result["elapsed_s"]) if result else "",
         "" if speed is None else f"{speed:,.0f}",
