@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,10 +62,11 @@ class Result:
     values: Row
 
 
-def train(config: Config, signals: StopSignals | None = None, turns: Turns = _take_no_turns) -> Result:
+def train(config: Config, signals: StopSignals | None = None, turns: Turns = _take_no_turns, folder: Path | None = None) -> Result:
     """Train as `config` says, continuing what its run folder holds. All processes of a run call this alike and get the same result.
 
     `turns` is given the batches and hands them on, one for each step: others do or look at something in between, and after the last.
+    `folder` is the run folder where that is not `config.run_dir`, by whose name the ranks know that they are of one run.
 
     Raises `UserError` for what the caller can correct and `RunError` for what went wrong on the way.
     """
@@ -74,7 +76,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
     if world.launcher == "srun" and world.rank == 0:
         warn_of_smaller_step(world.size, os.environ, _log.warning)
     config.check_world(world.size)
-    with join_group(world, config) as group, RunFolder(config, group) as run:
+    with join_group(world, config) as group, RunFolder(config, group, folder) as run:
         signals.defer(announced=group.is_main)
         # All ranks agree on what is trained, by which code, and after which steps they do more than train.
         source = {"the source of the task": config.task.source}

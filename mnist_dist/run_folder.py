@@ -63,10 +63,10 @@ class RunFolder:
     All ranks call its methods alike; rank zero alone touches the disk, and what it cannot do fails on every rank.
     """
 
-    def __init__(self, config: Config, group: Group) -> None:
+    def __init__(self, config: Config, group: Group, folder: Path | None = None) -> None:
         self.config = config
         self.group = group
-        self.path = Path(config.run_dir)
+        self.path = folder or Path(config.run_dir)
         self._lock: Lock | None = None
         self._record: Record | None = None  # this, the lock and the writer: on rank zero alone
         self._writer: checkpoint.Writer | None = None

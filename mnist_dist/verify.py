@@ -11,7 +11,6 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, fi
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import check_free_name, describe_error
 from mnist_dist.finding import Finding, write_findings
-from mnist_dist.options import Parser, path_argument, trait
+from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import StopSignals
 from mnist_dist.program import print_answer
 from mnist_dist.reference import BATCH_OF_MANY, SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
@@ -65,10 +64,7 @@ def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | No
     config = resolve_config(suitable | (given or {}) | _FIXED, recipe)
     if config.test_size is None and not config.holdout and config.task.sizes is not None:
         config = config.replace(test_size=min(_TEST_SIZE, config.task.sizes[1]))
-    # The run works in a folder of its own.
-    values = config.values()
-    folders = [name for name, field in config.fields().items() if trait(field, "folder") and name != "run_dir" and values[name]]
-    return config.replace(**{name: os.path.abspath(values[name]) for name in folders})
+    return config
 
 
 def verify(config: Config, reference: Reference | None = None, record: Path | None = None, answer: Path | None = None) -> int:
@@ -79,11 +75,9 @@ def verify(config: Config, reference: Reference | None = None, record: Path | No
     signals = StopSignals().install()
     is_main = find_world(os.environ).rank == 0
     inspection = Inspection(config, reference, _show if is_main else lambda _: None)
-    record, answer = record and record.absolute(), answer and answer.absolute()
-    # Each rank has a folder of its own, and all of them call it alike: by that they know that they are one run.
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            result = train(inspection.config, signals, inspection.take_turns)
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(inspection.config, signals, inspection.take_turns, Path(folder, inspection.config.run_dir))
     except RunError as error:
         if is_main:
             failed = Finding("curve", "WRONG", " ".join(str(error).split()), "the reason names the rank, or what it waited for")

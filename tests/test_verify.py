@@ -10,8 +10,10 @@ from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from noisy_task import NoisyTask
 from processes import run_ranks
 
 from mnist_dist.errors import UserError
@@ -39,12 +41,14 @@ SMALL = ("--task", TASK, "--batch_size", "12", "--steps", "21", "--threads", "1"
 
 @dataclass(frozen=True)
 class Verify:
-    """The program with some arguments, on a machine with a mistake."""
+    """The program with some arguments, on a machine with a mistake, called in a folder."""
 
     arguments: tuple[str, ...]
     mistake: str = ""
+    folder: str = "."
 
     def __call__(self):
+        os.chdir(self.folder)
         plant(self.mistake, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         return main(self.arguments)
 
@@ -279,6 +283,35 @@ def test_nothing_is_overwritten(reference, tmp_path, capsys):
     for option in ("--record", "--answer"):
         assert main([*SMALL, option, str(reference)]) == main([*SMALL, option, str(tmp_path / "absent/a.json")]) == 2
         assert capsys.readouterr().err.count("expected a new name in an existing folder") == 2
+
+
+READS_A_FILE = """
+import numpy as np
+
+from noisy_task import NoisyTask
+
+
+class ReadsAFile(NoisyTask):
+    class_names = tuple(np.load("names.npy"))
+    folder: str = "data"
+
+    def load(self):
+        assert np.load(f"{self.folder}/count.npy") == 100
+        return super().load()
+"""
+
+
+def test_a_task_may_open_files_of_the_folder_that_verify_is_called_in(tmp_path):
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "names.npy", NoisyTask.class_names)
+    np.save(tmp_path / "data/count.npy", 100)
+    (tmp_path / "reads.py").write_text(READS_A_FILE)
+    arguments = ("--task", "reads.py", *SMALL[2:])
+    run_ranks(tmp_path, Verify((*arguments, "--record", "reads.json"), folder=str(tmp_path)))
+    names = {path.name for path in tmp_path.iterdir()}
+    text = run_ranks(tmp_path / "logs", Verify((*arguments, "--reference", "reads.json"), folder=str(tmp_path)), 2)
+    assert "ok    curve: 21 steps on 2 processes" in text
+    assert {path.name for path in tmp_path.iterdir()} - {"logs", "__pycache__"} == names - {"__pycache__"} >= {"reads.json"}
 
 
 @pytest.mark.slow
