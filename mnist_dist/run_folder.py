@@ -369,7 +369,11 @@ class RunFolder:
             self._is_finished = True
             self._note_end(None)  # now, as the report shows it
 
-        self.group.on_main(write)
+        try:
+            self.group.on_main(write)
+        except Exception as error:
+            if not (self._is_finished and is_loss(error)):  # publish says it: it finds the other ranks gone, too
+                raise
 
     def publish(self, result: Row, data: Data, evaluation: Evaluation) -> None:
         """Draw the finished run's pictures, write its report, complete its mirror. What fails is a warning: the run has ended well."""

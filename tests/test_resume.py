@@ -19,7 +19,7 @@ import torch
 from processes import TINY, StopAt, Train, find_free_ports, run_ranks, start_ranks
 from safetensors.torch import load_file
 
-from mnist_dist import checkpoint
+from mnist_dist import checkpoint, run_folder
 from mnist_dist.config import configure, parse_command_line
 from mnist_dist.errors import NotFiniteError
 from mnist_dist.loop import train as train_config
@@ -27,6 +27,7 @@ from mnist_dist.meter import Meter
 from mnist_dist.preemption import Stop
 from mnist_dist.record import read_run
 from mnist_dist.run_folder import RunFolder
+from mnist_dist.train import main
 
 CALM = ["--learning_rate", "0.001", "--schedule", "constant", "--momentum", "0"]  # rounding stays rounding
 RARE = ["--log_every", "1000", "--evaluate_every", "1000", "--checkpoint_every", "1000"]
@@ -449,6 +450,36 @@ def test_a_run_has_ended_well_though_the_others_did_not_wait_for_its_report(tmp_
 
     RunFolder(configure(run_dir=str(tmp_path)), Alone(lose)).publish({}, None, None)
     assert "see --timeout_s" in caplog.text
+
+
+@dataclass(frozen=True)
+class LoseRankOne:
+    """Train, and kill rank one when rank zero has written the result."""
+
+    run_dir: str
+
+    def __call__(self):
+        pid, write = Path(f"{self.run_dir}.pid"), run_folder.write_atomically
+
+        def write_and_kill(path, content):
+            write(path, content)
+            if path.name == "result.json":
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+
+        run_folder.write_atomically = write_and_kill
+        if os.environ["RANK"] == "1":
+            pid.write_text(str(os.getpid()))
+        return main([*TINY, "--run_dir", self.run_dir])
+
+
+def test_a_run_whose_result_is_written_has_ended_well_though_a_rank_is_lost_then(tmp_path):
+    folder = tmp_path / "run"
+    zero, one = start_ranks(tmp_path, LoseRankOne(str(folder)), 2)
+    assert (one.wait(), zero.wait()) == (-signal.SIGKILL, 0), zero.text
+    assert "finished: test accuracy" in zero.text
+    assert "the other ranks did not wait" in zero.text
+    assert "Traceback" not in zero.text
+    assert json.loads((folder / "ends.jsonl").read_text())["why"] == "finished"
 
 
 @pytest.mark.parametrize(
