@@ -10,9 +10,11 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,6 +29,10 @@ TINY += ["--precision", "fp32", "--threads", "1", "--log_every", "1", "--learnin
 TINY += ["--optimizer", "sgd", "--momentum", "0.9", "--weight_decay", "0.0005"]
 TINY += ["--report", "false", "--wandb", "disabled"]
 
+# An exit status can be read from its pipe once, and each start asks for those of all processes: of two threads that ask at once, the
+# second is told 255.
+_asking = threading.Lock()
+
 Work = Callable[[], int | None]
 
 
@@ -39,12 +45,18 @@ class Rank:
 
     def wait(self, timeout_s: float = 400) -> int:
         """Its exit status, negative for a signal, as in `subprocess`."""
-        self.process.join(timeout_s)
-        if self.process.exitcode is None:
+        if not connection.wait([self.process.sentinel], timeout_s):
             self.process.kill()
-            self.process.join()
             raise AssertionError(f"still running after {timeout_s} s; its output:\n{self.text}")
-        return self.process.exitcode
+        with _asking:
+            assert self.process.exitcode is not None
+            return self.process.exitcode
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        with _asking:
+            return self.process.is_alive()
 
     def kill(self, number: signal.Signals) -> None:
         """Send a signal."""
@@ -60,7 +72,7 @@ class Rank:
         """Wait until `condition()` holds while this process lives."""
         end = time.monotonic() + timeout_s
         while not condition():
-            assert self.process.is_alive(), f"ended with {self.process.exitcode} before it happened; its output:\n{self.text}"
+            assert self.is_alive, f"ended with {self.process.exitcode} before it happened; its output:\n{self.text}"
             assert time.monotonic() < end, f"did not happen in {timeout_s} s; its output:\n{self.text}"
             time.sleep(0.01)
 
@@ -77,7 +89,8 @@ def start_ranks(folder: Path, work: Work, world: int = 1, environ: dict[str, str
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
         log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
         process = _context.Process(target=_run, args=(work, {k: str(v) for k, v in variables.items()} | (environ or {}), str(log)))
-        process.start()
+        with _asking:
+            process.start()
         # Of a test that fails, some may never end, and the server's children are waited for.
         atexit.register(process.kill)
         ranks.append(Rank(process, log))

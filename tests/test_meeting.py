@@ -407,7 +407,7 @@ def test_a_stray_rank_of_another_run_is_refused_and_the_run_trains(tmp_path):
     stray = start(1, "other", "stray")
     assert stray.wait() == 2
     assert f"error: port {port} on host 127.0.0.1 is taken: another run meets there (run_dir differ); set MASTER_PORT" in stray.text
-    assert main.process.is_alive()
+    assert main.is_alive
     other = start(1, "run", "other")
     assert [main.wait(), other.wait()] == [0, 0]
     assert (tmp_path / "run" / "result.json").exists()
@@ -468,7 +468,7 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_all_stacks_are_kept(tmp_pa
     ranks = start_ranks(tmp_path, HangAt([*TINY, "--run_dir", str(folder), "--timeout_s", "3"], rank), 3)
     others = [other for index, other in enumerate(ranks) if index != rank]
     assert [other.wait(60) for other in others] == [1, 1]
-    assert ranks[rank].process.is_alive()
+    assert ranks[rank].is_alive
     line = hang_in_the_data.__code__.co_firstlineno + 1
     where = (
         rf"rank {rank} on host {HOST} was silent for 3 s: it is at {__file__}, line {line}, in hang_in_the_data, called from .*/mnist_dist/"
@@ -676,7 +676,7 @@ def test_a_rank_that_waits_for_a_process_is_not_taken_for_one_that_waits_for_its
     time.sleep(0.5)
     ranks[1].kill(signal.SIGKILL)
     time.sleep(6)  # a rank that waits for its GPU would have been ended
-    assert ranks[0].process.is_alive()
+    assert ranks[0].is_alive
     assert ranks[0].wait(60) == 1
     assert f"error: rank 1 on host {HOST} is gone and left no reason" in ranks[0].text
 

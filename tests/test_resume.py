@@ -598,12 +598,12 @@ def test_a_run_that_is_stopped_at_random_again_and_again_ends_right(tmp_path, se
         ranks = start_ranks(tmp_path, TrainElsewhere(arguments), chance.choice(worlds), environ)
         if chance.random() < 0.85:  # let it come to the training; otherwise stop it anywhere before
             begun = time.monotonic()
-            while ranks[0].process.is_alive() and "from step" not in ranks[0].text and time.monotonic() - begun < 60:
+            while ranks[0].is_alive and "from step" not in ranks[0].text and time.monotonic() - begun < 60:
                 time.sleep(0.005)
         time.sleep(chance.random() * 0.15)
         number = chance.choice(signals)
         for rank in ranks if chance.random() < 0.6 else [chance.choice(ranks)]:
-            if rank.process.is_alive():
+            if rank.is_alive:
                 rank.kill(number)
         codes = [rank.wait(90) for rank in ranks]
         assert set(codes) <= {0, 1, 85, 143, 130, *(-number for number in signals)}, ranks[0].text

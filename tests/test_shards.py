@@ -123,7 +123,7 @@ def test_a_soak_over_changing_worlds_ends_in_the_bits_of_one_process(tmp_path):
         number = choices.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL))
         victims = [choices.choice(ranks)] if number != signal.SIGKILL else ranks
         for rank in victims:
-            if rank.process.is_alive():
+            if rank.is_alive:
                 rank.kill(number)
         for rank in ranks:
             rank.wait()

@@ -288,7 +288,7 @@ def plays(tmp_path_factory):
             try:
                 act(performed)
             finally:
-                if performed.rank is not None and performed.rank.process.is_alive():
+                if performed.rank is not None and performed.rank.is_alive:
                     performed.rank.process.kill()
         return performed
 
@@ -725,7 +725,7 @@ def everything_killed_and_started_again(play):
         process.suspend()
     for process in together:
         process.kill()
-    play.rank.process.join()
+    play.rank.wait()
     end = time.monotonic() + 60
     while play.processes:  # a process that is about to end still holds what it has
         assert time.monotonic() < end

@@ -326,7 +326,7 @@ def test_a_file_that_two_processes_write_at_once_is_complete_at_any_moment(tmp_p
     path = tmp_path / "file"
     write_atomically(path, b"c" * 50_000)
     writers = [start_ranks(tmp_path / letter, WriteOften(str(path), letter.encode()))[0] for letter in "ab"]
-    while any(writer.process.is_alive() for writer in writers):
+    while any(writer.is_alive for writer in writers):
         content = path.read_bytes()
         assert len(content) == 50_000
         assert len(set(content)) == 1
