@@ -466,7 +466,9 @@ def name_sample(split: Any, what: str, index: int) -> str:
 
 def encode_tensor(tensor: Tensor) -> memoryview:
     """The bytes of a strided tensor's numbers, in their order, wherever they lie. Of one that lies so already no copy is made."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # Of a single number torch keeps any stride, and then refuses to see it as bytes.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def fingerprint(split: Dataset[Any], task: Task, what: str = "training") -> str:

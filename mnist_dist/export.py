@@ -45,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("mnist_dist.export", "Write the model of a run, its normalisation included, as a file that needs none of this package.")
     parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
     parser.add_argument("file", metavar="FILE", type=path_argument, help="the file to write: NAME.pt2 (torch.export) or NAME.onnx")
+    parser.add_argument("--data_dir", metavar="DIR", type=path_argument, help="folder with the run's data (default: its own)")
     parser.add_argument("--task", metavar="NAME", help="the code of the run's task (default: its own, where you have trained it before)")
     parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
     return parser.parse_args(arguments)
@@ -71,8 +72,12 @@ def _export(options: argparse.Namespace) -> int:
 
     trained = load_model(options.run, options.task)
     task = trained.task
-    fallback = type(task)() if task.name == BUILT_IN and task.data_dir is not None else task  # other images of this shape serve as well
-    _, data = load_data(make_config({"task": task.name, "batch_size": 1} | fallback.model_dump(), task=type(task)))
+    values = task.model_dump()
+    if options.data_dir is not None:
+        values["data_dir"] = options.data_dir
+    elif task.name == BUILT_IN and task.data_dir is not None:  # other images of this shape serve as well
+        values = type(task)().model_dump()
+    _, data = load_data(make_config({"task": task.name, "batch_size": 1} | values, task=type(task)))
     with explaining(task.name, "in export"):
         exported = task.export(trained.model, data)
     _check_example(task.name, exported)

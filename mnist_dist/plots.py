@@ -25,9 +25,9 @@ from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, make_
 from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_named_config, read_run
-from mnist_dist.source import BUILT_IN, Unknown, explaining
-from mnist_dist.task import Data, Panel, format_measure
+from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_config, read_named_config, read_run
+from mnist_dist.source import BUILT_IN, Unknown, explaining, make_unknown
+from mnist_dist.task import Data, Panel, Task, format_measure
 from mnist_dist.weights import load_model
 
 _CURVES_MAX = 12  # of one task
@@ -101,9 +101,15 @@ def list_compared(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys([*(run.config.task.best for run in runs), "loss"]))
 
 
+def name_samples(runs: Sequence[Run]) -> str:
+    """What the samples of several runs are called: their task's word, where it is one."""
+    words = {run.config.task.samples for run in runs}
+    return words.pop() if len(words) == 1 else Task.samples
+
+
 def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
     """Training loss, and the compared measures of the evaluated samples, of several runs over each other, each by its own epochs."""
-    on = f"on the evaluated {runs[0].config.task.samples}"
+    on = f"on the evaluated {name_samples(runs)}"
     kinds = [("Training loss", "train/loss"), *((f"{key.replace('_', ' ').capitalize()} {on}", key) for key in list_compared(runs))]
     figure = make_figure(9.2, 3.0 * len(kinds))
     panels: list[Axes] = figure.subplots(len(kinds), 1, sharex=True).tolist()
@@ -137,10 +143,7 @@ def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = N
     else:
         left_out.append("curves: metrics.jsonl has no rows yet")
     if isinstance(config.task, Unknown):
-        name = config.task.name[:200]
-        return Drawing(
-            panels, [*left_out, f"what task {name} itself draws: its code has not been named on this account; --task {name} names it"]
-        )
+        return Drawing(panels, [*left_out, f"what task {config.task.name[:200]} itself draws: {config.task.why}"])
     model: nn.Module | None = None
     measures: Row = {}
     if run.result is not None:
@@ -203,12 +206,12 @@ def save_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     return paths
 
 
-def draw_plots(run_dir: Path, task: str | None = None) -> list[Path]:
+def draw_plots(run_dir: Path, task: str | None = None, data_dir: str | None = None) -> list[Path]:
     """Draw all pictures of a run into its folder `plots`; their paths. What an unfinished run cannot show yet is left out with a warning.
 
     Raises `UserError` where `run_dir` is no run folder, is damaged or allows no picture, `RunError` where they cannot be written.
     """
-    run = open_run(run_dir, task)
+    run = open_run(run_dir, task, data_dir)
     drawing = draw_run(run)
     if not any(panel.figure is not None for panel in drawing.panels):
         raise UserError("\n".join(f"left out {sentence}" for sentence in drawing.left_out))
@@ -217,18 +220,28 @@ def draw_plots(run_dir: Path, task: str | None = None) -> list[Path]:
     return save_figures(drawing.panels, run.path / PLOTS)
 
 
-def open_run(run_dir: Path, task: str | None = None) -> Run:
-    """The run in a folder, its task the one that the user names, or may have named before. Raises `UserError`."""
+def open_run(run_dir: Path, task: str | None = None, data_dir: str | None = None) -> Run:
+    """The run in a folder, its task the one that the user names, or may have named before; `data_dir` is where its data are now.
+
+    A run can be looked at when the code of its task is gone, or has changed: what it draws is left out then. Raises `UserError`.
+    """
     read_run(run_dir)  # what is damaged is named first
-    return read_run(run_dir, read_named_config(run_dir, task))
+    try:
+        config = read_named_config(run_dir, task)
+    except UserError as error:
+        if task is not None:
+            raise
+        config = read_config(run_dir)
+        config = read_config(run_dir, make_unknown(config.task.name, str(error)))
+    return read_run(run_dir, config if data_dir is None or isinstance(config.task, Unknown) else config.replace(data_dir=data_dir))
 
 
-def draw_all(run_dirs: Sequence[Path], task: str | None = None) -> list[Path]:
+def draw_all(run_dirs: Sequence[Path], task: str | None = None, data_dir: str | None = None) -> list[Path]:
     """`draw_plots` of several runs."""
-    return [path for run_dir in run_dirs for path in draw_plots(run_dir, task=task)]
+    return [path for run_dir in run_dirs for path in draw_plots(run_dir, task, data_dir)]
 
 
-Writer = Callable[[list[Path], str | None], list[Path]]
+Writer = Callable[[list[Path], str | None, str | None], list[Path]]
 
 
 def print_written(program: str, description: str, arguments: Sequence[str] | None, write: Writer) -> int:
@@ -238,9 +251,10 @@ def print_written(program: str, description: str, arguments: Sequence[str] | Non
         parser = Parser(program, description)
         parser.add_argument("run_dirs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run, such as runs/mnist")
         parser.add_argument("--task", metavar="NAME", help="the code of the runs' task (default: theirs, where you have trained it before)")
+        parser.add_argument("--data_dir", metavar="DIR", type=path_argument, help="folder with the runs' data (default: theirs)")
         options = parser.parse_args(arguments)
         set_up_logging(rank=0, world_size=1)
-        for path in write([Path(name) for name in options.run_dirs], options.task):
+        for path in write([Path(name) for name in options.run_dirs], options.task, options.data_dir):
             print(path)
         return 0
 

@@ -334,6 +334,8 @@ def read_named_config(run_dir: Path, name: str | None) -> Config:
         note_named(given.name)
         return make_config(config.values() | {"task": given.name}, str(run_dir / CONFIG_FILE), given).replace_run_dir(run_dir)
     if isinstance(config.task, Unknown) and is_named_before(config.task.name):
+        if config.task.name.endswith(".py") and not os.path.isfile(config.task.name):
+            raise UserError(f"{run_dir} is a run of task {config.task.name}, which is no file any more: name where it is now by --task")
         return read_config(run_dir, find_task(config.task.name))
     return config
 

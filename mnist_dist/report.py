@@ -28,7 +28,7 @@ from mnist_dist.evaluation import describe
 from mnist_dist.figures import render
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.options import spell
-from mnist_dist.plots import draw_comparison, draw_run, list_compared, open_run, print_written, save_figures
+from mnist_dist.plots import draw_comparison, draw_run, list_compared, name_samples, open_run, print_written, save_figures
 from mnist_dist.record import PLOTS, REPORT_FILE, Run, is_number, pick_measures, read_run
 from mnist_dist.source import Unknown
 from mnist_dist.task import Data, Panel, format_measure
@@ -92,15 +92,20 @@ $sections
 
 
 def write_report(
-    run_dir: Path, device: torch.device | str = "cpu", config: Config | None = None, data: Data | None = None, task: str | None = None
+    run_dir: Path,
+    device: torch.device | str = "cpu",
+    config: Config | None = None,
+    data: Data | None = None,
+    task: str | None = None,
+    data_dir: str | None = None,
 ) -> list[Path]:
     """Write `report.html` of a run, and its pictures into the folder `plots`: the paths of all, that of the page first.
 
-    `config` and `data` may be at hand; `task` is the name by which the user names its code.
+    `config` and `data` may be at hand; `task` is the name by which the user names its code, `data_dir` where its data are now.
 
     Raises `UserError` where `run_dir` is no run folder or is damaged, `RunError` where the files cannot be written.
     """
-    run = read_run(run_dir, config) if config is not None else open_run(run_dir, task)
+    run = read_run(run_dir, config) if config is not None else open_run(run_dir, task, data_dir)
     drawing = draw_run(run, device, data)
     for sentence in drawing.left_out:
         _log.warning("left out %s", sentence)
@@ -237,7 +242,7 @@ def make_comparison(runs: Sequence[Run]) -> str:
     measures = list_compared(runs)
     rows = [(name, *_describe_result(run, measures)) for name, run in zip(names, runs, strict=True)]
     shown = [measure.replace("_", " ") for measure in measures]
-    header = ("run", "state", *shown, "step", "training time", f"{runs[0].config.task.samples}/s", "processes", "starts")
+    header = ("run", "state", *shown, "step", "training time", f"{name_samples(runs)}/s", "processes", "starts")
     dumps = [run.config.values() for run in runs]
     options = dict.fromkeys(option for dump in dumps for option in dump if option != "run_dir")
     differing = [option for option in options if len({str(dump.get(option)) for dump in dumps}) > 1]
@@ -283,8 +288,8 @@ def _describe_result(run: Run, measures: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _write(run_dirs: list[Path], task: str | None) -> list[Path]:
-    return [write_comparison(run_dirs, task)] if run_dirs[1:] else write_report(run_dirs[0], task=task)[:1]
+def _write(run_dirs: list[Path], task: str | None, data_dir: str | None) -> list[Path]:
+    return [write_comparison(run_dirs, task)] if run_dirs[1:] else write_report(run_dirs[0], task=task, data_dir=data_dir)[:1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

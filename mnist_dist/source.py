@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PydanticUserError, ValidationError
 
@@ -216,6 +216,9 @@ def describe_exception(error: BaseException) -> str:
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     elif lines and "does not require grad" in lines[0]:
         hint = " (an evaluation computes without gradients: what needs them there says `with torch.enable_grad():`)"
+    elif any("specialized it to be a constant" in line for line in lines):  # torch.export's, a line behind one that says nothing
+        lines = [line.strip() for line in lines if "specialized it to be a constant" in line]
+        hint = " (the number of samples must not become a plain number of Python: write x.shape[0] for len(x))"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = list(filter(_is_users, traceback.extract_tb(error.__traceback__)))
@@ -254,9 +257,11 @@ def is_named_before(name: str) -> bool:
 
 
 class Unknown(Task):
-    """A task whose code has not been named by the user: its options as they stand in a file, and nothing that could run."""
+    """A task whose code is not there, or not named by the user: its options as they stand in a file, and nothing that could run."""
 
     model_config = Task.model_config | {"extra": "allow"}
+
+    why: ClassVar[str] = ""  # its code does not run
 
     @property
     def values(self) -> dict[str, Any]:
@@ -264,11 +269,12 @@ class Unknown(Task):
         return dict(self.model_extra or {})
 
 
-def make_unknown(name: object) -> type[Unknown]:
-    """A task of that name whose code is not run."""
+def make_unknown(name: object, why: str = "") -> type[Unknown]:
+    """A task of that name whose code is not run: `why` tells what stands in the way, by default that the user has not named it."""
 
     class Stranger(Unknown):
         """One of these."""
 
     Stranger.name = str(name)[:4096]
+    Stranger.why = why or f"its code has not been named on this account; --task {Stranger.name[:200]} names it"
     return Stranger

@@ -117,7 +117,9 @@ class Export(NamedTuple):
 
 def format_measure(name: str, value: float) -> str:
     """A measure as a person reads it: an accuracy as percent."""
-    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 def shorten_name(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mnist_dist.config import configure
-from mnist_dist.data import Reader, StepSampler, find_other_facts, fingerprint, load_data
+from mnist_dist.data import Reader, StepSampler, encode_tensor, find_other_facts, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import read_generators, seed_generators
@@ -426,6 +426,22 @@ def test_samples_of_any_kind_have_a_fingerprint(make):
 
     one, same, other = (fingerprint(samples, Handed()) for samples in map(Samples, ([1, 2], [1, 2], [1, 3])))
     assert one == same != other
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        torch.arange(20.0).reshape(4, 5)[:, -1],
+        torch.arange(20.0).reshape(4, 5)[:1, -1],  # of a single number torch keeps the stride
+        torch.arange(20.0).reshape(4, 5)[:0, -1],
+        torch.tensor(3.0),
+        torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        torch.tensor([1 + 2j, 3 - 1j]).conj().imag,  # which torch keeps as a number to be negated
+        torch.ones(1).expand(4),
+    ],
+)
+def test_the_bytes_of_a_tensor_are_those_of_its_numbers_however_they_lie(column):
+    assert bytes(encode_tensor(column)) == column.resolve_conj().resolve_neg().numpy().tobytes()
 
 
 def test_facts_are_the_same_but_for_rounding():

@@ -202,9 +202,15 @@ class Branching(nn.Module):
         return inputs if inputs.sum() > 0 else -inputs
 
 
+class Counting(nn.Module):
+    def forward(self, inputs):
+        return inputs + torch.arange(len(inputs)).unsqueeze(1)
+
+
 @pytest.mark.parametrize(
     ("module", "example", "words"),
     [
+        (Counting(), torch.zeros(3, 2), "write x.shape[0] for len(x)"),
         (nn.Bilinear(2, 2, 2), torch.zeros(3, 2), "as the model was called with the example of export: TypeError: "),
         (Branching(), torch.zeros(3, 2), "as model.pt2 was made of its model: "),
         (nn.Identity(), {"words": torch.zeros(3, 2)}, "the example of export is dict; expected a tensor"),
@@ -215,7 +221,14 @@ class Branching(nn.Module):
         ),
         (nn.Flatten(0), torch.zeros(3, 2), "for 2 samples the model to export gives a tensor [4]; expected one tensor"),
     ],
-    ids=["another number of inputs", "a branch that depends on the data", "no tensor", "two outputs", "one output for all"],
+    ids=[
+        "a batch size that is a plain number",
+        "another number of inputs",
+        "a branch that depends on the data",
+        "no tensor",
+        "two outputs",
+        "one output for all",
+    ],
 )
 def test_a_model_that_cannot_be_exported_is_one_message(tmp_path, monkeypatch, capsys, run, module, example, words):
     monkeypatch.setattr(Mnist, "export", lambda self, model, data: Export(module, example))

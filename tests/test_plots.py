@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import TINY, Train, run_ranks
+from processes import TINY, Programs, Train, run_ranks
 from torch.utils.data import TensorDataset
 
 from mnist_dist import plots, report
@@ -26,7 +26,7 @@ from mnist_dist.figures import calm
 from mnist_dist.figures import render as to_png
 from mnist_dist.plots import draw_comparison, draw_curves, draw_run
 from mnist_dist.record import read_run
-from mnist_dist.task import Panel
+from mnist_dist.task import Panel, format_measure
 from mnist_dist.tasks.figures import Predictions, draw_confusion, draw_correct, draw_grid, draw_incorrect
 from mnist_dist.tasks.mnist import DIGITS, Mnist
 from mnist_dist.tasks.mnist.augment import augment, draw_transforms
@@ -577,3 +577,68 @@ def test_runs_of_different_tasks_are_compared_each_by_its_own_measures(run_dir, 
         [row] = [row for row in page.rows if row[0] == "forecast"]
         assert row[header.index("accuracy")] == ""
         assert row[header.index("absolute error")].endswith(" (test)")
+        assert "samples/s" in header  # neither images nor series
+
+
+def test_measures_are_shown_with_the_digits_that_tell_them_apart():
+    shown = [format_measure("error", value) for value in (0.12345, -999.5, 125_412.3, 125_449.0, 2.5e10)]
+    assert shown == ["0.1235", "-999.5000", "125,412.3", "125,449.0", "2.5e+10"]
+    assert format_measure("accuracy", 0.98765) == "98.77%"
+
+
+TABLE = """
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from mnist_dist.task import Data, Panel, Task
+
+
+class Table(Task):
+    width: int = 3
+
+    def load(self):
+        table = torch.tensor([[float(cell) for cell in line.split(",")] for line in Path(self.data_dir, "table.csv").open()])
+        return Data(TensorDataset(table[:24, :-1], table[:24, -1]), TensorDataset(table[24:, :-1], table[24:, -1]))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(3, self.width), nn.GELU(), nn.Linear(self.width, 1))
+
+    def losses(self, model, batch, drawn):
+        return (model(batch[0]).flatten() - batch[1]).square()
+
+    def draw_report(self, data, model, batches, measures):
+        return [Panel("Test rows", "rows", table=(["rows"], [[f"{len(data.test)} rows"]]))]
+"""
+
+
+def test_a_run_can_be_asked_when_its_code_or_its_data_have_moved(tmp_path):
+    code, data, run, moved = (tmp_path / name for name in ("table.py", "data", "run", "moved"))
+
+    def ask(*lines, expect=0):
+        """What programs print in a process of their own, as the code changes, and the text of the page."""
+        text = run_ranks(tmp_path, Programs([[str(word) for word in line] for line in lines]), expect=expect)
+        return text, Page((run / "report.html").read_text()).text
+
+    code.write_text(TABLE)
+    data.mkdir()
+    (data / "table.csv").write_text("".join(f"{n},{n % 3},{n % 5},{n / 30}\n" for n in range(31)))
+    arguments = ["--task", code, "--steps", "4", "--batch_size", "8", "--wandb", "disabled", "--threads", "1", "--run_dir", run]
+    assert "7 rows" in ask(["train", *arguments, "--data_dir", data])[1]
+    data.rename(moved)
+    model = tmp_path / "model.pt2"
+    text, page = ask(["report", run], ["export", run, model], expect=2)
+    assert "7 rows" not in page
+    assert text.count("FileNotFoundError") == 2
+    assert "7 rows" in ask(*([*line, "--data_dir", moved] for line in (["plots", run], ["report", run], ["export", run, model])))[1]
+    code.write_text(TABLE.replace("width", "wide"))
+    for path, why in ((code, "there is no option 'width'"), (tmp_path / "other.py", "is no file any more: name where it is now by --task")):
+        code.rename(path)
+        text, page = ask(["report", run, "--data_dir", moved], ["plots", run], ["evaluate", run, "--data_dir", moved], expect=2)
+        assert "7 rows" not in page
+        assert (page + text).count(f"what task {code} itself draws: ") == 3
+        assert (page + text).count(why) == 4
+    (moved / "table.py").write_text(TABLE)
+    assert "7 rows" in ask(["report", run, "--data_dir", moved, "--task", moved / "table.py"])[1]

@@ -117,6 +117,12 @@ WRONG = [
         2,
     ),
     ("a number too many", [(SEQUENTIAL, "nn.Linear(3, 3)")], ["numbers of shape [4, 3]", "there are 2 classes"], 2),
+    (
+        "facts without the classes",
+        [('    class_names = ("even", "odd")\n', "    def find_facts(self, train):\n        return {'size': 3}\n\n")],
+        ["there are no class names", "super().find_facts(train)"],
+        2,
+    ),
     ("an option without a default", [("    width: int", "    depth: int\n    width: int")], ["depth has no default"], 2),
     ("an option that clashes", [("    width: int", "    batch_size: int = 3\n    width: int")], ["batch_size", "every training has"], 2),
     ("an option that hides a method", [("    width: int", "    draw: int = 3\n    width: int")], ["draw"], 2),

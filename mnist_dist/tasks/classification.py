@@ -77,6 +77,11 @@ class Classification(Task):
 
     def _classify(self, model: "nn.Module", inputs: Any) -> "Tensor":
         logits: Tensor = model(inputs)
+        if not self.class_names:
+            raise UserError(
+                f"task {self.name}: there are no class names; write the property class_names, or let find_facts return them, too: "
+                "{**super().find_facts(train), ...}"
+            )
         if logits.shape[1:2] != (len(self.class_names),):
             raise UserError(
                 f"task {self.name}: the model gives numbers of shape {list(logits.shape)}, and there are {len(self.class_names)} "
