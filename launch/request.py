@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
-from mnist_dist.options import Options, option
+from mnist_dist.options import ADVICE, Options, option
 from mnist_dist.source import BUILT_IN
 from mnist_dist.world import may_share_gpus
 
@@ -161,6 +161,11 @@ class Request(Options):
         """Its processes and nodes, in words."""
         processes = f"{self.world_size} process{'es' * (self.world_size > 1)}"
         return processes if self.cluster == "local" else f"{processes} on {self.nodes} node{'s' * (self.nodes > 1)}"
+
+
+# A name of sbatch on a command line, or an option of the job where those of the training stand.
+ADVICE |= {name: reason for name, reason in _OWNED.items() if reason.startswith("use --")}
+ADVICE |= {name: f"it is one of the job, --{name} or in the file of --job" for name in Request.model_fields}
 
 
 def list_words(request: Request) -> list[str]:

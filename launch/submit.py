@@ -9,6 +9,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -115,13 +116,13 @@ def show_start(job: str) -> None:
 
 
 def collect_mistakes(*works: Callable[[], Any]) -> list[Any]:
-    """What each of `works` returns. Raises one `UserError` with the mistakes of all of them, each line once."""
+    """What each of `works` returns. Raises one `UserError` with the mistakes of all of them, each once, with the lines set in below it."""
     answers, mistakes = [], []
     for work in works:
         try:
             answers.append(work())
         except UserError as error:
-            mistakes += str(error).splitlines()
+            mistakes += re.split(r"\n(?! )", str(error))
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
     return answers

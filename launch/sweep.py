@@ -142,6 +142,10 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
     axes: dict[str, list[Any]] = {}
     if words and "=" not in words[0]:
         path = Path(expand_word(words.pop(0)))
+        if path.suffix == ".py":
+            raise UserError(f"{str(path)!r} is not a sweep: write --task {path}")
+        if not os.path.exists(path):
+            raise UserError(f"{str(path)!r} is not a file, and not of the form option=value,value")
         name = path.stem
         values = read_options_file(path)
         unknown = [repr(key) for key in values if key not in ("config", "sweep", "fixed")]
@@ -161,7 +165,7 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
             raise UserError(f"{option_name} is swept twice: give all of its values at once")
         axes[option_name] = [None if value == "none" else value for value in text.split(",")]
     if not axes or not all(axes.values()):
-        raise UserError("nothing to sweep: expected option=value,value or a YAML file with `sweep:`")
+        raise UserError("nothing to sweep: expected option=value,value (without dashes), or a YAML file with `sweep:`")
     both = [key for key in axes if given.get(key) is not None or key in fixed]
     if both:
         raise UserError(f"{both[0]} is swept and also given one value: leave one of them out")

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import PrivateAttr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mnist_dist.errors import UserError
-from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file, trait
+from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file, trait, write_options
 from mnist_dist.source import BUILT_IN, Unknown, explaining, find_task
 from mnist_dist.task import Task
 
@@ -280,7 +279,7 @@ class Config(Options):
 
     def to_yaml(self) -> str:
         """The config as YAML text that `read_options_file` reads back to an equal config."""
-        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
+        return write_options(self.values())
 
 
 # Those of a run that is kept and looked at: of no use to a program whose runs are its own.
@@ -344,6 +343,10 @@ def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
     task = find_task(values.get("task", BUILT_IN) if named is None else named)
     # The file alone need not be complete (data_dir may come from the command line), but its own keys must be right.
     if unknown := {name: value for name, value in values.items() if name not in Config.model_fields and name not in task.model_fields}:
+        own = find_task(BUILT_IN).model_fields
+        if "task" not in values and task.name != BUILT_IN and all(name in own for name in unknown):
+            some = ", ".join(unknown)
+            raise UserError(f"config file {path} is for the task {BUILT_IN}, whose options it sets ({some}); the task here is {task.name}")
         make_config(unknown, str(path), task)
     return values
 

@@ -192,6 +192,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
             run.save_last(state)
         values = _describe_result(state, evaluation) | facts
         run.finish(values, encode_weights(state.bare_model, config))
+        signals.is_finished = True
         _log.info("finished: %s", _summarize(config, values))
         run.publish(values, data, evaluation)
         return Result(Stop.NONE, state.step, values)

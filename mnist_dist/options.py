@@ -62,7 +62,10 @@ class Options(BaseModel):
             raise PydanticCustomError("too_long", "a value of such a size is not allowed")
         # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
         if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
-            raise ValueError("true and false are not allowed here")
+            raise PydanticCustomError("is_bool", "true and false are not allowed here")
+        # As the command line and the tables of options write it.
+        if value == "none" and NoneType in get_args(field.annotation) and "none" not in _literals(cls, info.field_name):
+            return None
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("expected printable characters")
         return value
@@ -107,8 +110,13 @@ def _explain(model: type[Options], detail: Any, known: Collection[str]) -> str:
     return f"{name} is {reprlib.repr(detail['input'])}; {message}{several}"
 
 
+ADVICE: dict[str, str] = {}  # what a program has to say of names that are no options where they stand, and are elsewhere
+
+
 def explain_unknown(shown: str, name: str, known: Collection[str]) -> str:
     """The message about an option that there is not, with what was perhaps meant."""
+    if name in ADVICE and name not in known:
+        return f"there is no option {shown[:80]!r} here: {ADVICE[name]}"
     short = find_by_initials(name, known)
     near = [short] if short else difflib.get_close_matches(name, known, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
@@ -253,6 +261,9 @@ class Parser(argparse.ArgumentParser):
             if shown in self._names:
                 value = value or next(iter(unknown[1:]), "VALUE")
                 raise UserError(f"{unknown[0][:80]!r} lacks its dashes: write --{shown} {value[:80]}")
+            for ending, option_name in ((".py", "--task"), (".yaml", "--config")):
+                if shown.endswith(ending) and not shown.startswith("-") and option_name in self._option_string_actions:
+                    raise UserError(f"{shown[:80]!r} is not an option: write {option_name} {shown[:80]}")
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))
         return {name: None if value == "none" and name not in self._with_none else value for name, value in vars(known).items()}
 
@@ -289,11 +300,23 @@ _NUMBERS = {
     "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
 }
 _StrictLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in patterns if tag.rpartition(":")[2] not in _NUMBERS]
+    letter: [(tag, pattern) for tag, pattern in patterns if tag.rpartition(":")[2] not in (*_NUMBERS, "timestamp")]
     for letter, patterns in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around each text that any loader of YAML, or this one, would take for something else."""
+
+
 for _kind, _pattern in _NUMBERS.items():
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
+    for _user in (_StrictLoader, _Dumper):
+        _user.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
+
+
+def write_options(values: dict[str, Any]) -> str:
+    """YAML text that `read_options_file` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_options_file(path: Path) -> dict[str, Any]:

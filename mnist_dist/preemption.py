@@ -53,6 +53,10 @@ _STOP_OF_SIGNAL: dict[int, Stop] = {
 STOP_SIGNALS = tuple(_STOP_OF_SIGNAL)
 
 
+_STOPPING = b"\nSaving and stopping as soon as the step, or batch of an evaluation, is done; Ctrl-C again stops at once.\n"
+_FINISHED = b"\nThe run is finished and saved; Ctrl-C again leaves out what is left of its report and of its copy on W&B.\n"
+
+
 class StopSignals:
     """The strongest stop that this process was asked for so far."""
 
@@ -60,6 +64,7 @@ class StopSignals:
         self.received = Stop.NONE
         self._deferred = False
         self._announced = True
+        self.is_finished = False  # nothing is left that a stop could cost
         self.hand_on: Callable[[int], None] | None = None  # where other processes do the work: they are sent the signals
 
     def install(self) -> "StopSignals":
@@ -101,7 +106,7 @@ class StopSignals:
                         _say(b"stopped by a signal before the training began\n")
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
-                    _say(b"\nSaving and stopping as soon as the step, or batch of an evaluation, is done; Ctrl-C again stops at once.\n")
+                    _say(_FINISHED if self.is_finished else _STOPPING)
 
 
 def _take_standard_descriptors() -> None:

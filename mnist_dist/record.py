@@ -265,12 +265,12 @@ def list_pictures(run_dir: Path) -> list[Path]:
 
 def check_same(there: Row, asked: Row, what: str) -> None:
     """Raise `UserError` that says `what` and shows each value in which the two differ."""
-    missing = "(not there)"
-    differences = [
-        f"  {name}: {spell(there.get(name, missing))} there, {spell(asked.get(name, missing))} asked for"
-        for name in sorted({*there, *asked})
-        if there.get(name, missing) != asked.get(name, missing)
-    ]
+    differences = []
+    for name in sorted({*there, *asked}):
+        if name not in there or name not in asked or there[name] != asked[name]:
+            one = f"{spell(there[name])} there" if name in there else "not there"
+            other = f"{spell(asked[name])} asked for" if name in asked else "not asked for"
+            differences.append(f"  {name}: {one}, {other}")
     if differences:
         more = [f"  and {len(differences) - 20} more"] if len(differences) > 20 else []
         raise UserError("\n".join([what, *differences[:20], *more]))

@@ -234,9 +234,9 @@ def edit_newest(folder, edit):
     ("edit", "words"),
     [
         (lambda state: state["recipe"].update(learning_rate=0.5), "learning_rate: 0.5 there, 0.01 asked for"),
-        (lambda state: state["recipe"].update(lookahead=5), "lookahead: 5 there, (not there) asked for"),
+        (lambda state: state["recipe"].update(lookahead=5), "lookahead: 5 there, not asked for"),
         (lambda state: state["model"].update({"linear2.bias": torch.zeros(11)}), "linear2.bias: [11] there, [10] asked for"),
-        (lambda state: state["model"].pop("conv1.weight"), "conv1.weight: (not there) there"),
+        (lambda state: state["model"].pop("conv1.weight"), "conv1.weight: not there, ["),
         (lambda state: state.update(data="0123"), "it was trained on other data"),
     ],
 )

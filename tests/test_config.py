@@ -73,6 +73,8 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["epochs=3"], ["'epochs=3' lacks its dashes: write --epochs 3"]),
         (["steps", "9"], ["'steps' lacks its dashes: write --steps 9"]),
         (["seed"], ["write --seed VALUE"]),
+        (["mine.py"], ["'mine.py' is not an option: write --task mine.py"]),
+        (["configs/smoke.yaml"], ["write --config configs/smoke.yaml"]),
         (["--lr", "300"], ["learning_rate is '300'; allowed: a number, above 0, at most 100"]),
         (
             ["--schedule", "constant", "--warmup", "0.2"],
@@ -128,10 +130,11 @@ def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number)
     ("text", "words"),
     [
         ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'", "(in "]),
-        ("batch_size: yes", ["batch_size is True", "not allowed"]),
+        ("batch_size: yes", ["batch_size is True; allowed: a whole number, at least 1"]),
+        ("wandb: off", ["wandb is False; allowed: auto, online, offline, disabled"]),
         ("seed: 1\nseed: 2", ["'seed' stands there twice"]),
         ("epochs: [1, 2]", ["epochs is [1, 2]; allowed: a number, above 0"]),
-        ("run_dir: 2020-01-01", ["run_dir is", "allowed: text, not empty"]),
+        ("run_dir: 1.5", ["run_dir is 1.5; allowed: text, not empty"]),
         ("- 1\n- 2", ["option: value"]),
         ("just words", ["option: value"]),
         ("3: 4", ["option: value"]),
@@ -167,6 +170,13 @@ def test_options_may_have_a_word_none_and_be_true_false_or_unset():
     assert make_options(Words, given.model_dump()) == given
     with pytest.raises(UserError, match="limit is True"):
         make_options(Words, {"limit": True})
+
+
+def test_a_text_is_the_same_in_a_file_as_on_the_command_line(tmp_path):
+    for text, meant in (("2026-11-29", "2026-11-29"), ("'1.5e3'", "1.5e3"), ("'1e3'", "1e3"), ("'010'", "010"), ("12:30", "12:30")):
+        config = parse_command_line(["--config", write(tmp_path, f"run_dir: {text}\ntrain_size: none\nwandb_project: none\n")])
+        assert config == parse_command_line(["--run_dir", meant])
+        assert parse_command_line(["--config", write(tmp_path, config.to_yaml())]) == config
 
 
 def test_an_empty_file_means_the_defaults(tmp_path):

@@ -27,7 +27,7 @@ from launch.runs import RunState, find_runs, find_saved_step, read_state
 from launch.training import Training, write_note
 from mnist_dist import evaluate, report
 from mnist_dist.asked import warn_of_smaller_step
-from mnist_dist.config import Config, make_config, parse_command_line
+from mnist_dist.config import Config, configure, make_config, parse_command_line
 from mnist_dist.console import format_duration
 from mnist_dist.errors import UserError
 from mnist_dist.files import mark_folder
@@ -501,6 +501,14 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert "swept and also given" in refuse("seed=0,1", "--seed", "2")
     assert "give it once, as --run_dir" in refuse("run_dir=a,b")
     assert "nothing to sweep" in refuse()
+    assert "value (without dashes)" in refuse("--lr=0.1,0.2")
+    assert "'lr' is not a file, and not of the form option=value,value" in refuse("lr", "0.1", "0.2")
+    (tmp_path / "mine.py").touch()
+    assert "'mine.py' is not a sweep: write --task mine.py" in refuse("mine.py", "seed=0,1")
+    (tmp_path / "mine.py").unlink()
+    assert "no option 'nodes' here: it is one of the job, --nodes or in the file of --job" in refuse("nodes=1,2")
+    assert "no option '--mem' here: use --memory_gb" in refuse("seed=0,1", "--mem", "8")
+    assert "no option '--ntasks' here: use --nodes and --tasks_per_node" in refuse("seed=0,1", "--ntasks=4")
     assert "at most 1000" in refuse("seed=" + ",".join(map(str, range(1001))))
     assert "less than the 3 processes" in refuse("seed=0,1", "--batch_size", "2", "--tasks_per_node", "3")
     for text, words in (
@@ -509,12 +517,23 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
         ("sweep: {seed: [true]}", "seed is True"),
         ("sweep: {}", "nothing to sweep"),
         ("sweep: [1]", "must hold lines"),
+        ("sweep: {seed: [1]}\nfixed: {nodes: 2}", "no option 'nodes' here: it is one of the job"),
         ("sweep: {seed: [1], seed: [2]}", "stands there twice"),
         ("!!python/object/apply:os.system ['id']", "is not valid YAML"),
     ):
         (tmp_path / "s.yaml").write_text(text)
         assert words in refuse("s.yaml"), text
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def test_each_run_of_a_sweep_that_differs_is_told_with_its_differences(no_slurm, tmp_path, capsys):
+    for rate in ("0.1", "0.2"):
+        folder = tmp_path / f"sweep/learning_rate={rate}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(configure(run_dir=str(folder), learning_rate=rate, seed=4).to_yaml())
+    assert sweep.main(["lr=0.1,0.2", "--cluster", "local", "--run_dir", str(tmp_path / "sweep")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("holds another run") == error.count("  seed: 4 there, 0 asked for") == 2
 
 
 def test_a_sweep_counts_its_combinations_before_it_makes_them(no_slurm, capsys):

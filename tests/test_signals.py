@@ -165,9 +165,11 @@ class Dawdle(TrainTask):
     def __call__(self):
         from mnist_dist import checkpoint, run_folder
 
-        write, finish = checkpoint.write_atomically, run_folder.RunFolder.finish
+        write, folder = checkpoint.write_atomically, run_folder.RunFolder
+        finish, publish = folder.finish, folder.publish
         checkpoint.write_atomically = lambda *given: self.sleep("saving") or write(*given)
-        run_folder.RunFolder.finish = lambda *given: self.sleep("finish") or finish(*given)
+        folder.finish = lambda *given: self.sleep("finish") or finish(*given)
+        folder.publish = lambda *given: self.sleep("publish") or publish(*given)
         return super().__call__()
 
 
@@ -230,6 +232,16 @@ def test_a_signal_after_the_last_step_does_not_keep_the_run_from_finishing(tmp_p
         rank.kill(signal.SIGTERM)
     assert [rank.wait(60) for rank in ranks] == [0, 0]
     assert (folder / "result.json").exists()
+
+
+def test_ctrl_c_when_the_run_is_finished_does_not_speak_of_steps(tmp_path):
+    marker = tmp_path / "marker"
+    [rank] = start_ranks(tmp_path, Dawdle([*TINY, "--run_dir", str(tmp_path / "run")], "publish", str(marker)))
+    rank.wait_for(marker.exists)
+    rank.kill(signal.SIGINT)
+    assert rank.wait(60) == 0
+    assert "The run is finished and saved; Ctrl-C again leaves out" in rank.text
+    assert "Saving and stopping" not in rank.text
 
 
 def run_in_shell(redirect, folder, *arguments):

@@ -955,6 +955,13 @@ def test_a_name_that_means_no_task_is_one_message(name):
     assert len(str(caught.value)) < 800
 
 
+def test_a_recipe_of_another_task_is_named_as_one(tmp_path):
+    name = write(tmp_path / "mine.py")
+    words = rf"smoke.yaml is for the task mnist, whose options it sets \(dataset, .*; the task here is {name}$"
+    with pytest.raises(UserError, match=words):
+        parse_command_line(["--config", "smoke", "--task", name])
+
+
 def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = write(tmp_path / "mine.py")
