@@ -38,6 +38,7 @@ from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
+from mnist_dist.machine import on_one_thread
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators, seeding_generators
 from mnist_dist.rendezvous import name_ranks
@@ -209,13 +210,11 @@ class Seeded:
         except Exception as error:
             return self._fail(f"a batch of the {locate(self.split, self.what)[0]} cannot be sent by a worker: {describe_exception(error)}")
 
+    @on_one_thread()  # as in a worker
     def fill(self, batch: Batch) -> Batch | _Failure:
         """The batch with its samples, or why there are none."""
         worker = torch.utils.data.get_worker_info()
         at = np.zeros(2, np.int64) if worker is None or self.at is None else self.at.numpy()[worker.id]
-        threads = torch.get_num_threads()
-        if worker is None and threads > 1:
-            torch.set_num_threads(1)  # as in a worker, where a sum over a large image is rounded the same
         try:
             # One hash a step: the seeds of its samples lie far apart, and so do those of two steps.
             first = derive_seed(self.seed, self.what, batch.step)
@@ -238,8 +237,6 @@ class Seeded:
             return batch.fill(made)
         finally:
             at[1] = -1
-            if worker is None and threads > 1:
-                torch.set_num_threads(threads)
 
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
@@ -339,8 +336,8 @@ def load_data(config: Config) -> tuple[Config, Data]:
     Raises `UserError` for data that are missing or damaged, and for a task whose code fails.
     """
     task = config.task
-    # A split that is drawn is the same in each process and each start.
-    with seeding_generators(_DATA_SEED), explaining(task.name, "in load"):
+    # A split that is drawn, or a mean over all samples, is the same in each process and each start.
+    with on_one_thread(), seeding_generators(_DATA_SEED), explaining(task.name, "in load"):
         data = task.load()
     if not isinstance(data, Data):
         raise UserError(f"task {task.name}: load returned {type(data).__name__}; expected mnist_dist.task.Data(train, test)")
@@ -357,7 +354,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
             f"task {task.name} has a method collate, and data in a TensorDataset, whose batches are gathered without it: leave it out, or "
             "give the data set a __getitem__ of its own"
         )
-    with seeding_generators(_DATA_SEED), explaining(task.name, "in find_facts"):
+    with on_one_thread(), seeding_generators(_DATA_SEED), explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
     _check_facts(task, facts)
     return config.with_facts(facts), data

@@ -139,6 +139,19 @@ def keep_memory() -> None:
 
 
 @contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Compute with one thread within the block: a sum is then rounded the same, however many threads this process has."""
+    threads = torch.get_num_threads()
+    if threads > 1:  # in a worker, once a batch, there is nothing to do
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def repeating_bits() -> Iterator[None]:
     """Let torch add numbers up in the same order each time. By itself it does not: two threads hurry to the gradient of `x[rows]`.
 

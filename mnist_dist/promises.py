@@ -20,6 +20,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import check_tally
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
+from mnist_dist.machine import on_one_thread
 from mnist_dist.model import build_model
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
@@ -66,8 +67,7 @@ def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generato
     if {*names} & {"two processes", "evaluation", "resume"}:
         config.check_world(2)
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
+        stack.enter_context(on_one_thread())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mnist_dist_check_", ignore_cleanup_errors=True))
         subject = Subject(config, Path(folder), deadline_s, stack, names)
         known: dict[str, str] = {}

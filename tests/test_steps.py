@@ -140,6 +140,30 @@ def test_data_and_weights_are_drawn_alike_in_each_process():
     assert build_model(config.task, 6).weight.tolist() != found[0][2]
 
 
+class Normalizing(Masking):
+    """Samples and facts by sums over the whole data set, which torch rounds otherwise on two threads."""
+
+    def load(self):
+        samples = torch.rand(60_000, 8, generator=torch.Generator().manual_seed(1))
+        return Data(*[TensorDataset((samples - samples.mean()) / samples.std(), torch.arange(60_000) % 2)] * 2)
+
+    def find_facts(self, train):
+        return {"mean": float(train.tensors[0].sum() / 3)}
+
+
+def test_data_and_facts_are_rounded_alike_on_any_number_of_threads():
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            config, data = load_data(make_config({"batch_size": 8, "device": "cpu"}, task=Normalizing))
+            assert torch.get_num_threads() == threads
+            found.append((fingerprint(data.train, config.task), config.task.facts))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):
     losses = Classification.losses
     monkeypatch.setattr(Classification, "losses", lambda *given: losses(*given).bfloat16())
