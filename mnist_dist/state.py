@@ -1,7 +1,6 @@
 """The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
 
 import contextlib
-import itertools
 import logging
 import math
 import time
@@ -146,9 +145,9 @@ class TrainingState:
         return self.is_settled and self._versions in (None, self._read_versions())
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
-        """Which tensor each buffer and frozen parameter is, and how often it was changed."""
-        changing = itertools.chain(self.bare_model.named_buffers(), self._frozen.items())
-        return {name: (id(tensor), tensor._version) for name, tensor in changing}
+        """Which tensor each buffer, and each parameter that is frozen or moved by a pass, is, and how often it was changed."""
+        changing = self._list_moving() | self._frozen
+        return {name: (id(tensor), tensor._version) for name, tensor in changing.items()}
 
     def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
@@ -257,7 +256,7 @@ class TrainingState:
         value.copy_(torch.where(mean == tree.repeat(start / tree.shards), start, mean) if start.dtype == torch.float64 else mean)
 
     def _list_moving(self) -> dict[str, Tensor]:
-        """What a forward pass may change: the buffers, and parameters that nobody trains but which it moves."""
+        """What a forward pass may change: the buffers, and parameters that it moves."""
         return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
 
     def _check_frozen(self, versions: dict[str, tuple[int, int]]) -> None:
@@ -288,11 +287,6 @@ class TrainingState:
                 lost[0],
             )
         trained = [name for name in self._moved if self.bare_model.get_parameter(name).requires_grad]
-        trained += [  # which change only once they are long enough
-            f"{name}.weight (max_norm)"
-            for name, module in self.bare_model.named_modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and module.weight.requires_grad
-        ]
         if not (self.group.size > 1 or self.config.shards):
             return
         if hooked := list_hooked(self.bare_model):

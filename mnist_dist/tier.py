@@ -168,16 +168,22 @@ def describe_flaw(probe: Probe) -> str:
 
 
 def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) -> list[str]:
-    """The parameters that nobody trains, but which a forward pass changes; the model stays as it was."""
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    """The parameters that a forward pass changes, as far as one can know before: those that nobody trains, and those with a max_norm.
+
+    The model stays as it was.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None]
+    limited = {id(table.weight) for table in tables}  # changed once their rows are long enough, maybe after many steps
+    moved = [name for name, parameter in model.named_parameters() if id(parameter) in limited]
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not (parameter.requires_grad or name in moved)}
     if not frozen:
-        return []
-    with keeping(model, frozen):
+        return moved
+    with keeping(model, {*moved, *frozen}):
         # An average that the pass moves may equal at first what it follows.
         with torch.no_grad():
             nudged = {name: parameter.add_(_NUDGE).clone() for name, parameter in frozen.items()}
         trace(task, model, make_probe().whole)
-        return [name for name in frozen if not is_same(frozen[name], nudged[name])]
+        return moved + [name for name in frozen if not is_same(frozen[name], nudged[name])]
 
 
 def check_shape(task: Task, losses: Any, count: int) -> None:

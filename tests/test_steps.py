@@ -164,6 +164,29 @@ def test_data_and_facts_are_rounded_alike_on_any_number_of_threads():
     assert found[0] == found[1] == found[2]
 
 
+class Tabulated(Masking):
+    def load(self):
+        return Data(*[TensorDataset(torch.arange(40) % 4, torch.arange(40) % 2)] * 2)
+
+    def build_model(self):
+        return nn.Embedding(4, 2, max_norm=1.0)
+
+
+def test_a_pass_that_has_shortened_vectors_leaves_no_whole_state():
+    """A checkpoint of it would be of no step: the start that repeats the step would begin with other weights."""
+
+    def fail():
+        raise ValueError("amid a step")
+
+    config = make_config({"batch_size": 8, "device": "cpu", "precision": "fp32"}, task=Tabulated)
+    with join_group(World(), config) as group:
+        state, data = make_state(group, config)
+        assert state.is_whole
+        with pytest.raises(ValueError, match="amid a step"):
+            state.train_on([read_batch(state.config, data, 0)], fail)
+        assert not state.is_whole
+
+
 def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):
     losses = Classification.losses
     monkeypatch.setattr(Classification, "losses", lambda *given: losses(*given).bfloat16())

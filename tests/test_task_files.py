@@ -795,13 +795,44 @@ def test_a_forward_pass_that_changes_what_is_trained_is_for_one_process(tmp_path
     clamped = f"model = {SEQUENTIAL}\n        model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(0.9), None)[1])\n"
     names = [write(tmp_path / "clamped.py", SANE, (f"return {SEQUENTIAL}", f"{clamped}        return model"))]
     names += [write(tmp_path / "table.py", SANE, (SEQUENTIAL, "Table()"), ("class Mine", TABLE))]
-    for name, what in zip(names, ("0.weight", "table.weight (max_norm)"), strict=True):
+    for name, what in zip(names, ("0.weight", "table.weight"), strict=True):
         arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / what[0])]
         for size, more in ((2, []), (1, ["--shards", "2"])):
             text = run_ranks(tmp_path, Train([*arguments, *more]), size, expect=2)
             assert f"a forward pass changes {what} itself, which is trained, too" in text
         text = run_ranks(tmp_path, Train(arguments))
         assert ("each forward pass changes seen, which is in no checkpoint" in text) is (what[0] == "t")
+
+
+SHORTENED = """class Shortened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.{}, nn.Linear(3, 2)
+        nn.init.constant_(self.table.weight, 0.01)
+
+    def forward(self, inputs):
+        places = (inputs[:, 1] * 60).round().long()
+        return self.out(self.table({}))
+
+
+class Mine"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "places"),
+    [("Embedding(60, 3, max_norm=0.05)", "places"), ("EmbeddingBag(60, 3, max_norm=0.05)", "places[:, None]")],
+    ids=["Embedding", "EmbeddingBag"],
+)
+def test_an_evaluation_changes_no_vector_that_has_grown_too_long_since_the_start(tmp_path, layer, places):
+    name = write(tmp_path / "table.py", SANE, (SEQUENTIAL, "Shortened()"), ("class Mine", SHORTENED.format(layer, places)), (DATA, MANY))
+    weights = []
+    for every in ("1", "1000000"):
+        arguments = ["--task", name, *SHORT, "--steps", "9", "--evaluate_every", every, "--run_dir", str(tmp_path / every)]
+        text = run_ranks(tmp_path, Train([*arguments, "--optimizer", "sgd", "--learning_rate", "5", "--schedule", "constant"]))
+        assert "this world: a step is the same only on as many processes, because each forward pass changes table.weight" in text
+        weights.append((tmp_path / every / "model.safetensors").read_bytes())
+    assert load_file(tmp_path / "1/model.safetensors")["table.weight"].norm(dim=1).max() > 0.05
+    assert weights[0] == weights[1]
 
 
 def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tmp_path):
