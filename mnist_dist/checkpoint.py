@@ -136,10 +136,10 @@ class Writer:
         self._report()
 
         def write() -> Path:
-            if not _is_finite(state):
+            if names := _list_infinite(state):
                 raise NotFiniteError(
-                    f"the weights, or the optimizer's state, are not finite after step {step}; the run stops here and keeps its last "
-                    "checkpoint"
+                    f"the weights, or the optimizer's state, are not finite after step {step} ({names[0]}); the run stops here and keeps "
+                    "its last checkpoint"
                 )
             return self._write(step, state)
 
@@ -161,8 +161,8 @@ class Writer:
         return {} if self._took_s is None else {"health/checkpoint_s": round(self._took_s, 3)}
 
     def _write_if_finite(self, step: int, state: dict[str, Any]) -> None:
-        if not _is_finite(state):
-            _log.warning("no checkpoint at step %d: its weights, or the optimizer's state, are not finite", step)
+        if names := _list_infinite(state):
+            _log.warning("no checkpoint at step %d: its weights, or the optimizer's state, are not finite (%s)", step, names[0])
             return
         try:
             self._write(step, state)
@@ -189,6 +189,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _is_finite(state: dict[str, Any]) -> bool:
-    slots = [value for values in state.get("optimizer", {}).get("state", {}).values() for value in values.values()]
-    return all(is_finite(value) for value in [*state["model"].values(), *slots] if isinstance(value, torch.Tensor))
+def _list_infinite(state: dict[str, Any]) -> list[str]:
+    """The names of the tensors in a state that are not finite, the weights first."""
+    tensors = dict(state["model"])
+    for index, slots in state.get("optimizer", {}).get("state", {}).items():
+        tensors |= {f"{name} of parameter {index}": value for name, value in slots.items()}
+    return [name for name, value in tensors.items() if isinstance(value, torch.Tensor) and not is_finite(value)]

@@ -50,17 +50,23 @@ def build_model(task: Task, seed: int) -> nn.Module:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
-                f"task {task.name}: {name} of its model holds values that are not finite; a smallest value so far may begin with "
-                "torch.finfo(torch.float32).max, and a mask that never changes may be left out of checkpoints: register_buffer(..., "
-                "persistent=False)"
-            )
+    check_finite(task, model)
     for name, buffer in model.named_buffers():
         if buffer.dtype not in _BUFFER_TYPES:
             allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
             raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     return model
+
+
+def check_finite(task: Task, model: nn.Module, when: str = "") -> None:
+    """Raise `UserError` where the model's state holds what is not finite: no checkpoint of it would be written."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"task {task.name}: {name} of its model holds values that are not finite{when}; a smallest value so far may begin with "
+                "torch.finfo(torch.float32).max, and a mask that is made anew may be left out of checkpoints: register_buffer(..., "
+                "persistent=False)"
+            )
 
 
 def find_synchronized(model: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
+from mnist_dist.model import check_finite
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -84,6 +85,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 f"task {task.name}: the first forward pass {'removes' if other[0] in names else 'adds'} {other[0]} of its model, which no "
                 "optimizer would see, or no weights that are read again would fit: make all of the model in build_model"
             )
+        check_finite(task, model, " after the first forward pass")
         if whole.wrote and probe.is_stored:
             raise UserError(
                 f"task {task.name}: losses writes into its batch, and collate hands on what the data set stores, which would change with "

@@ -264,9 +264,10 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, caplog, what):
     {"model": model["weight"], "optimizer": slots["exp_avg_sq"]}[what][1] = torch.inf
     writer = checkpoint.Writer(tmp_path, keep=2, sync_record=lambda: None)
     writer.submit(2, state)
-    with pytest.raises(RunError, match="are not finite after step 3"):
+    name = {"model": "weight", "optimizer": "exp_avg_sq of parameter 0"}[what]
+    with pytest.raises(RunError, match=rf"are not finite after step 3 \({name}\)"):
         writer.finish(3, state)
-    assert "no checkpoint at step 2: its weights, or the optimizer's state, are not finite" in caplog.text
+    assert f"no checkpoint at step 2: its weights, or the optimizer's state, are not finite ({name})" in caplog.text
     assert len(checkpoint.list_newest_first(tmp_path)) == 1
 
 

@@ -177,6 +177,19 @@ WRONG = [
         2,
     ),
     (
+        "the last mask in a checkpoint",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('mask', torch.zeros(2))\n"
+                "        model.register_forward_hook(lambda m, _, out: m.mask.copy_(torch.tensor([0, -torch.inf])).clamp(min=0) + out)\n"
+                "        return model",
+            )
+        ],
+        ["mask of its model holds values that are not finite after the first forward pass", "persistent=False"],
+        2,
+    ),
+    (
         "a buffer of an odd type",
         [
             (
