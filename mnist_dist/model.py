@@ -1,5 +1,6 @@
 """The model of a task: its initial weights, and a table of its layers. `python -m mnist_dist.model` prints that of the built-in CNN."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -67,6 +68,18 @@ def check_finite(task: Task, model: nn.Module, when: str = "") -> None:
                 "torch.finfo(torch.float32).max, and a mask that is made anew may be left out of checkpoints: register_buffer(..., "
                 "persistent=False)"
             )
+
+
+def load_weights(task: Task, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model a state that its `state_dict` gave. Raises `UserError` where it does not take that."""
+    try:
+        model.load_state_dict(tensors)
+    except Exception as error:  # of the model's own code, too
+        reason = " ".join(str(error).split())[:500].rstrip(" .")
+        raise UserError(
+            f"task {task.name}: its model cannot load what its state_dict gives, so no run of it could be resumed: {reason}; leave nothing "
+            "out of its state_dict, or give it a load_state_dict that does without"
+        ) from error
 
 
 def find_synchronized(model: nn.Module) -> str | None:

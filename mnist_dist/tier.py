@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.model import check_finite
+from mnist_dist.model import check_finite, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -76,7 +76,13 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     if flaw := describe_flaw(probe):
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
-        names = {*model.state_dict()}
+        names = {*(state := model.state_dict())}
+        load_weights(task, model, dict(state))  # plain, as it is read from a file
+        if lost := kept.list_changed():
+            raise UserError(
+                f"task {task.name}: {lost[0]} of its model is another one once the model has loaded what its state_dict gave, so a resumed "
+                "run would be another one, too: let state_dict and load_state_dict hand on each tensor as it is"
+            )
         seed_generators(0)
         whole = trace(task, model, probe.whole)
         check_losses(task, whole.losses, probe.whole.size, [probe.name(place) for place in probe.whole.places])

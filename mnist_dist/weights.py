@@ -14,7 +14,7 @@ from mnist_dist.checkpoint import is_finite
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError, first_line
 from mnist_dist.files import check_readable
-from mnist_dist.model import build_model
+from mnist_dist.model import build_model, load_weights
 from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
@@ -80,7 +80,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
         if tensor.dtype != kind or not is_finite(tensor):
             wanted = str(kind).removeprefix("torch.")
             raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
-    model.load_state_dict(tensors)
+    load_weights(config.task, model, tensors)
     return TrainedModel(model.eval(), config)
 
 

@@ -177,6 +177,31 @@ WRONG = [
         2,
     ),
     (
+        "a frozen part that is not in the state",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model[0].requires_grad_(False)\n"
+                "        model.register_state_dict_post_hook(lambda m, state, *_: [state.pop(n) for n in list(state) if n < '1'].clear())\n"
+                "        return model",
+            )
+        ],
+        ["cannot load what its state_dict gives", 'Missing key(s) in state_dict: "0.weight", "0.bias"'],
+        2,
+    ),
+    (
+        "a state in fewer digits",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model[0].register_state_dict_post_hook(lambda m, state, prefix, _: "
+                "state.update({prefix + 'weight': m.weight.detach().half()}))\n        return model",
+            )
+        ],
+        ["0.weight of its model is another one once the model has loaded what its state_dict gave"],
+        2,
+    ),
+    (
         "the last mask in a checkpoint",
         [
             (
@@ -971,6 +996,29 @@ def test_what_is_drawn_is_laid_out_alike_on_any_number_of_processes(tmp_path):
         arguments = ["--task", name, *SHORT, "--batch_size", "80", "--shards", "2", "--run_dir", str(tmp_path / str(size))]
         run_ranks(tmp_path / "logs", Train(arguments), size)
     assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+
+
+def test_a_model_may_load_what_its_own_state_leaves_out(tmp_path):
+    own = f"""model = {SEQUENTIAL}
+        model[0].requires_grad_(False)
+        model.register_state_dict_post_hook(lambda m, state, *_: [state.pop(name) for name in ('0.weight', '0.bias')].clear())
+        model.load_state_dict = lambda state: nn.Module.load_state_dict(model, state, strict=False)
+        return model"""
+    name = write(tmp_path / "adapter.py", SANE, (f"return {SEQUENTIAL}", own))
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2", *SHORT]
+    run_ranks(tmp_path / "logs", Train(arguments))
+    (tmp_path / "run/result.json").unlink()
+    run_ranks(tmp_path / "logs", Train(arguments))
+    assert evaluate.main([str(tmp_path / "run"), "--task", name]) == 0
+
+
+def test_weights_that_a_model_cannot_load_are_one_message(tmp_path, capsys):
+    name = write(tmp_path / "mine.py")
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+    fails = f"model = {SEQUENTIAL}\n        model.load_state_dict = lambda state: state['none']\n        return model"
+    write(tmp_path / "mine.py", SANE, (f"return {SEQUENTIAL}", fails))
+    assert evaluate.main([str(tmp_path / "run"), "--task", name]) == 2
+    assert "its model cannot load what its state_dict gives" in capsys.readouterr().err
 
 
 def test_tied_weights_are_trained_saved_and_read(tmp_path):
