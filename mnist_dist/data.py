@@ -324,6 +324,11 @@ def find_immovable(value: Any) -> str:
     return type(value).__name__ if list_tensors(value) and not hasattr(value, "to") else ""
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor nested: such a one has no strides, or no shape."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are of one kind and hold the same values; NaN is the same as NaN."""
     alike = (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -410,7 +415,7 @@ def _count(task: Task, split: Any, what: str) -> int:
     if count < 1:
         raise UserError(f"task {task.name}: its {what} data hold no samples")
     for tensor in split.tensors if is_in_memory(split) else ():
-        if tensor.layout != torch.strided or tensor.is_nested:
+        if not is_dense(tensor):
             kind = "nested" if tensor.is_nested else "sparse"
             raise UserError(
                 f"task {task.name}: its {what} data are a TensorDataset of a {kind} tensor, whose samples cannot be gathered; expected "

@@ -37,6 +37,12 @@ def build_model(task: Task, seed: int) -> nn.Module:
             )
         if torch.empty_like(parameter).stride() != parameter.stride():  # a view with gaps, which fused optimizers take for one without
             parameter.data = parameter.data.clone()
+    for name, buffer in model.named_buffers():
+        if buffer.layout != torch.strided or buffer.is_nested:
+            raise UserError(
+                f"task {task.name}: the buffer {name} of its model is sparse or nested; expected a dense one: make it in the forward pass, "
+                "of buffers with its indices and its values"
+            )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if any(not stride and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):  # cannot be written to

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Piece, Probe, is_same, list_tensors
+from mnist_dist.data import Piece, Probe, is_dense, is_same, list_tensors
 from mnist_dist.errors import UserError
 from mnist_dist.model import check_finite, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
@@ -198,6 +198,8 @@ def check_shape(task: Task, losses: Any, count: int) -> None:
     """Raise `UserError` unless `losses` is a tensor with one for each of `count` samples. Waits for no device."""
     if not isinstance(losses, Tensor):
         raise UserError(f"task {task.name}: losses returned {type(losses).__name__}; expected a tensor with one loss for each sample")
+    if not is_dense(losses):
+        raise UserError(f"task {task.name}: losses returned a sparse or nested tensor; expected a dense one with one loss for each sample")
     if losses.shape != (count,):
         hint = ": their mean or sum? reduction='none' keeps one for each" if losses.numel() == 1 else ""
         raise UserError(f"task {task.name}: losses has shape {list(losses.shape)} for {count} samples; expected [{count}]{hint}")
@@ -284,7 +286,7 @@ def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = Tr
 
     def note(what: str, output: Any) -> None:
         note_draw(what)
-        if isinstance(output, Tensor) and keep_outputs:
+        if isinstance(output, Tensor) and keep_outputs and is_dense(output):
             outputs.append((what, output.detach().clone()))
 
     outside = "the forward pass, outside of its layers,"

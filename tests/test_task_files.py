@@ -425,6 +425,25 @@ WRONG = [
         ["two passes over the same samples", "losses that differ", "register_buffer"],
         2,
     ),
+    ("losses that are sparse", [(BUILD, LOSSES.format("model(batch[0]).sum(1).to_sparse()"))], ["losses returned a sparse or nested"], 2),
+    (
+        "losses that are nested",
+        [(BUILD, LOSSES.format("torch.nested.as_nested_tensor(list(model(batch[0]).sum(1)))"))],
+        ["losses returned a sparse or nested"],
+        2,
+    ),
+    (
+        "a sparse buffer",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('graph', torch.eye(3).to_sparse(), persistent=False)\n"
+                "        return model",
+            )
+        ],
+        ["the buffer graph of its model is sparse or nested"],
+        2,
+    ),
     ("losses that are counts", [(BUILD, LOSSES.format("model(batch[0]).sum(1).long()"))], ["losses", "int64; expected floating-point"], 2),
     (
         "a collate that would not be called",
@@ -1108,6 +1127,29 @@ def test_a_large_vocabulary_among_the_facts_is_read_back_and_a_too_large_one_ref
     text = run_ranks(tmp_path / "logs", Train([*arguments[:-1], "bf16", "--run_dir", str(tmp_path / "other")]), expect=2)
     assert "find_facts returned" in text
     assert "bytes of text; allowed: 16,777,216" in text
+
+
+OTHER_LAYOUTS = """class Layout(nn.Module):
+    def forward(self, inputs):
+        if "{kind}" == "sparse":
+            return inputs.to_sparse()
+        return torch.nested.as_nested_tensor(list(inputs), layout=torch.{kind})
+
+
+class Dense(nn.Module):
+    def forward(self, inputs):
+        return torch.nested.to_padded_tensor(inputs, 0.0) if inputs.is_nested else inputs.to_dense()
+
+
+class Mine"""
+
+
+@pytest.mark.parametrize("kind", ["sparse", "strided", "jagged"])
+def test_an_output_of_a_layer_may_be_sparse_or_nested(tmp_path, kind):
+    layers = "nn.Sequential(nn.Linear(3, 8), Layout(), Dense(), nn.Linear(8, 2))"
+    name = write(tmp_path / "layout.py", SANE, (SEQUENTIAL, layers), ("class Mine", OTHER_LAYOUTS.format(kind=kind)))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
+    assert "any world: " in text
 
 
 def test_outputs_may_have_another_length_in_each_batch(tmp_path):
