@@ -154,6 +154,8 @@ class Task(Options):
     def with_facts(self, facts: Mapping[str, Any]) -> "Task":
         """The same task, with the facts of some data or weights."""
         task = self.model_copy()
+        for name in vars(task).keys() - type(task).model_fields.keys():  # what a cached_property has kept may be of other facts
+            del vars(task)[name]
         task._facts = dict(facts)
         return task
 

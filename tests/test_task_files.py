@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mnist_dist import evaluate, export, report
 from mnist_dist.config import make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.source import find_changed, find_task
+from mnist_dist.task import Task
 
 SANE = """
 import torch
@@ -822,6 +824,22 @@ def test_a_run_has_the_same_facts_and_the_same_shapes_on_all_ranks_and_in_all_st
     text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", wide, "--run_dir", str(tmp_path / "wide"), *SHORT]), 2, expect=2)
     assert "rank zero has another model than rank 1 (0.weight is [8, 3] there, and [9, 3] here)" in text
     assert not (tmp_path / "wide").exists()
+
+
+class Counting(Task):
+    width: int = 3
+
+    @cached_property
+    def words(self):
+        return self.width * ["word"] + self.facts.get("words", [])
+
+
+def test_a_cached_property_follows_the_facts():
+    task = Counting(width=1)
+    assert task.words == ["word"]
+    known = task.with_facts({"words": ["one"]})
+    assert (known.width, known.words) == (1, ["word", "one"])
+    assert known.with_facts({}).words == task.words == ["word"]
 
 
 def test_a_frozen_parameter_is_resumed(tmp_path):
