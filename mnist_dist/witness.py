@@ -120,7 +120,8 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
 
 def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> list[Piece]:
     """What one rank of `size` trains on in a step without shards, on the CPU."""
-    batch = next(iter(StepSampler(data.train, config.model_copy(update={"shards": None}), rank, size, step)))
+    own = config.model_copy(update={"shards": None, "steps": step + 1})  # a run on little data may have fewer
+    batch = next(iter(StepSampler(data.train, own, rank, size, step)))
     return read(keep_split(data.train, config, "training", torch.device("cpu")), add_drawn(batch, config, torch.device("cpu")))
 
 

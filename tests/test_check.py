@@ -570,6 +570,12 @@ def test_with_shards_two_processes_must_have_the_bits_of_one(check):
     assert "differs between one process and two with shards" in answers["two processes"]["text"]
 
 
+@pytest.mark.parametrize("options", [("--train_size", "3", "--batch_size", "2"), ("--epochs", "0.5", "--batch_size", "33")])
+def test_a_run_of_fewer_steps_than_the_checks_make_passes(check, options):
+    status, answers, err = check("repeat,gradients,state,cost", "    pass\n", *options)
+    assert status == 0, (answers, err)
+
+
 def test_the_built_in_task_passes(capsys):
     assert main(["--dataset", "synthetic", "--only", "losses,rows,tier,repeat"]) == 0
     assert "PASS tier: any world" in capsys.readouterr().out
