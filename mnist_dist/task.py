@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 
 from mnist_dist import options
 from mnist_dist.options import Options
@@ -158,6 +158,15 @@ class Task(Options):
             del vars(task)[name]
         task._facts = dict(facts)
         return task
+
+    if not TYPE_CHECKING:  # or mypy would allow every attribute
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # pydantic keeps what has a private name; where weights are read without data, it would be missing.
+            if name.startswith("_") and name not in self.__private_attributes__:
+                frozen = {"type": "frozen_instance", "loc": (name,), "input": value}
+                raise ValidationError.from_exception_data(type(self).__name__, [frozen])
+            super().__setattr__(name, value)
 
     # What every task has.
 

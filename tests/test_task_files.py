@@ -162,6 +162,12 @@ WRONG = [
     ),
     ("load sets an attribute", [(DATA, f"self.count = 60\n        {DATA}")], ["in load", "count: ", "a task holds its options alone"], 2),
     (
+        "load sets a private attribute",
+        [(DATA, f"self._count = 60\n        {DATA}")],
+        ["in load", " _count: ", "a task holds its options alone"],
+        2,
+    ),
+    (
         "too few losses of a whole batch",
         [(BUILD, LOSSES.format("super().losses(model, batch, drawn)[len(batch[0]) // 10 :]"))],
         ["has shape [9] for 10 samples"],
