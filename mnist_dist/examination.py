@@ -90,7 +90,7 @@ class Subject:
             (folder / "witness").mkdir()
             if "state" in names:
                 self._prepare_state(folder / "witness" / STATE_FILE)
-            self.run("witness", 1, config.model_copy(update=few), work="look")
+            self.run("witness", 1, config.model_copy(update=few), work="look", facts=self.task.facts)
 
     def _prepare_state(self, file: Path) -> None:
         """Train some steps, save the state, and train one more, which another process must repeat."""

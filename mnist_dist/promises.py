@@ -40,7 +40,7 @@ from mnist_dist.tier import (
     list_unused,
 )
 from mnist_dist.weights import encode_weights
-from mnist_dist.witness import build, digest, digest_data, digest_each, read_batch, take_step
+from mnist_dist.witness import build, digest, digest_data, digest_each, list_shapes, read_batch, take_step
 from mnist_dist.world import World, choose_threads
 
 _KILLED_AT, _SAVED_AT = 3, 2
@@ -209,6 +209,10 @@ def _check_model(subject: Subject) -> Found:
         "the initial", here, digest_each(build_model(subject.task, subject.config.seed).state_dict()), f"when it is built again: {_SEEDED}"
     )
     _compare("the initial", here, subject.found["model"], f"in another process: {_SEEDED}")
+    rule = "build_model must need no more than options and facts (find_facts), for weights are read without data"
+    if isinstance(shapes := subject.found["shapes"], str):
+        raise Broken(f"no model can be built before load is called: {rule}: {shapes}")
+    _compare("the shape of", list_shapes(subject.model), shapes, f"before load is called: {rule}")
     return f"{len(here)} tensors, the same bits whenever they are built", {}
 
 

@@ -99,6 +99,11 @@ def digest_each(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: digest(value) for name, value in values.items()}
 
 
+def list_shapes(model: nn.Module) -> dict[str, str]:
+    """The shape of each tensor of a model by its name."""
+    return {name: str([*tensor.shape]) for name, tensor in model.state_dict().items()}
+
+
 def digest_data(config: Config, data: Data, backwards: bool = False) -> dict[str, str]:
     """Digests of samples by their names, such as `sample 7 of the training data`, and of the facts; read from the last if `backwards`."""
     found = {f"the fact {name}": digest(value) for name, value in config.task.facts.items()}
@@ -148,8 +153,13 @@ def build(config: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def _look(config: Config, folder: Path, job: Row) -> None:
     """Build the model, read the data, continue from a saved state; and leave the digests of what comes of it."""
+    found: dict[str, Any] = {}
+    try:  # as weights are read later: with their facts, and without data
+        found["shapes"] = list_shapes(build_model(config.task.with_facts(job["facts"]), config.seed))
+    except Exception as error:
+        found["shapes"] = str(error)
     config, data = load_data(config)
-    found: dict[str, Any] = {"model": digest_each(build_model(config.task, config.seed).state_dict())}
+    found["model"] = digest_each(build_model(config.task, config.seed).state_dict())
     found["data"] = digest_data(config, data)
     if (folder / STATE_FILE).exists():
         try:

@@ -341,6 +341,36 @@ class Averaging(nn.Module):
         return values * self.seen
 """,
     ),
+    "a vocabulary that load leaves in the module": (
+        "model",
+        ["the shape of 0.weight (and 2 more) differs before load is called", "options and facts (find_facts)"],
+        """
+    def load(self):
+        VOCABULARY.extend(range(8))
+        return super().load()
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, len(VOCABULARY) or 1), nn.Linear(len(VOCABULARY) or 1, 1))
+
+
+VOCABULARY = []
+""",
+    ),
+    "a vocabulary that only load makes": (
+        "model",
+        ["no model can be built before load is called", "options and facts (find_facts)", "in build_model", "KeyError"],
+        """
+    def load(self):
+        VOCABULARY["size"] = 8
+        return super().load()
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, VOCABULARY["size"]), nn.Linear(VOCABULARY["size"], 1))
+
+
+VOCABULARY = {}
+""",
+    ),
     "the rank in the losses": (
         "two processes",
         ["the loss of step 1 is", "in one process", "in two"],
