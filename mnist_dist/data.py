@@ -6,6 +6,7 @@ other is read sample by sample, in this process or by workers, each sample under
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -55,7 +56,6 @@ _FACTS_BYTES_MAX = 16 << 20  # as text
 _FACT_TOLERANCE = 1e-4  # threads and processors may round differently
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
-_PLAIN_TYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)  # the usual ones of those that numpy has
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
 _READ_S = 1.0  # for samples that are read to be read again
@@ -127,7 +127,7 @@ class _Pickler(ForkingPickler):
 
     def reducer_override(self, value: Any) -> Any:
         """How a value is sent."""
-        return (torch.from_numpy, (value.numpy(),)) if _is_small(value) else NotImplemented
+        return (_make_tensor, (bytes(encode_tensor(value)), value.dtype, value.shape)) if _is_small(value) else NotImplemented
 
 
 class _Sent(NamedTuple):
@@ -147,9 +147,14 @@ def _receive(content: bytes) -> Batch:
     return Batch(*_Pickler.loads(content))
 
 
+def _make_tensor(content: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    # A bytearray can be written to. Of nothing, torch makes no tensor.
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
+
+
 def _is_small(value: Any) -> bool:
     """Whether a value is a tensor that is sent plainly."""
-    is_plain = type(value) is Tensor and value.dtype in _PLAIN_TYPES and value.layout == torch.strided
+    is_plain = type(value) is Tensor and not value.is_quantized and value.layout == torch.strided
     # One that is laid out otherwise, such as channels last, would arrive contiguous: a layer may round differently on it.
     return is_plain and value.is_contiguous() and not value.requires_grad and not value.is_nested and value.nbytes <= _PLAIN_BYTES
 
@@ -208,7 +213,10 @@ class Seeded:
         try:
             return _Sent.of(filled)
         except Exception as error:
-            return self._fail(f"a batch of the {locate(self.split, self.what)[0]} cannot be sent by a worker: {describe_exception(error)}")
+            is_full = os.strerror(errno.EMFILE) in str(error)
+            hint = "; each large tensor, or one that is not contiguous, takes an open file: raise the limit (ulimit -n)" if is_full else ""
+            what = f"a batch of the {locate(self.split, self.what)[0]}"
+            return self._fail(f"{what} cannot be sent by a worker: {describe_exception(error)}{hint}")
 
     @on_one_thread()  # as in a worker
     def fill(self, batch: Batch) -> Batch | _Failure:

@@ -1,5 +1,6 @@
 """Data that are not in memory: the same samples wherever they are read, and a worker that fails is named."""
 
+import gc
 import itertools
 import json
 import os
@@ -223,6 +224,19 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
         one.zero_()  # they may be written to
 
 
+def test_small_tensors_of_any_type_take_no_open_files():
+    kinds = [torch.int8, torch.int16, torch.uint16, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.complex128]
+    tensors = [tensor.to(kind) for kind in kinds for tensor in (torch.arange(6.0).view(2, 3), torch.tensor(7.0), torch.zeros(0, 2))]
+    tensors += [tensors[-3].conj(), (tensors[-2] * 1j).conj().imag]
+    gc.collect()  # what other tests have left
+    before = len(os.listdir("/proc/self/fd"))
+    content = ForkingPickler.dumps(Batch(0, torch.arange(1), ((Piece(range(1), tensors),),)))
+    assert len(os.listdir("/proc/self/fd")) == before
+    for one, other in zip(pickle.loads(content).pieces[0].samples, tensors, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert torch.equal(one.to(torch.complex128), other.to(torch.complex128))
+
+
 @dataclass(slots=True)
 class Slots:
     """A batch of a task's own, without a __dict__."""
@@ -266,17 +280,28 @@ def test_samples_that_collate_refuses_are_named(monkeypatch):
         read(keep_split(data.train, config, "training", torch.device("cpu")), batch)
 
 
-def test_a_batch_that_cannot_be_sent_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ("lambda: samples", r"cannot be sent by a worker: .*lambda"),
+        (
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 99)) or [torch.ones(2, 3).T for _ in range(99)]",
+            r"cannot be sent by a worker: .*Too many open files.* \(ulimit -n\)",
+        ),
+    ],
+    ids=["a lambda", "too many files"],
+)
+def test_a_batch_that_cannot_be_sent_is_named(tmp_path, batch, words):
     file = tmp_path / "odd_task.py"
     file.write_text(
-        "from mnist_dist.source import find_task\n"
+        "import resource\n\nimport torch\n\nfrom mnist_dist.source import find_task\n\n"
         f"Noisy = find_task({TASK!r})\n\n\nclass Odd(Noisy):\n"
-        "    def collate(self, samples):\n        return lambda: samples\n"
+        f"    def collate(self, samples):\n        return {batch}\n"
     )
     config = make_config({"task": str(file), "workers": 1, "batch_size": 12})
     with (
         join_group(World(), config) as group,
-        pytest.raises(RunError, match=r"a batch of the training data cannot be sent by a worker: .*lambda"),
+        pytest.raises(RunError, match="a batch of the training data " + words),
         Reader(config.task.load().train, config, group, "training", [Batch.of(range(12), range(12))]) as reader,
     ):
         next(iter(reader))
