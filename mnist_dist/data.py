@@ -275,7 +275,8 @@ class Seeded:
 
 def is_in_memory(split: Dataset[Any]) -> TypeGuard[TensorDataset]:
     """Whether the samples of a split are rows of its tensors, and nothing is done to one that is read."""
-    return isinstance(split, TensorDataset) and type(split).__getitem__ is TensorDataset.__getitem__
+    methods = ("__getitem__", "__len__")
+    return isinstance(split, TensorDataset) and all(getattr(type(split), name) is getattr(TensorDataset, name) for name in methods)
 
 
 def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.device) -> InMemory | Seeded:

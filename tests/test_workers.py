@@ -36,6 +36,7 @@ from mnist_dist.data import (
     list_tensors,
     load_data,
     read,
+    read_on,
     take_samples,
 )
 from mnist_dist.distributed import join_group
@@ -398,3 +399,16 @@ def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
     ):
         [piece] = read(kept, Batch.of([2, 3], range(2)))
         assert piece.samples[0].tolist() == [1.0, 1.5]
+
+
+class Fewer(TensorDataset):
+    """In memory, but not all of it is to be seen."""
+
+    def __len__(self):
+        return 5
+
+
+def test_a_tensor_data_set_with_a_length_of_its_own_has_that_length():
+    split, config = Fewer(torch.arange(8.0)), configure()
+    assert len(keep_split(split, config, "test", torch.device("cpu"))) == 5
+    assert [len(rows) for [rows] in read_on(split, config, torch.device("cpu"))] == [5]
