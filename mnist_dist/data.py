@@ -538,6 +538,11 @@ class Probe:
         self._drawn = None if drawn is None else drawn[: self.most].clone()
         self.half = self.take(range(_PROBED // 2))
         self.whole = self.take(range(_PROBED))
+        if any(tensor.grad_fn is not None for tensor in list_tensors(self.whole.samples)):
+            raise UserError(
+                f"task {config.task.name}: its training data still hold the graph of how they were computed, through which gradients go "
+                "back only once: detach them (x.detach()), or compute them under torch.no_grad()"
+            )
         sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
             raise UserError(

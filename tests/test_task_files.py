@@ -415,6 +415,21 @@ WRONG = [
         2,
     ),
     (
+        "data in memory that require gradients",
+        [(DATA, f"inputs = nn.Linear(3, 3)(inputs)\n        {DATA}")],
+        ["its training data still hold the graph", "x.detach()"],
+        2,
+    ),
+    (
+        "samples that require gradients",
+        [
+            ("class Mine", STORED.format("pass").replace("torch.ones(3)", "nn.Linear(3, 3)(torch.ones(3))")),
+            (DATA, "return Data(Stored(), Stored())"),
+        ],
+        ["its training data still hold the graph", "x.detach()"],
+        2,
+    ),
+    (
         "a batch that leaves its samples behind",
         [
             ("class Mine", STORED.format("pass").replace("class Mine", "class Bag(dict):\n    def to(self, device): pass\n\n\nclass Mine")),
