@@ -18,6 +18,7 @@ from mnist_dist.source import find_task, is_named_before
 from mnist_dist.witness import digest
 
 SANE = """
+import functools
 import os
 import random
 import time
@@ -369,6 +370,20 @@ VOCABULARY = []
 
 
 VOCABULARY = {}
+""",
+    ),
+    "random samples that are cached": (
+        "data",
+        ["of the training data", "differs when the data are loaded again"],
+        """
+    def load(self):
+        return Data(Cached(), Lazy())
+
+
+class Cached(Lazy):
+    @functools.lru_cache(None)
+    def __getitem__(self, index):
+        return super().__getitem__(index)
 """,
     ),
     "the rank in the losses": (
