@@ -21,7 +21,7 @@ from typing import Any
 from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
-from mnist_dist.program import print_answer
+from mnist_dist.program import answering, print_answer
 from mnist_dist.source import note_named
 from mnist_dist.world import find_world
 
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         answers = []
         # Closed whatever happens: its processes end, and its folder goes.
-        with contextlib.closing(examine(config, names, options.deadline_s)) as found:
+        with answering(options.json) as stream, contextlib.closing(examine(config, names, options.deadline_s)) as found:
             for name, answer in found:
                 answers.append({"check": name, "passed": answer.passed, "text": answer.text, **answer.values})
                 if not options.json:
-                    print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", flush=True)
+                    print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", file=stream, flush=True)
         if options.json:
             print(json.dumps(answers))
         return 0 if all(answer["passed"] for answer in answers) else 1
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse.Namespace]:
-    task, recipe = find_given_task(arguments, "mnist_dist.check")
+    with answering(is_alone=True):  # whether it must be is not known before the task is
+        task, recipe = find_given_task(arguments, "mnist_dist.check")
     listed = "; ".join(f"{name}: {what}" for name, what in CHECKS.items())
     parser = Parser(
         "mnist_dist.check",
@@ -109,7 +110,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse
     names = [name for name in CHECKS if name in (only or CHECKS) and name not in skipped]
     if not names:
         raise UserError(f"skip is {own['skip']!r}, which leaves no check to make; there are {', '.join(CHECKS)}")
-    return resolve_config(take_options(given, _UNUSED, "check"), recipe), names, argparse.Namespace(**own)
+    with answering(own["json"]):
+        config = resolve_config(take_options(given, _UNUSED, "check"), recipe)
+    return config, names, argparse.Namespace(**own)
 
 
 def _read_names(option: str, text: str | None) -> list[str]:

@@ -15,12 +15,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_table, print_answer
+from mnist_dist.program import answering, make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.source import explaining
 from mnist_dist.starter import find_size, start_ranks
@@ -32,7 +32,13 @@ _GIVEN = ("data_dir", "device", "precision", "threads", "workers")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 counted, 2 a user's mistake, 1 the rest."""
-    return print_answer(lambda: _evaluate(_parse(arguments), is_program=arguments is None))
+
+    def run() -> int:
+        options = _parse(arguments)
+        with answering(options.json) as stream:
+            return _evaluate(options, stream, is_program=arguments is None)
+
+    return print_answer(run)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
+def _evaluate(options: argparse.Namespace, stream: TextIO, is_program: bool) -> int:
     size, alone = find_size(os.environ, is_program)
     if alone:
         return start_ranks(size)
@@ -90,9 +96,8 @@ def _evaluate(options: argparse.Namespace, is_program: bool) -> int:
         if "dataset" in config.task.facts:
             facts = {"dataset": config.task.facts["dataset"]} | facts
         if group.is_main:
-            print(
-                json.dumps(evaluation.name_values(options.split) | facts) if options.json else _to_text(options, evaluation, config, facts)
-            )
+            values = evaluation.name_values(options.split) | facts
+            print(json.dumps(values) if options.json else _to_text(options, evaluation, config, facts), file=stream)
     return 0
 
 

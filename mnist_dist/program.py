@@ -134,6 +134,14 @@ def print_answer(work: Callable[[], int]) -> int:
     return run_program(answer)
 
 
+@contextlib.contextmanager
+def answering(is_alone: bool) -> Iterator[TextIO]:
+    """Where the answer is printed. If it stands alone there, as JSON must, what a task's code prints meanwhile goes to standard error."""
+    stream = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if is_alone else stream):
+        yield stream
+
+
 class _UnheardError(Exception):
     """The answer cannot be written; its cause says why."""
 

@@ -546,6 +546,24 @@ def test_a_digest_is_of_all_that_an_object_holds():
         assert digest(kind(zeros)) == digest(kind(zeros.clone())) != digest(kind(one))
 
 
+def test_what_a_task_prints_is_beside_the_answer(check):
+    body = """
+    print("imported")
+
+    @property
+    def sizes(self):
+        print("asked")
+        return 64, 32
+
+    def load(self):
+        print("loaded")
+        return super().load()
+"""
+    status, answers, err = check("losses,model", body)
+    assert (status, [*answers]) == (0, ["losses", "model"])
+    assert {"imported", "asked", "loaded"} <= set(err.splitlines())
+
+
 def test_one_reason_is_told_once(check):
     status, answers, _ = check("losses,rows,tier", "    def losses(self, model, batch, drawn):\n        return model(batch[0]).mean()\n")
     assert status == 1

@@ -77,6 +77,19 @@ def test_samples_that_are_drawn_are_those_of_the_runs_seed(tmp_path):
     assert answer["test/loss"] == result["test/loss"]
 
 
+def test_what_a_task_prints_is_beside_the_answer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    noisy, file = Path(__file__).with_name("noisy_task.py"), tmp_path / "talking_task.py"
+    text = f"from mnist_dist.source import find_task\n\nprint('imported')\n\n\nclass Talking(find_task({str(noisy)!r})):\n"
+    file.write_text(f"{text}    def load(self):\n        print('loaded')\n        return super().load()\n")
+    options = ["--batch_size", "12", "--steps", "2", "--threads", "1", "--report", "false", "--wandb", "disabled"]
+    run_ranks(tmp_path, Train(["--task", str(file), *options, "--run_dir", str(tmp_path / "run")]))
+    assert evaluate.main([str(tmp_path / "run"), "--task", str(file), "--json", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["test/samples"] == 31
+    assert {"imported", "loaded"} <= set(err.splitlines())
+
+
 def test_the_training_images_are_those_of_the_run_and_a_bare_file_means_all_images(run, capsys):
     assert evaluate.main([str(run), "--split", "train", "--json", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
