@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -343,6 +344,31 @@ def _shorten(error: BaseException) -> str:
 _scratch: str | None = None  # the folder of temporary files, once it is known
 
 
+class _Unplaced:
+    """A temporary folder that is asked for while nobody knows yet where it is to be."""
+
+    name = ""
+
+    def cleanup(self) -> None:
+        """As the real one has it; it goes with the folder of all temporary files."""
+
+
+@contextlib.contextmanager
+def _placing_later() -> Iterator[list[_Unplaced]]:
+    """Let W&B, which asks for temporary folders as it is imported, make none: they would stay, and a full disk would end the import."""
+    unplaced: list[_Unplaced] = []
+
+    def note(*_: Any, **__: Any) -> _Unplaced:
+        unplaced.append(_Unplaced())
+        return unplaced[-1]
+
+    asked, tempfile.TemporaryDirectory = tempfile.TemporaryDirectory, note  # type: ignore[assignment, misc]
+    try:
+        yield unplaced
+    finally:
+        tempfile.TemporaryDirectory = asked  # type: ignore[misc]
+
+
 def _end_with_the_training(source: int, finish_s: float) -> None:
     """Wait until nobody writes to `source` any more, leave this process `finish_s` to finish, and end it: W&B may hang anywhere."""
     poll = select.poll()
@@ -374,7 +400,8 @@ def main(finish_s: float) -> None:
 
     try:
         threading.Thread(target=_end_with_the_training, args=(source.fileno(), finish_s), daemon=True).start()
-        import wandb  # only now that this process will end, come what may
+        with _placing_later() as unplaced:
+            import wandb  # only now that this process will end, come what may
 
         bare = source.readline()
         if not bare:  # there is nothing to mirror
@@ -387,7 +414,9 @@ def main(finish_s: float) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a later start sees by it that the folder is in use
         # The helper's socket lies here, whose path may have 107 characters.
         short = f"/proc/{os.getpid()}/fd/{descriptor}"
-        os.environ["TMPDIR"] = short if os.path.isdir(short) else _scratch
+        os.environ["TMPDIR"] = tempfile.tempdir = short if os.path.isdir(short) else _scratch
+        for folder in unplaced:
+            folder.name = tempfile.mkdtemp()
         environ, start = json.loads(source.readline()), json.loads(source.readline())
         mirror = Mirror(start, environ, tell)
         for line in source:

@@ -54,7 +54,7 @@ _SCRATCH_PREFIX = "mirror-tmp-"
 _SCRATCH_NAME = re.compile(rf"{_SCRATCH_PREFIX}[a-z0-9_]{{8}}")
 _PATHS = ("run_dir", "images", "image", "model")  # of messages
 # What of the environment the mirror's process needs to find and read the same files as this one.
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
 # The run folder says which run on W&B this is.
 _IDENTITY_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -164,7 +164,7 @@ class WandbTracker(NoTracker):
         path = self._folder / "pictures" / f"{hashlib.sha256(png).hexdigest()[:16]}.png"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(png)
+            write_atomically(path, png)
         return path
 
     def log_model(self, path: Path) -> None:  # noqa: D102
@@ -489,7 +489,9 @@ def _find_mode() -> Mode:
 def _find_switch() -> str:
     """The first of W&B's own switches that is set, in W&B's own order: its variable, the settings of this folder, those of the user."""
     home = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    switches = [os.environ.get("WANDB_MODE", "")]
+    # The other variable is one that Hugging Face's Trainer heeds.
+    is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    switches = [os.environ.get("WANDB_MODE", ""), "disabled" * is_off]
     for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
         parser = configparser.ConfigParser(interpolation=None)
         with contextlib.suppress(configparser.Error):
