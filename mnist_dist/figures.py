@@ -3,9 +3,15 @@
 Drawn with matplotlib's objects, never with pyplot: there is no global state, no window and no display.
 """
 
+import contextlib
 import io
+import os
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from mnist_dist.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +25,24 @@ DPI = 150
 PNG_START = b"\x89PNG\r\n\x1a\n"
 COLUMNS, SHOWN = 10, 50  # pictures in a row, and in all, of one grid
 _ZOOM = 3
+
+
+@contextlib.contextmanager
+def having_default_style() -> Iterator[None]:
+    """Draw with matplotlib's own settings, whatever the user has set for other figures. Raises `RunError` where matplotlib fails."""
+    # No figure here needs a backend, and the name of one that there is not would end the import.
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.style
+    except Exception as error:  # it wants a folder to write to
+        raise RunError(f"no picture can be drawn, because matplotlib fails: {first_line(error)}") from error
+    finally:
+        os.environ |= {} if backend is None else {"MPLBACKEND": backend}
+    if backend is not None:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # as it would have been, for who uses it in this process
+    with matplotlib.style.context("default"):
+        yield
 
 
 def make_figure(width: float, height: float) -> "Figure":

@@ -11,17 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 
 from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, make_figure, render
+from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, having_default_style, make_figure, render
 from mnist_dist.files import write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
@@ -29,6 +28,10 @@ from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measur
 from mnist_dist.source import BUILT_IN, Unknown, explaining, make_unknown
 from mnist_dist.task import Data, Panel, Task, format_measure
 from mnist_dist.weights import load_model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CURVES_MAX = 12  # of one task
 
@@ -61,7 +64,7 @@ def list_curves(rows: Sequence[Row], config: Config) -> list[tuple[str, str, str
     ]
 
 
-def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
+def draw_curves(rows: Sequence[Row], config: Config) -> "Figure":
     """Training loss, the measures of the task and learning rate over the steps of the rows of metrics.jsonl."""
     curves = list_curves(rows, config)
     lines = -(-len(curves) // 2)
@@ -90,7 +93,7 @@ def draw_curves(rows: Sequence[Row], config: Config) -> Figure:
     return figure
 
 
-def _show_percent(axes: Axes) -> None:
+def _show_percent(axes: "Axes") -> None:
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, -0.04 * top), min(top, 1 + 0.04 * (1 - bottom)))  # of a line at 100 % matplotlib shows 104 %
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
@@ -107,7 +110,7 @@ def name_samples(runs: Sequence[Run]) -> str:
     return words.pop() if len(words) == 1 else Task.samples
 
 
-def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
+def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> "Figure":
     """Training loss, and the compared measures of the evaluated samples, of several runs over each other, each by its own epochs."""
     on = f"on the evaluated {name_samples(runs)}"
     kinds = [("Training loss", "train/loss"), *((f"{key.replace('_', ' ').capitalize()} {on}", key) for key in list_compared(runs))]
@@ -132,6 +135,7 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Run]) -> Figure:
     return figure
 
 
+@having_default_style()
 def draw_run(run: Run, device: torch.device | str = "cpu", data: Data | None = None) -> Drawing:
     """Draw all that the run and its data allow, with the model on `device`; `data` may be at hand.
 

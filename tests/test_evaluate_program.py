@@ -263,7 +263,12 @@ def test_an_export_of_wrong_shape_or_without_a_number_is_found():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.bin", "ends in .pt2 or .onnx"), ("nowhere/model.pt2", "existing folder"), ("folder.pt2", "which is a folder")],
+    [
+        ("model.bin", "ends in .pt2 or .onnx"),
+        ("nowhere/model.pt2", "existing folder"),
+        ("folder.pt2", "which is a folder"),
+        ("x" * 240 + ".pt2", "more than 200 letters"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(tmp_path)

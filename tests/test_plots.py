@@ -4,7 +4,9 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -578,6 +580,41 @@ def test_runs_of_different_tasks_are_compared_each_by_its_own_measures(run_dir, 
         assert row[header.index("accuracy")] == ""
         assert row[header.index("absolute error")].endswith(" (test)")
         assert "samples/s" in header  # neither images nor series
+
+
+SETTINGS = """
+text.usetex: True
+font.size: 20
+savefig.dpi: 30
+lines.linewidth: 9
+"""
+
+
+def test_a_report_has_its_bytes_whatever_matplotlib_was_told(run_dir, tmp_path):
+    (tmp_path / "matplotlibrc").write_text(SETTINGS)
+    pictures = []
+    for environ in ({}, {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "Qt4Agg"}):
+        command = [sys.executable, "-m", "mnist_dist.report", str(run_dir)]
+        answer = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        pictures.append({path.name: path.read_bytes() for path in [run_dir / "report.html", *(run_dir / "plots").iterdir()]})
+    assert pictures[0] == pictures[1]
+
+
+def test_a_matplotlib_that_fails_is_one_message(run_dir):
+    code = "import sys; sys.modules['matplotlib.style'] = None; from mnist_dist.report import main; sys.exit(main([sys.argv[1]]))"
+    answer = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr.count("\n")) == (1, 1), answer.stderr
+    assert answer.stderr.startswith("error: no picture can be drawn, because matplotlib fails: ")
+
+
+def test_all_runs_of_a_folder_are_compared_again_and_again(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "other")
+    for _ in range(2):
+        assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    (tmp_path / "compare.html").write_text("precious")
+    assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 2
+    assert "compare.html" in capsys.readouterr().err
 
 
 def test_measures_are_shown_with_the_digits_that_tell_them_apart():
