@@ -126,7 +126,8 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     known, _ = parser.parse_known_args(arguments)
     values: dict[str, Any] = {}
     # The value of an option that is not known yet, a task's own, stands among the words.
-    file_name = next((word for word in known.words if "=" not in word and os.path.isfile(expand_word(word))), None)
+    files = [word for word in known.words if "=" not in word and os.path.isfile(expand_word(word))]
+    file_name = next((word for word in files if not word.endswith(".py")), None)  # `read_axes` says what is wrong with code
     if file_name is not None:
         values = read_options_file(Path(expand_word(file_name)))
     fixed, file = values.get("fixed"), known.config or values.get("config")
@@ -140,10 +141,10 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
     words, name = given.pop("words"), "sweep"
     fixed: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
+    if code := next((word for word in words if word.endswith(".py") and "=" not in word), None):
+        raise UserError(f"{code[:80]!r} is not a sweep: write --task {code[:80]}")
     if words and "=" not in words[0]:
         path = Path(expand_word(words.pop(0)))
-        if path.suffix == ".py":
-            raise UserError(f"{str(path)!r} is not a sweep: write --task {path}")
         if not os.path.exists(path):
             raise UserError(f"{str(path)!r} is not a file, and not of the form option=value,value")
         name = path.stem

@@ -503,8 +503,9 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert "nothing to sweep" in refuse()
     assert "value (without dashes)" in refuse("--lr=0.1,0.2")
     assert "'lr' is not a file, and not of the form option=value,value" in refuse("lr", "0.1", "0.2")
-    (tmp_path / "mine.py").touch()
-    assert "'mine.py' is not a sweep: write --task mine.py" in refuse("mine.py", "seed=0,1")
+    (tmp_path / "mine.py").write_text('"""A task: no YAML."""\n')
+    for order in (["mine.py", "width=32,64"], ["width=32,64", "mine.py"]):
+        assert "'mine.py' is not a sweep: write --task mine.py" in refuse(*order)
     (tmp_path / "mine.py").unlink()
     assert "no option 'nodes' here: it is one of the job, --nodes or in the file of --job" in refuse("nodes=1,2")
     assert "no option '--mem' here: use --memory_gb" in refuse("seed=0,1", "--mem", "8")
