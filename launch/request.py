@@ -163,8 +163,9 @@ class Request(Options):
         return processes if self.cluster == "local" else f"{processes} on {self.nodes} node{'s' * (self.nodes > 1)}"
 
 
-# A name of sbatch on a command line, or an option of the job where those of the training stand.
-ADVICE |= {name: reason for name, reason in _OWNED.items() if reason.startswith("use --")}
+# A name of sbatch on a command line, or an option of the job where those of the training stand, or the other way round.
+ADVICE |= {name: reason if reason.startswith("use --") else f"the script of the job sets it: {reason}" for name, reason in _OWNED.items()}
+ADVICE |= {name: f"it is one of the training, --{name} or in the file of --config" for name in Config.model_fields}
 ADVICE |= {name: f"it is one of the job, --{name} or in the file of --job" for name in Request.model_fields}
 
 

@@ -22,7 +22,7 @@ from launch.runs import describe_best, read_state
 from launch.submission import check_free, make_slurm_executor, run_locally, submit_to_slurm, write_script
 from mnist_dist.config import add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file
+from mnist_dist.options import ADVICE, Options, Parser, make_options, option, path_argument, read_options_file
 from mnist_dist.preemption import Stop
 from mnist_dist.program import print_answer, say
 
@@ -37,6 +37,9 @@ class Chain(Options):
         ge=1,
         le=100,
     )
+
+
+ADVICE |= {name: f"it is --{name} of launch.submit" for name in Chain.model_fields}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

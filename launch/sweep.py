@@ -30,6 +30,7 @@ from launch.submit import add_job_options, collect_mistakes, compare_with_cluste
 from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import (
+    ADVICE,
     Options,
     Parser,
     explain_unknown,
@@ -46,7 +47,7 @@ from mnist_dist.source import BUILT_IN, find_task
 from mnist_dist.task import Task, format_measure
 
 _RUNS_MAX = 1000  # Slurm's own limit for an array is 1001, unless its site raised it
-_FIXED_OPTIONS = ("task", "run_dir", "data_dir", "world_size")  # each run has its own, or all have one
+_FIXED_OPTIONS = ("config", "task", "run_dir", "data_dir", "world_size")  # each run has its own, or all have one
 
 
 class Sweep(Options):
@@ -54,6 +55,9 @@ class Sweep(Options):
 
     parallel: int | None = option("The sweep", None, "runs at a time; none: as many as there is room for, locally one", ge=1, le=_RUNS_MAX)
     table: bool = option("The sweep", False, "print the table of results and queue nothing")
+
+
+ADVICE |= {name: f"it is --{name} of launch.sweep" for name in Sweep.model_fields}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -510,6 +510,14 @@ def test_a_sweeps_mistakes_are_all_named_and_nothing_is_made(no_slurm, tmp_path,
     assert "no option 'nodes' here: it is one of the job, --nodes or in the file of --job" in refuse("nodes=1,2")
     assert "no option '--mem' here: use --memory_gb" in refuse("seed=0,1", "--mem", "8")
     assert "no option '--ntasks' here: use --nodes and --tasks_per_node" in refuse("seed=0,1", "--ntasks=4")
+    assert "no option '--export' here: the script of the job sets it: the training needs" in refuse("seed=0,1", "--export=ALL")
+    assert "no option 'parallel' here: it is --parallel of launch.sweep" in refuse("parallel=2", "seed=0,1")
+    assert "no option 'chain' here: it is --chain of launch.submit" in refuse("chain=2", "seed=0,1")
+    assert "give it once, as --config" in refuse("config=smoke,fast")
+    (tmp_path / "job.yaml").write_text("seed: 2\n")
+    words = "no option 'seed' here: it is one of the training, --seed or in the file of --config (in job.yaml)"
+    assert words in refuse("lr=0.1,0.2", "--job", "job.yaml")
+    (tmp_path / "job.yaml").unlink()
     assert "at most 1000" in refuse("seed=" + ",".join(map(str, range(1001))))
     assert "less than the 3 processes" in refuse("seed=0,1", "--batch_size", "2", "--tasks_per_node", "3")
     for text, words in (
