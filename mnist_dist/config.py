@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mnist_dist.errors import UserError
 from mnist_dist.options import Options, Parser, make_options, option, path_argument, read_options_file, trait, write_options
-from mnist_dist.source import BUILT_IN, Unknown, explaining, find_task
+from mnist_dist.source import BUILT_IN, Unknown, explaining, find_task, resolve_name
 from mnist_dist.task import Task
 
 SIZE_NAMES = ("training_samples", "test_samples")
@@ -343,10 +343,12 @@ def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
     task = find_task(values.get("task", BUILT_IN) if named is None else named)
     # The file alone need not be complete (data_dir may come from the command line), but its own keys must be right.
     if unknown := {name: value for name, value in values.items() if name not in Config.model_fields and name not in task.model_fields}:
-        own = find_task(BUILT_IN).model_fields
-        if "task" not in values and task.name != BUILT_IN and all(name in own for name in unknown):
+        own = values.get("task", BUILT_IN)
+        is_other = isinstance(own, str) and resolve_name(own) != task.name
+        # The code of a task that is not the one to train is not run, so that its options are not known here.
+        if is_other and (own != BUILT_IN or all(name in find_task(own).model_fields for name in unknown)):
             some = ", ".join(unknown)
-            raise UserError(f"config file {path} is for the task {BUILT_IN}, whose options it sets ({some}); the task here is {task.name}")
+            raise UserError(f"config file {path} is for the task {own}, whose options it sets ({some}); the task here is {task.name}")
         make_config(unknown, str(path), task)
     return values
 

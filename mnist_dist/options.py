@@ -261,7 +261,7 @@ class Parser(argparse.ArgumentParser):
             if shown in self._names:
                 value = value or next(iter(unknown[1:]), "VALUE")
                 raise UserError(f"{unknown[0][:80]!r} lacks its dashes: write --{shown} {value[:80]}")
-            for ending, option_name in ((".py", "--task"), (".yaml", "--config")):
+            for ending, option_name in ((".py", "--task"), (".yaml", "--config"), (".yml", "--config")):
                 if shown.endswith(ending) and not shown.startswith("-") and option_name in self._option_string_actions:
                     raise UserError(f"{shown[:80]!r} is not an option: write {option_name} {shown[:80]}")
             raise UserError(explain_unknown(shown, shown.lstrip("-"), self._names))

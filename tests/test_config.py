@@ -75,6 +75,7 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["seed"], ["write --seed VALUE"]),
         (["mine.py"], ["'mine.py' is not an option: write --task mine.py"]),
         (["configs/smoke.yaml"], ["write --config configs/smoke.yaml"]),
+        (["mine.yml"], ["write --config mine.yml"]),
         (["--lr", "300"], ["learning_rate is '300'; allowed: a number, above 0, at most 100"]),
         (
             ["--schedule", "constant", "--warmup", "0.2"],

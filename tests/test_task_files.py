@@ -1105,11 +1105,18 @@ def test_a_name_that_means_no_task_is_one_message(name):
     assert len(str(caught.value)) < 800
 
 
-def test_a_recipe_of_another_task_is_named_as_one(tmp_path):
+def test_a_recipe_of_another_task_is_named_as_one(tmp_path, monkeypatch):
     name = write(tmp_path / "mine.py")
     words = rf"smoke.yaml is for the task mnist, whose options it sets \(dataset, .*; the task here is {name}$"
     with pytest.raises(UserError, match=words):
         parse_command_line(["--config", "smoke", "--task", name])
+    (tmp_path / "config.yaml").write_text(f"task: {name}\nwidth: 2\n")
+    with pytest.raises(UserError, match=rf"config.yaml is for the task {name}, whose options it sets \(width\); the task here is mnist$"):
+        parse_command_line(["--config", str(tmp_path / "config.yaml"), "--task", "mnist"])
+    (tmp_path / "config.yaml").write_text("task: ./mine.py\nwidt: 2\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no option 'widt' \(did you mean 'width'"):  # the same task by another name
+        parse_command_line(["--config", "config.yaml", "--task", name])
 
 
 def test_options_of_a_task_are_options_everywhere(tmp_path, capsys, monkeypatch):
