@@ -845,6 +845,24 @@ def test_whatever_is_wrong_in_the_environment_the_run_is_there_offline(plays, da
 
 
 @play
+def no_temporary_folder(play):
+    """As where /tmp, /var/tmp and the current folder are full or read-only."""
+    (play.folder / "hook").mkdir(parents=True)
+    (play.folder / "hook" / "sitecustomize.py").write_text("import tempfile\ntempfile._candidate_tempdir_list = list\n")
+    play.environ["PYTHONPATH"] = str(play.folder / "hook")
+    play.key = False
+    play.start()
+    play.end()
+
+
+def test_without_any_temporary_folder_the_run_is_there_offline(plays):
+    play = plays("no_temporary_folder")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.warnings == 0, play.logs
+
+
+@play
 def unknown_user(play):
     play.start(unknown_user=True)
     play.end()
@@ -999,6 +1017,19 @@ def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DISABLED", "True")
     assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_a_full_disk_cut_short_is_written_again(tmp_path):
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker._folder = tmp_path
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            tracker._keep_picture(bytes(9_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert tracker._keep_picture(bytes(9_000)).read_bytes() == bytes(9_000)
 
 
 def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
