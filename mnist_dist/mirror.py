@@ -134,10 +134,11 @@ class Mirror:
             self._tell("W&B's helper process died and is started again")
             _tear_down()
         reason, keyless = "", False
+        # W&B's own limit is for the server alone: its helper, a file server, a pipe in the place of a file may hang as well.
+        limit_s = self._start["limits_s"]["init"] + 2
         if self._online:
             try:
-                # W&B's own limit is for the server alone: its helper, a file server, a pipe in the place of a file may hang as well.
-                with _limit(self._start["limits_s"]["init"] + 2):
+                with _limit(limit_s):
                     self._open("online")
             except (Exception, _TookTooLongError) as error:
                 self._online = False
@@ -145,7 +146,12 @@ class Mirror:
                 keyless = "No API key" in str(error)
                 reason = "there is no API key" if keyless else _shorten(error)
         if not self._online:
-            self._open("offline")
+            try:
+                with _limit(limit_s):  # W&B waits for itself for ever where its helper dies before it can be reached
+                    self._open("offline")
+            except (Exception, _TookTooLongError):  # nothing is behind this last resort: whatever it was, it is tried again
+                _tear_down()
+                self._open("offline")
         for message in self._messages:
             self._send(message)
         if keyless and self._start["mode"] == "auto":

@@ -641,6 +641,34 @@ def test_a_dead_helper_is_replaced_whatever_it_is_asked_next(plays, moment):
     assert play.warnings == 0, play.logs
 
 
+def play_early_death(wait_for_folder):
+    """The helper dies while the run is opened offline: before it can be reached, or as soon as the folder of the run is there."""
+
+    def act(play: Play) -> None:
+        play.environ["WANDB_MODE"] = "offline"  # else the first helper is that of a try online
+        play.start()
+        mirror, helpers = play.mirror, []
+        play.rank.wait_for(lambda: helpers.extend(child for child in mirror.children() if "wandb-core" in child.name()) or helpers)
+        while wait_for_folder and not any((play.folder / "run" / "wandb").glob("offline-run-*")):
+            time.sleep(0.001)
+        helpers[0].kill()
+        play.end()
+
+    return act
+
+
+EARLY_DEATHS = {"before it answers": play_early_death(False), "while it opens the run": play_early_death(True)}
+PLAYS |= {f"helper killed {moment}": act for moment, act in EARLY_DEATHS.items()}
+
+
+@pytest.mark.parametrize("moment", EARLY_DEATHS)
+def test_a_helper_that_dies_while_the_run_is_opened_is_replaced(plays, moment):
+    play = plays(f"helper killed {moment}")
+    (piece,) = play.pieces
+    assert (piece.steps, piece.ended, len(piece.images)) == ([*range(1, 41)], True, 1)
+    assert play.warnings == 0, play.logs
+
+
 @play
 def everything_signalled_online(play):
     play.start()
