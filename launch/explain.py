@@ -1,7 +1,7 @@
 """The program `python -m launch.explain RUN|JOB`: why a run ended, which rank was the first, and what to do now. Reads only."""
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -1,7 +1,7 @@
 """The program `python -m launch.jobs`: what runs do, the log of one, the end of one. From run folders, and Slurm where there is one."""
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -5,7 +5,7 @@ training that the time limit stops and Slurm requeues (`drill`).
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

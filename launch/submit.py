@@ -4,7 +4,7 @@ Everything that can be known to be wrong is said before a job is queued. Imports
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -7,7 +7,7 @@ The same command again submits only what is neither finished nor queued. Imports
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -4,7 +4,7 @@ One line for each check, `PASS` or `FAIL`; the checks themselves are in mnist_di
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

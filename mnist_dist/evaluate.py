@@ -4,7 +4,7 @@ The evaluation itself is `mnist_dist.evaluation.evaluate`, imported only once th
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

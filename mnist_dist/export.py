@@ -5,7 +5,7 @@ what was exported, read back from its bytes, gives what the model itself gives o
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

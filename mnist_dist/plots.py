@@ -1,7 +1,7 @@
 """The pictures of a run, made from its folder alone: `python -m mnist_dist.plots runs/NAME`. Its curves; the rest is its task's."""
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -4,7 +4,7 @@ torch is imported only once the options are right.
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -1,6 +1,6 @@
 """Signals that ask a run to stop. They only set a flag; the loop acts on it after a step, or after a batch of an evaluation.
 
-Imports no torch: this must stand before the seconds in which torch is imported.
+Imports next to nothing: every program imports this first, and Ctrl-C before it has taken over ends in a traceback.
 """
 
 import contextlib
@@ -139,6 +139,21 @@ def _keep_from_children() -> None:
 def _say(text: bytes) -> None:
     with contextlib.suppress(OSError):  # nobody may be reading any more
         os.write(2, text)
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end this process in one line until `run_program` takes over.
+
+    A program calls this before its other imports: they take a second, in which Ctrl-C would end in a traceback.
+    """
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
+
+
+def end_at_once(*_: object) -> None:
+    """The handler of Ctrl-C where there is nothing to save."""
+    _say(b"interrupted\n")
+    os._exit(130)
 
 
 @contextlib.contextmanager

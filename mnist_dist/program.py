@@ -13,22 +13,8 @@ from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_lost_worker
 from mnist_dist.files import describe_error
-from mnist_dist.preemption import STOP_SIGNALS
+from mnist_dist.preemption import end_at_once
 from mnist_dist.world import find_world
-
-
-def end_on_interrupt() -> None:
-    """Let Ctrl-C end this process in one line until `run_program` takes over.
-
-    A program calls this before its other imports: they take a second, in which Ctrl-C would end in a traceback.
-    """
-    signal.signal(signal.SIGINT, _end)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
-
-
-def _end(*_: object) -> None:
-    os.write(2, b"interrupted\n")
-    os._exit(130)
 
 
 @contextlib.contextmanager
@@ -80,7 +66,7 @@ def run_program(work: Callable[[], int]) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    ends_alone = signal.getsignal(signal.SIGINT) is _end
+    ends_alone = signal.getsignal(signal.SIGINT) is end_at_once
     if ends_alone:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -91,7 +77,7 @@ def run_program(work: Callable[[], int]) -> int:
         return 130
     finally:
         if ends_alone:
-            signal.signal(signal.SIGINT, _end)  # for what Python itself does until the process has ended
+            signal.signal(signal.SIGINT, end_at_once)  # for what Python itself does until the process has ended
 
 
 def _name_mistakes(work: Callable[[], int]) -> int:

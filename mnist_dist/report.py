@@ -4,7 +4,7 @@ It loads nothing: the pictures are in it. The same run gives the same bytes.
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

@@ -6,7 +6,7 @@ average, order, augmentation or rank shows at once, and the rank is named where 
 """
 
 if __name__ == "__main__":
-    from mnist_dist.program import end_on_interrupt
+    from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
 

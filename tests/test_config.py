@@ -315,6 +315,27 @@ def test_the_config_of_a_run_is_a_recipe_whatever_it_holds(tmp_path):
     )
 
 
+INTERRUPTED = """
+import collections.abc, contextlib, enum, runpy, signal, sys, threading  # milliseconds, as Python itself
+
+class Interrupting:
+    def find_spec(name, *_):
+        if name not in ("mnist_dist", "launch", "mnist_dist.preemption", sys.argv[1]):
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+PROGRAMS = [f"mnist_dist.{name}" for name in ("check", "evaluate", "export", "plots", "predict", "probe", "report", "verify")]
+PROGRAMS += [f"launch.{name}" for name in ("explain", "jobs", "prove", "submit", "sweep")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_at_the_first_import_of_a_program_is_one_line(program):
+    answer = subprocess.run([sys.executable, "-c", INTERRUPTED, program], capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("program", ["train", "evaluate", "report", "predict", "verify"])
 def test_ctrl_c_while_a_program_is_imported_is_one_line(program):
     for work_s in (0.15, 0.4):  # of its own, however busy the machine is; before the first 0.05 Python itself is not up
