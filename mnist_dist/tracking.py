@@ -489,9 +489,9 @@ def _find_mode() -> Mode:
 def _find_switch() -> str:
     """The first of W&B's own switches that is set, in W&B's own order: its variable, the settings of this folder, those of the user."""
     home = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    # The other variable is one that Hugging Face's Trainer heeds.
+    # The first is one that Hugging Face's Trainer heeds. Who has said no anywhere sends nothing.
     is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
-    switches = [os.environ.get("WANDB_MODE", ""), "disabled" * is_off]
+    switches = ["disabled" * is_off, os.environ.get("WANDB_MODE", "")]
     for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
         parser = configparser.ConfigParser(interpolation=None)
         with contextlib.suppress(configparser.Error):

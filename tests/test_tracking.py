@@ -1041,7 +1041,7 @@ def test_a_run_that_is_not_mirrored_leaves_no_trace(tmp_path, monkeypatch):
     tracker.finish(None)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
-    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_DISABLED", "True")
     assert type(open_tracker("auto", tmp_path / "run", {})) is NoTracker
     assert list(tmp_path.iterdir()) == []
