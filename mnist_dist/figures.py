@@ -5,6 +5,7 @@ Drawn with matplotlib's objects, never with pyplot: there is no global state, no
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import warnings
@@ -32,11 +33,15 @@ def having_default_style() -> Iterator[None]:
     """Draw with matplotlib's own settings, whatever the user has set for other figures. Raises `RunError` where matplotlib fails."""
     # No figure here needs a backend, and the name of one that there is not would end the import.
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # lines about settings that do not count here, or a home where it can keep nothing
     try:
         import matplotlib.style
     except Exception as error:  # it wants a folder to write to
         raise RunError(f"no picture can be drawn, because matplotlib fails: {first_line(error)}") from error
     finally:
+        logger.setLevel(level)
         os.environ |= {} if backend is None else {"MPLBACKEND": backend}
     if backend is not None:
         with contextlib.suppress(ValueError):

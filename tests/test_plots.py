@@ -587,16 +587,18 @@ text.usetex: True
 font.size: 20
 savefig.dpi: 30
 lines.linewidth: 9
+no.setting: 1
 """
 
 
 def test_a_report_has_its_bytes_whatever_matplotlib_was_told(run_dir, tmp_path):
     (tmp_path / "matplotlibrc").write_text(SETTINGS)
     pictures = []
-    for environ in ({}, {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "Qt4Agg"}):
+    for environ in ({}, {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "Qt4Agg", "HOME": "/dev/null"}):
         command = [sys.executable, "-m", "mnist_dist.report", str(run_dir)]
         answer = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
+        assert not {"mkdir", "Bad"} & {*answer.stderr.split()}  # what matplotlib says of a home or a setting
         pictures.append({path.name: path.read_bytes() for path in [run_dir / "report.html", *(run_dir / "plots").iterdir()]})
     assert pictures[0] == pictures[1]
 
