@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from mnist_dist.console import set_up_logging
 from mnist_dist.data import load_data, read_on
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, having_default_style, make_figure, render
-from mnist_dist.files import write_atomically
+from mnist_dist.files import read_file, write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
 from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_config, read_named_config, read_run
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COMPARISON_FILE = "compare.html"  # of mnist_dist.report, beside the runs
+_GENERATOR = b'<meta name="generator" content="mnist_dist">'
+_COMPARISON_BYTES_MAX = 64 << 20
 _CURVES_MAX = 12  # of one task
 
 _log = logging.getLogger(__name__)
@@ -245,6 +249,11 @@ def draw_all(run_dirs: Sequence[Path], task: str | None = None, data_dir: str | 
     return [path for run_dir in run_dirs for path in draw_plots(run_dir, task, data_dir)]
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether a page about several runs that `mnist_dist.report` wrote lies at `path`. Raises OSError."""
+    return path.name == COMPARISON_FILE and os.path.isfile(path) and _GENERATOR in read_file(path, _COMPARISON_BYTES_MAX)[:500]
+
+
 Writer = Callable[[list[Path], str | None, str | None], list[Path]]
 
 
@@ -258,7 +267,9 @@ def print_written(program: str, description: str, arguments: Sequence[str] | Non
         parser.add_argument("--data_dir", metavar="DIR", type=path_argument, help="folder with the runs' data (default: theirs)")
         options = parser.parse_args(arguments)
         set_up_logging(rank=0, world_size=1)
-        for path in write([Path(name) for name in options.run_dirs], options.task, options.data_dir):
+        paths = [Path(name) for name in options.run_dirs]
+        runs = [path for path in paths if not is_comparison(path)]  # of `runs/*`, where one lies from the last time
+        for path in write(runs or paths, options.task, options.data_dir):
             print(path)
         return 0
 

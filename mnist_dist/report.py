@@ -26,16 +26,22 @@ from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import describe
 from mnist_dist.figures import having_default_style, render
-from mnist_dist.files import describe_error, read_file, write_atomically
+from mnist_dist.files import describe_error, write_atomically
 from mnist_dist.options import spell
-from mnist_dist.plots import draw_comparison, draw_run, list_compared, name_samples, open_run, print_written, save_figures
+from mnist_dist.plots import (
+    COMPARISON_FILE,
+    draw_comparison,
+    draw_run,
+    is_comparison,
+    list_compared,
+    name_samples,
+    open_run,
+    print_written,
+    save_figures,
+)
 from mnist_dist.record import PLOTS, REPORT_FILE, Run, is_number, pick_measures, read_run
 from mnist_dist.source import Unknown
 from mnist_dist.task import Data, Panel, format_measure
-
-COMPARISON_FILE = "compare.html"
-_GENERATOR = b'<meta name="generator" content="mnist_dist">'
-_COMPARISON_BYTES_MAX = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -228,16 +234,12 @@ def write_comparison(run_dirs: Sequence[Path], task: str | None = None) -> Path:
     runs = [open_run(run_dir, task) for run_dir in run_dirs]
     path = run_dirs[0].absolute().parent / COMPARISON_FILE
     try:
-        if os.path.lexists(path) and not _is_comparison(path):
+        if os.path.lexists(path) and not is_comparison(path):
             raise UserError(f"{path} exists and is not a page of this program: move it away")
         write_atomically(path, make_comparison(runs).encode(errors="replace"))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {describe_error(error)}") from error
     return path
-
-
-def _is_comparison(path: Path) -> bool:
-    return path.name == COMPARISON_FILE and os.path.isfile(path) and _GENERATOR in read_file(path, _COMPARISON_BYTES_MAX)[:500]
 
 
 @having_default_style()
@@ -294,8 +296,6 @@ def _describe_result(run: Run, measures: Sequence[str]) -> tuple[str, ...]:
 
 
 def _write(run_dirs: list[Path], task: str | None, data_dir: str | None) -> list[Path]:
-    runs = [path for path in run_dirs if not _is_comparison(path)]  # of `runs/*`, where one lies from the last time
-    run_dirs = runs or run_dirs
     return [write_comparison(run_dirs, task)] if run_dirs[1:] else write_report(run_dirs[0], task=task, data_dir=data_dir)[:1]
 
 

@@ -614,6 +614,7 @@ def test_all_runs_of_a_folder_are_compared_again_and_again(run_dir, tmp_path, ca
     shutil.copytree(run_dir, tmp_path / "other")
     for _ in range(2):
         assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    assert plots.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
     (tmp_path / "compare.html").write_text("precious")
     assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 2
     assert "compare.html" in capsys.readouterr().err
