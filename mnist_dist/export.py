@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TOLERANCE = 1e-4  # largest difference allowed in an output; float32 sums in another order differ by some 1e-6
-_NAME_MAX = 200  # a file that is being written has a longer one
+_NAME_MAX = 200  # bytes: a file that is being written has a longer one
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 
 Runner = Callable[["Tensor"], "Tensor"]
@@ -58,8 +58,10 @@ def _export(options: argparse.Namespace) -> int:
         raise UserError(f"the file to write is {file}; expected a name that ends in .pt2 or .onnx")
     if os.path.isdir(file) or not os.path.isdir(file.parent):
         raise UserError(f"the file to write is {file}, which is a folder or lies in none; expected a name in an existing folder")
-    if not os.access(file.parent, os.W_OK | os.X_OK) or len(os.fsencode(file.name)) > _NAME_MAX:
-        raise UserError(f"the file to write is {file}, whose folder is not writable, or whose name has more than {_NAME_MAX} letters")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"the file to write is {file}, whose folder may not be written to; expected one where you may write")
+    if (size := len(os.fsencode(file.name))) > _NAME_MAX:
+        raise UserError(f"the file to write is {file}, whose name has {size} bytes; expected at most {_NAME_MAX}")
     if os.path.lexists(file) and not options.force:
         raise UserError(f"{file} exists; give another name, or --force to overwrite it")
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]

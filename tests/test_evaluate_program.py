@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,12 +268,15 @@ def test_an_export_of_wrong_shape_or_without_a_number_is_found():
         ("model.bin", "ends in .pt2 or .onnx"),
         ("nowhere/model.pt2", "existing folder"),
         ("folder.pt2", "which is a folder"),
-        ("x" * 240 + ".pt2", "more than 200 letters"),
+        ("\u65e5" * 80 + ".pt2", "has 244 bytes; expected at most 200"),
+        ("closed/model.pt2", "whose folder may not be written to"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(tmp_path)
     Path("folder.pt2").mkdir()
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, *_: Path(path).name != "closed")  # root may write everywhere
     assert export.main(["no run is looked for", name]) == 2
     assert message in capsys.readouterr().err
 
