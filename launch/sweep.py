@@ -168,7 +168,7 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
         option_name = _find_option(key, options)
         if option_name in axes:
             raise UserError(f"{option_name} is swept twice: give all of its values at once")
-        axes[option_name] = [None if value == "none" else value for value in text.split(",")]
+        axes[option_name] = text.split(",")
     if not axes or not all(axes.values()):
         raise UserError("nothing to sweep: expected option=value,value (without dashes), or a YAML file with `sweep:`")
     both = [key for key in axes if given.get(key) is not None or key in fixed]

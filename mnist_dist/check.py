@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         answers = []
         # Closed whatever happens: its processes end, and its folder goes.
-        with answering(options.json) as stream, contextlib.closing(examine(config, names, options.deadline_s)) as found:
+        with answering(options.json), contextlib.closing(examine(config, names, options.deadline_s)) as found:
             for name, answer in found:
                 answers.append({"check": name, "passed": answer.passed, "text": answer.text, **answer.values})
                 if not options.json:
-                    print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", file=stream, flush=True)
+                    print(f"{'PASS' if answer.passed else 'FAIL'} {name}: {answer.text}", flush=True)
         if options.json:
             print(json.dumps(answers))
         return 0 if all(answer["passed"] for answer in answers) else 1

@@ -40,6 +40,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.exchange import split_shards
 from mnist_dist.machine import on_one_thread
+from mnist_dist.model import is_dense
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators, seeding_generators
 from mnist_dist.rendezvous import name_ranks
@@ -154,9 +155,9 @@ def _make_tensor(content: bytes, dtype: torch.dtype, shape: torch.Size) -> Tenso
 
 def _is_small(value: Any) -> bool:
     """Whether a value is a tensor that is sent plainly."""
-    is_plain = type(value) is Tensor and not value.is_quantized and value.layout == torch.strided
+    is_plain = type(value) is Tensor and is_dense(value) and not value.is_quantized
     # One that is laid out otherwise, such as channels last, would arrive contiguous: a layer may round differently on it.
-    return is_plain and value.is_contiguous() and not value.requires_grad and not value.is_nested and value.nbytes <= _PLAIN_BYTES
+    return is_plain and value.is_contiguous() and not value.requires_grad and value.nbytes <= _PLAIN_BYTES
 
 
 class _Failure(NamedTuple):
@@ -331,11 +332,6 @@ def find_immovable(value: Any) -> str:
     if isinstance(value, dict | list | tuple) and not hasattr(value, "to"):
         return next(filter(None, map(find_immovable, value.values() if isinstance(value, dict) else value)), "")
     return type(value).__name__ if list_tensors(value) and not hasattr(value, "to") else ""
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is neither sparse nor nested: such a one has no strides, or no shape."""
-    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:

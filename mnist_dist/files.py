@@ -72,10 +72,11 @@ def check_free_name(name: str, path: Path) -> None:
         raise UserError(f"{name} is {path}, which exists, or whose folder cannot be written to; expected a new name in an existing folder")
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace `path` by `content`: after a crash at any moment the old file or the new one is there, complete. Raises OSError.
 
-    Of several processes that do so at once, the last one counts.
+    Of several processes that do so at once, the last one counts. Nothing waits for the disk unless it is to be `durable`: then that is
+    true of a crash of the host as well, not of this process alone.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -83,13 +84,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def find_final_name(name: str) -> str:

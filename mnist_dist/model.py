@@ -38,7 +38,7 @@ def build_model(task: Task, seed: int) -> nn.Module:
         if torch.empty_like(parameter).stride() != parameter.stride():  # a view with gaps, which fused optimizers take for one without
             parameter.data = parameter.data.clone()
     for name, buffer in model.named_buffers():
-        if buffer.layout != torch.strided or buffer.is_nested:
+        if not is_dense(buffer):
             raise UserError(
                 f"task {task.name}: the buffer {name} of its model is sparse or nested; expected a dense one: make it in the forward pass, "
                 "of buffers with its indices and its values"
@@ -63,6 +63,11 @@ def build_model(task: Task, seed: int) -> nn.Module:
             allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _BUFFER_TYPES)
             raise UserError(f"task {task.name}: the buffer {name} of its model is {buffer.dtype}; allowed: {allowed}")
     return model
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor nested: such a one has no strides, or no shape."""
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def check_finite(task: Task, model: nn.Module, when: str = "") -> None:

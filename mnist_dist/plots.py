@@ -233,14 +233,13 @@ def open_run(run_dir: Path, task: str | None = None, data_dir: str | None = None
 
     A run can be looked at when the code of its task is gone, or has changed: what it draws is left out then. Raises `UserError`.
     """
-    read_run(run_dir)  # what is damaged is named first
+    run = read_run(run_dir)  # what is damaged is named first
     try:
         config = read_named_config(run_dir, task)
     except UserError as error:
         if task is not None:
             raise
-        config = read_config(run_dir)
-        config = read_config(run_dir, make_unknown(config.task.name, str(error)))
+        config = read_config(run_dir, make_unknown(run.config.task.name, str(error)))
     return read_run(run_dir, config if data_dir is None or isinstance(config.task, Unknown) else config.replace(data_dir=data_dir))
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Piece, Probe, is_dense, is_same, list_tensors
+from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.model import check_finite, load_weights
+from mnist_dist.model import check_finite, is_dense, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task

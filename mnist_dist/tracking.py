@@ -164,7 +164,7 @@ class WandbTracker(NoTracker):
         path = self._folder / "pictures" / f"{hashlib.sha256(png).hexdigest()[:16]}.png"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, png)
+            write_atomically(path, png, durable=False)
         return path
 
     def log_model(self, path: Path) -> None:  # noqa: D102
@@ -487,9 +487,9 @@ def _find_mode() -> Mode:
 
 
 def _find_switch() -> str:
-    """The first of W&B's own switches that is set, in W&B's own order: its variable, the settings of this folder, those of the user."""
+    """The first switch that is set: a plain no; then, in W&B's own order, its variable, the settings of this folder, those of the user."""
     home = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    # The first is one that Hugging Face's Trainer heeds. Who has said no anywhere sends nothing.
+    # The variable of Hugging Face's Trainer: who has said no there sends nothing.
     is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
     switches = ["disabled" * is_off, os.environ.get("WANDB_MODE", "")]
     for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
