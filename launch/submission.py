@@ -383,8 +383,8 @@ def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]], *, at_once: bool
         if not at_once:
             job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it on to the ranks
             continue
-        with contextlib.suppress(psutil.Error):
-            for process in [*psutil.Process(job._process.pid).children(recursive=True), job._process]:
+        for process in [*psutil.Process(job._process.pid).children(recursive=True), job._process]:
+            with contextlib.suppress(psutil.Error):  # it has ended of itself: the others are still to be killed
                 process.kill()
 
 

@@ -14,8 +14,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from processes import TINY
 from pydantic import ValidationError
@@ -415,6 +418,28 @@ def test_a_signal_while_a_job_on_this_machine_is_started_leaves_none_behind(tmp_
     monkeypatch.setattr(submission, "_prepare_environment", lambda *_: None)
     assert submission.run_locally(make_options(Request, {}), [make_config({"run_dir": str(tmp_path / "run")})])
     assert events == ["started", "told"]
+
+
+def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_ended(tmp_path, monkeypatch):
+    gone = subprocess.Popen(["sleep", "60"])
+    list_gone = [psutil.Process(gone.pid)]
+    gone.kill()
+    gone.wait()
+    # The rank is killed first: it must not be what lets its controller end.
+    controller = subprocess.Popen(["bash", "-c", "sleep 60 & wait; sleep 60"])
+    list_children = psutil.Process.children
+    monkeypatch.setattr(psutil.Process, "children", lambda self, **how: list_gone + list_children(self, **how))
+    while not list_children(psutil.Process(controller.pid)):
+        time.sleep(0.01)
+    (rank,) = list_children(psutil.Process(controller.pid))
+    config = make_config({"run_dir": str(tmp_path / "run")})
+    runs = submission._LocalRuns(make_options(Request, {}), 1, deque())
+    runs.active[config.run_dir] = (config, 0, SimpleNamespace(_process=controller))
+    runs.is_stopping = True
+    runs.stop()
+    assert controller.wait(10) == -signal.SIGKILL
+    psutil.wait_procs([rank], 10)
+    assert not rank.is_running()
 
 
 @pytest.mark.slow

@@ -203,8 +203,19 @@ class Play:
         return psutil.Process(int(self.rank.text.split("mirror ")[1].split()[0]))
 
     @property
+    def helpers(self) -> list[psutil.Process]:
+        """W&B's own; what else the mirror starts lives so shortly that it may be gone before it is asked for its name."""
+        found = []
+        for child in self.mirror.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name().startswith("wandb-core"):
+                    found.append(child)
+        return found
+
+    @property
     def helper(self) -> psutil.Process:
-        return next(child for child in self.mirror.children() if child.name().startswith("wandb-core"))
+        (found,) = self.helpers
+        return found
 
     @property
     def logs(self) -> str:
@@ -647,11 +658,11 @@ def play_early_death(wait_for_folder):
     def act(play: Play) -> None:
         play.environ["WANDB_MODE"] = "offline"  # else the first helper is that of a try online
         play.start()
-        mirror, helpers = play.mirror, []
-        play.rank.wait_for(lambda: helpers.extend(child for child in mirror.children() if "wandb-core" in child.name()) or helpers)
+        play.rank.wait_for(lambda: play.helpers)
+        helper = play.helper
         while wait_for_folder and not any((play.folder / "run" / "wandb").glob("offline-run-*")):
             time.sleep(0.001)
-        helpers[0].kill()
+        helper.kill()
         play.end()
 
     return act
