@@ -127,10 +127,12 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     parser.add_options(Sweep)
     add_job_options(parser)
     add_config_options(parser, Task)
-    known, _ = parser.parse_known_args(arguments)
-    values: dict[str, Any] = {}
-    # The value of an option that is not known yet, a task's own, stands among the words.
+    known, unknown = parser.parse_known_args(arguments)
+    given, values = list(sys.argv[1:] if arguments is None else arguments), {}
+    # The value of an option that is not known yet, a task's own, stands among the words. Behind a word that asks nothing it is the sweep's.
+    behind = {word for option, word in itertools.pairwise(given) if option in unknown}
     files = [word for word in known.words if "=" not in word and os.path.isfile(expand_word(word))]
+    files.sort(key=lambda word: word in behind)
     file_name = next((word for word in files if not word.endswith(".py")), None)  # `read_axes` says what is wrong with code
     if file_name is not None:
         values = read_options_file(Path(expand_word(file_name)))

@@ -570,6 +570,17 @@ def test_each_run_of_a_sweep_that_differs_is_told_with_its_differences(no_slurm,
     assert error.count("holds another run") == error.count("  seed: 4 there, 0 asked for") == 2
 
 
+def test_a_file_that_is_the_value_of_a_tasks_option_is_not_taken_for_the_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "class Mine(Mnist):\n    table_file: str = option('', 'a table')\n"
+    Path("mine.py").write_text(f"from mnist_dist.task import option\nfrom mnist_dist.tasks.mnist import Mnist\n\n\n{code}")
+    Path("data.csv").write_text("a,b\n1,2\n")
+    Path("s.yaml").write_text("config: null\nsweep: {seed: [0, 1]}\nfixed: {task: mine.py}\n")
+    for words in (["--table_file", "data.csv", "s.yaml"], ["s.yaml", "--table_file", "data.csv"], ["--table_file=data.csv", "s.yaml"]):
+        assert sweep.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
+        assert "--array=0-1" in capsys.readouterr().out
+
+
 def test_a_sweep_counts_its_combinations_before_it_makes_them(no_slurm, capsys):
     thousand = ",".join(map(str, range(1000)))
     start = time.process_time()
