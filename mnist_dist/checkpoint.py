@@ -20,6 +20,7 @@ import torch
 
 from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line
 from mnist_dist.files import describe_error, read_file, write_atomically
+from mnist_dist.model import is_finite
 from mnist_dist.record import find_step, list_newest_first
 
 FORMAT = 2
@@ -182,11 +183,6 @@ class Writer:
             error, self._running = self._running.exception(), None
             if error is not None:
                 raise error
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _list_infinite(state: dict[str, Any]) -> list[str]:

@@ -70,10 +70,17 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())  # which torch does not know of eight bits
+
+
 def check_finite(task: Task, model: nn.Module, when: str = "") -> None:
     """Raise `UserError` where the model's state holds what is not finite: no checkpoint of it would be written."""
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if not is_finite(value):
             raise UserError(
                 f"task {task.name}: {name} of its model holds values that are not finite{when}; a smallest value so far may begin with "
                 "torch.finfo(torch.float32).max, and a mask that is made anew may be left out of checkpoints: register_buffer(..., "

@@ -18,7 +18,7 @@ from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.model import build_model, find_overlaps, find_synchronized
+from mnist_dist.model import build_model, find_overlaps, find_synchronized, is_finite
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
@@ -480,7 +480,7 @@ class TrainingState:
         kinds = {name: tensor.dtype for name, tensor in self.bare_model.state_dict().items()}
         for name, tensor in [*state["model"].items(), *slots.items()]:
             kind = kinds.get(name, torch.float32)
-            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not checkpoint.is_finite(tensor):
+            if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not is_finite(tensor):
                 raise RunError(f"it is damaged: {name} holds values that are not finite {str(kind).removeprefix('torch.')} numbers")
 
 

@@ -10,11 +10,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from mnist_dist.checkpoint import is_finite
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError, first_line
 from mnist_dist.files import check_readable
-from mnist_dist.model import build_model, load_weights
+from mnist_dist.model import build_model, is_finite, load_weights
 from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named

@@ -145,9 +145,9 @@ def test_a_run_folder_with_a_damaged_file_is_read_or_named(run_dir, name):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_damaged_checkpoint_is_refused_whatever_its_checksum(run_dir):
-    from mnist_dist.checkpoint import is_finite
     from mnist_dist.data import load_data
     from mnist_dist.distributed import join_group
+    from mnist_dist.model import is_finite
     from mnist_dist.state import TrainingState
     from mnist_dist.world import World
 
