@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
@@ -75,22 +76,24 @@ class TrainingState:
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            averaged = {name: value for name, value in self._list_moving().items() if value.is_floating_point()}
+            averaged = {name: _as_real(value) for name, value in self._list_moving().items() if _as_real(value).is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat(self.trained, extra=1)
             self.flat_averaged = Flat([*averaged.values()], dtype=torch.float64)
-            self._hand_out([*self.bare_model.parameters(), *self.bare_model.buffers()], 0)  # as DDP does
+            self._hand_out(self.bare_model.parameters(), 0)  # as DDP does
         else:
+            # DDP would hand out those of rank zero at each call of the model, and one rank may call it more often than another. Nor does
+            # it know all types.
+            names = [name for name, _ in self.bare_model.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.bare_model, names)  # type: ignore[no-untyped-call]
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
-            # Rank zero's are handed out once a step: DDP would do it at each call of the model, and one rank may call it more often than
-            # another. Set here, as Accelerate hands on an option of another name only.
-            self.model.broadcast_buffers = False
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
                 for name, parameter in self.bare_model.named_parameters():
                     if parameter.requires_grad:
                         note = partial(_note, self._reached, name)
                         parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        self._hand_out(self.bare_model.buffers(), 0)
         if config.cuda_graph:
             if not self.tier.is_any_world:
                 raise UserError(
@@ -219,7 +222,7 @@ class TrainingState:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
             # Each a part of the mean: the sum of large numbers would overflow.
-            shares = [now[name].double() / tree.shards for name in self.averaged]
+            shares = [_as_real(now[name]).double() / tree.shards for name in self.averaged]
             statistics = [self.flat_averaged.pack(shares)] if shares else []
             return [self.flat.pack(gradients, [loss]), *statistics]
 
@@ -230,7 +233,7 @@ class TrainingState:
             now = self._list_moving()
             for vector in statistics:
                 for name, mean in zip(self.averaged, self.flat_averaged.views(vector), strict=True):
-                    self._set_mean(tree, now[name], starts[name], mean)
+                    self._set_mean(tree, _as_real(now[name]), _as_real(starts[name]), mean)
             # What counts is not averaged: the last shard's counts are everybody's.
             self._hand_out([value for name, value in now.items() if name not in self.averaged], self.group.size - 1)
         return total[-1].clone()  # a view of it would keep all gradients of this step until the row that the loss goes into
@@ -338,18 +341,15 @@ class TrainingState:
             self._hand_out(self._list_moving().values(), 0)
 
     def _hand_out(self, tensors: Iterable[Tensor], rank: int) -> None:
-        """Give every rank the tensors of one; small ones of a type at once."""
-        small: dict[torch.dtype, list[Tensor]] = {}
+        """Give every rank the tensors of one, as bytes: no backend knows all types. Small ones of a type go at once."""
+        together: dict[Any, list[Tensor]] = {}
         for tensor in tensors if self.group.size > 1 else ():
-            tensor = tensor.detach()  # autograd need not know of this
-            if tensor.numel() > _SMALL_NUMBERS:
-                torch.distributed.broadcast(tensor, src=rank)
-            else:
-                small.setdefault(tensor.dtype, []).append(tensor)
-        for dtype, some in small.items():
-            flat = Flat(some, dtype=dtype)
+            key = tensor.dtype if tensor.numel() <= _SMALL_NUMBERS else id(tensor)
+            together.setdefault(key, []).append(tensor.detach())  # autograd need not know of this
+        for some in together.values():
+            flat = Flat(some, dtype=some[0].dtype)
             vector = flat.pack(some)
-            torch.distributed.broadcast(vector, src=rank)
+            torch.distributed.broadcast(vector.view(torch.uint8), src=rank)
             for tensor, value in zip(some, flat.views(vector), strict=True) if self.group.rank != rank else ():
                 tensor.copy_(value)
 
@@ -496,6 +496,11 @@ def _read_rows(state: dict[str, Any], step: int) -> list[int]:
 
 def _note(reached: set[str], name: str, _: Tensor) -> None:
     reached.add(name)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """The tensor, or the parts of its complex numbers, as a view."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _copy(value: Any) -> Any:

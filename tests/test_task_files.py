@@ -16,6 +16,7 @@ from launch import jobs, submit, sweep
 from mnist_dist import evaluate, export, report
 from mnist_dist.config import make_config, parse_command_line
 from mnist_dist.errors import UserError
+from mnist_dist.record import list_newest_first
 from mnist_dist.source import find_changed, find_task
 from mnist_dist.task import Task
 
@@ -223,14 +224,14 @@ WRONG = [
         2,
     ),
     (
-        "a buffer of an odd type",
+        "a buffer that no weights file holds",
         [
             (
                 f"return {SEQUENTIAL}",
-                f"model = {SEQUENTIAL}\n        model.register_buffer('odd', torch.zeros(2).short())\n        return model",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('odd', torch.zeros(2).cdouble())\n        return model",
             )
         ],
-        ["buffer odd", "torch.int16", "allowed: float32"],
+        ["odd in the state_dict", "torch.complex128", "persistent=False"],
         2,
     ),
     ("an option of the program", [("    width: int", "    print_config: int = 3\n    width: int")], ["print_config"], 2),
@@ -929,6 +930,48 @@ def test_an_evaluation_changes_no_vector_that_has_grown_too_long_since_the_start
         weights.append((tmp_path / every / "model.safetensors").read_bytes())
     assert load_file(tmp_path / "1/model.safetensors")["table.weight"].norm(dim=1).max() > 0.05
     assert weights[0] == weights[1]
+
+
+OF_ALL_TYPES = """class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+        for kind in ("float16", "bfloat16", "int16", "int8", "uint16", "float8_e4m3fn", "complex64"):
+            self.register_buffer("of_" + kind, torch.ones(2).to(getattr(torch, kind)))
+        self.register_buffer("of_complex128", torch.ones(2, dtype=torch.complex128), persistent=False)
+        self.register_buffer("large", torch.ones(2, 300_000, dtype=torch.bfloat16).T)
+
+    def forward(self, inputs):
+        hidden = torch.view_as_complex(self.into(inputs).reshape(-1, 2, 2))
+        if self.training:
+            with torch.no_grad():
+                self.of_complex64.lerp_(hidden.detach().mean(0), 0.1)
+                self.of_bfloat16.lerp_(hidden.detach().mean(0).real.bfloat16(), 0.1)
+                self.of_int16 += 1
+                self.large[1] += 1
+        turned = torch.view_as_real(hidden * self.of_complex64).flatten(1)
+        used = self.of_bfloat16, self.of_float8_e4m3fn, self.of_int16.float().log1p()
+        return self.out(turned * torch.stack([value.float().mean() for value in used]).prod())
+
+
+class Mine"""
+
+
+def test_buffers_may_be_of_any_type(tmp_path):
+    name = write(tmp_path / "turned.py", SANE, (SEQUENTIAL, "Turned()"), ("class Mine", OF_ALL_TYPES), (DATA, MANY))
+    arguments = ["--task", name, *SHORT, "--checkpoint_every", "2"]
+    for folder, size, more in (("1", 1, ["--shards", "2"]), ("2", 2, ["--shards", "2"]), ("ddp", 2, [])):
+        run_ranks(tmp_path / "logs", Train([*arguments, *more, "--run_dir", str(tmp_path / folder)]), size)
+    weights = load_file(tmp_path / "1/model.safetensors")
+    assert weights["of_int16"].tolist() == [5, 5]
+    assert weights["large"][1].tolist() == [5, 5]
+    assert all(weights["of_complex64"].imag)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+    before = (tmp_path / "ddp/model.safetensors").read_bytes()
+    (tmp_path / "ddp/result.json").unlink()
+    list_newest_first(tmp_path / "ddp/checkpoints")[0].unlink()
+    run_ranks(tmp_path / "logs", Train([*arguments, "--run_dir", str(tmp_path / "ddp")]), 2)
+    assert (tmp_path / "ddp/model.safetensors").read_bytes() == before
 
 
 def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tmp_path):
