@@ -54,7 +54,7 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _OPEN_FILES = "/proc/self/fd"  # of Linux
 _DATA_SEED = 67_280_421_310_721  # the one that torch's own generator begins with
 _FACTS_BYTES_MAX = 16 << 20  # as text
-_FACT_TOLERANCE = 1e-4  # threads and processors may round differently
+_FACT_TOLERANCE, _FACT_NOISE = 1e-4, 1e-8  # processors may round differently, and a mean of nothing but noise altogether
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _SHOWN = 32  # numbers of samples in a message
@@ -400,7 +400,7 @@ def find_other_facts(there: Any, here: Any) -> list[str]:
 
 def _is_alike(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=_FACT_TOLERANCE, abs_tol=_FACT_TOLERANCE)
+        return math.isclose(one, other, rel_tol=_FACT_TOLERANCE, abs_tol=_FACT_NOISE)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_is_alike, one, other))
     if isinstance(one, dict) and isinstance(other, dict):

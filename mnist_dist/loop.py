@@ -22,7 +22,6 @@ from mnist_dist.data import (
     check_same_data,
     draw,
     find_other_facts,
-    fingerprint,
     list_differing,
     load_data,
 )
@@ -202,8 +201,8 @@ def _check_data(state: TrainingState, group: Group) -> None:
     """Raise `UserError` on all ranks where some have other data, or other numbers of samples."""
     config, facts = state.config, state.config.task.facts
     other: Row = {f"the fact {name}": "another" for name in find_other_facts(group.broadcast(facts), facts)}
-    evaluated = fingerprint(state.data.evaluated, config.task, "test") if group.size > 1 else ""
-    check_same_data(other | {"training data": state.fingerprint, f"{config.evaluated_on} data": evaluated} | config.name_sizes(), group)
+    prints = {"training data": state.fingerprint, f"{config.evaluated_on} data": state.evaluated_fingerprint}
+    check_same_data(other | prints | config.name_sizes(), group)
 
 
 def _describe_result(state: TrainingState, evaluation: Evaluation) -> dict[str, Any]:

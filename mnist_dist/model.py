@@ -1,6 +1,6 @@
 """The model of a task: its initial weights, and a table of its layers. `python -m mnist_dist.model` prints that of the built-in CNN."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import safetensors.torch
@@ -117,6 +117,12 @@ def find_overlaps(model: nn.Module) -> list[tuple[str, str]]:
             span = (tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size(), name)
             by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
     return [(one[2], other[2]) for spans in map(sorted, by_storage.values()) for one, other in pairwise(spans) if other[0] < one[1]]
+
+
+def describe_order(there: Iterable[str], here: Iterable[str]) -> str:
+    """What to say where a model of the same parts has them in another order elsewhere: what belongs to them goes by their order."""
+    place = next((f" ({one} is there where {other} is here)" for one, other in zip(there, here, strict=False) if one != other), "")
+    return f"its parts are in another order{place}: make them in a fixed order (a set of words has another one in each process: sort it)"
 
 
 def describe_model(model: nn.Module, example: Tensor) -> str:

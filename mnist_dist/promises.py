@@ -4,7 +4,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from mnist_dist.evaluation import check_tally
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
 from mnist_dist.files import write_atomically
 from mnist_dist.machine import on_one_thread
-from mnist_dist.model import build_model
+from mnist_dist.model import build_model, describe_order
 from mnist_dist.randomness import read_generators
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
@@ -208,7 +208,9 @@ def _check_model(subject: Subject) -> Found:
     _compare(
         "the initial", here, digest_each(build_model(subject.task, subject.config.seed).state_dict()), f"when it is built again: {_SEEDED}"
     )
-    _compare("the initial", here, subject.found["model"], f"in another process: {_SEEDED}")
+    there = subject.found["model"]
+    _check_order(there, here)
+    _compare("the initial", here, there, f"in another process: {_SEEDED}")
     rule = "build_model must need no more than options and facts (find_facts), for weights are read without data"
     if isinstance(shapes := subject.found["shapes"], str):
         raise Broken(f"no model can be built before load is called: {rule}: {shapes}")
@@ -236,6 +238,11 @@ def _compare(what: str, here: dict[str, str], there: dict[str, str], when: str) 
         raise Broken(f"{f'{what} ' if what else ''}{differing[0]}{more} differs {when}")
 
 
+def _check_order(there: Iterable[str], here: Iterable[str]) -> None:
+    if [*there] != [*here] and {*there} == {*here}:
+        raise Broken(f"the model is another one in another process: {describe_order(there, here)}")
+
+
 def _check_state(subject: Subject) -> Found:
     strange = [name for name, value in subject.model.state_dict().items() if not isinstance(value, Tensor)]
     if strange:
@@ -247,6 +254,7 @@ def _check_state(subject: Subject) -> Found:
     if isinstance(there, str):
         raise Broken(f"another process cannot continue from the state_dict: {there}")
     changed = f"{subject.changed[0]} changes in a step and is not in state_dict" if subject.changed else ""
+    _check_order(there, subject.state)
     if subject.state != there:
         differing = next(name for name in subject.state if subject.state[name] != there.get(name))
         cause = changed or "something that is neither a parameter nor a buffer changes in a step"

@@ -216,6 +216,8 @@ def describe_exception(error: BaseException) -> str:
         hint = " (of several processes, losses may call the model itself alone, and no method or attribute of it)"
     elif lines and "does not require grad" in lines[0]:
         hint = " (an evaluation computes without gradients: what needs them there says `with torch.enable_grad():`)"
+    elif lines and lines[0].startswith("Expected more than 1 value per channel"):
+        hint = " (a part of the batch is one sample: batch_size, micro_batch, shards and the number of processes say how it is cut)"
     elif any("specialized it to be a constant" in line for line in lines):  # torch.export's, a line behind one that says nothing
         lines = [line.strip() for line in lines if "specialized it to be a constant" in line]
         hint = " (the number of samples must not become a plain number of Python: write x.shape[0] for len(x))"

@@ -19,7 +19,7 @@ from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.model import build_model, find_overlaps, find_synchronized, is_finite
+from mnist_dist.model import build_model, describe_order, find_overlaps, find_synchronized, is_finite
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
@@ -27,7 +27,7 @@ from mnist_dist.record import Row, check_same, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data
-from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked
+from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked, list_state
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class TrainingState:
         self.data = data
         self.group = group
         self.fingerprint = fingerprint(data.train, config.task)
+        self.evaluated_fingerprint = fingerprint(data.evaluated, config.task, "test")
         self.bare_model = build_model(config.task, config.seed)
         self.probe = Probe(data.train, config)
         if group.device.type != "cpu" and (kind := find_immovable(self.probe.whole.samples)):
@@ -53,6 +54,9 @@ class TrainingState:
             )
         self.tier = find_tier(config.task, self.bare_model, self.probe)
         parameters = dict(self.bare_model.named_parameters())
+        self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+        self._trained_names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
         self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
         self._check_overlaps()
@@ -61,8 +65,6 @@ class TrainingState:
             if group.size > 1 and not config.shards:
                 raise UserError(describe_unused(config.task, self.tier.unused))
             _log.warning("%s gets no gradient from the first samples", self.tier.unused[0])
-        self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
-        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
         # What must keep its shape: a checkpoint is of that shape, and so is what other processes or shards have.
         saved = {*self.bare_model.state_dict()}
         self._shapes = {
@@ -190,6 +192,7 @@ class TrainingState:
     def _compute_losses(self, model: nn.Module, piece: Piece) -> Tensor:
         losses = self.config.task.losses(model, piece.samples, piece.drawn)
         check_shape(self.config.task, losses, piece.size)
+        self._check_trained()
         return losses if losses.dtype == torch.float64 else losses.float()  # a sum of bfloat16 depends on how many are added
 
     def compute_gradients(self, pieces: Iterable[Piece], size: int) -> tuple[list[Tensor], Tensor]:
@@ -262,6 +265,17 @@ class TrainingState:
         """What a forward pass may change: the buffers, and parameters that it moves."""
         return dict(self.bare_model.named_buffers()) | {name: self.bare_model.get_parameter(name) for name in self._moved}
 
+    def _check_trained(self) -> None:
+        """Raise `UserError` where a pass has frozen what was trained, or the other way round: the optimizer would not notice."""
+        changed = [parameter for parameter in self.trained if not parameter.requires_grad]
+        if changed := changed or [parameter for parameter in self._frozen.values() if parameter.requires_grad]:
+            name = next(name for name, parameter in self.bare_model.named_parameters() if parameter is changed[0])
+            verbs = "begins to be" if changed[0].requires_grad else "is no longer"
+            raise UserError(
+                f"task {self.config.task.name}: in step {self.step + 1} {name} {verbs} trained; what is trained must be the same in all "
+                "steps, or no checkpoint would fit: call requires_grad_ in build_model alone, and detach() what must not be trained yet"
+            )
+
     def _check_frozen(self, versions: dict[str, tuple[int, int]]) -> None:
         """Raise `UserError` where a frozen parameter has moved that did not in the first passes, by what was counted before this step."""
         for name, parameter in self._frozen.items():
@@ -315,12 +329,17 @@ class TrainingState:
 
     def _check_ranks(self) -> None:
         """Raise `UserError` on all ranks where some have a model of other shapes: DDP could not be set up."""
-        shapes = _shapes(self.bare_model.state_dict())
+        frozen = {f"{name}, which nobody trains,": list(self._frozen[name].shape) for name in self._frozen}
+        shapes = _shapes({**list_state(self.bare_model), **self.bare_model.state_dict()}) | frozen
         main = self.group.broadcast(shapes)
-        if odd := [rank for rank, same in enumerate(self.group.gather(main == shapes)) if not same]:
+        same = [*main.items()] == [*shapes.items()]
+        if odd := [rank for rank, same in enumerate(self.group.gather(same)) if not same]:
+            what, words = self.config.task.name, f"rank zero has another model than {name_ranks(odd)}"
+            if main == shapes:
+                raise UserError(f"task {what}: {words}: {describe_order(main, shapes)}")
             name = next((name for name in {**main, **shapes} if main.get(name) != shapes.get(name)), "")
             raise UserError(
-                f"task {self.config.task.name}: rank zero has another model than {name_ranks(odd)}"
+                f"task {what}: {words}"
                 + (f" ({name} is {main.get(name, 'not there')} there, and {shapes.get(name, 'not there')} here)" if name else "")
                 + ": give all hosts the same code and data"
             )
@@ -382,6 +401,8 @@ class TrainingState:
             "step": self.step,
             "recipe": self.config.recipe(),
             "data": self.fingerprint,
+            "evaluated": self.evaluated_fingerprint,
+            "trained": self._trained_names,
             "facts": self.config.task.facts,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
@@ -438,12 +459,26 @@ class TrainingState:
         recipe = {"task": BUILT_IN} | defaults | stored
         check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
         model = _shapes(_read_field(state, "model", dict))
-        check_same(model, _shapes(self.bare_model.state_dict()), "it is of another model; use another run_dir:")
+        here = _shapes(self.bare_model.state_dict())
+        check_same(model, here, "it is of another model; use another run_dir:")
+        if [*model] != [*here]:
+            raise UserError(f"it is of another model; {describe_order(model, here)}")
+        trained = state.get("trained", self._trained_names)  # older versions noted none of these
+        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+            raise RunError("it is damaged: its list of what is trained is none of names")
+        there, now = (dict.fromkeys(names, "trained") for names in (trained, self._trained_names))
+        check_same(there, now, "it is of a run that trains other parameters; use another run_dir, or the same code:")
         check_same(
             {"data": _read_field(state, "data", str)},
             {"data": self.fingerprint},
             "it was trained on other data; use another run_dir, or the same data:",
         )
+        if state.get("evaluated", self.evaluated_fingerprint) != self.evaluated_fingerprint:
+            _log.warning(
+                "the %s data are others than those of the checkpoint: measures before and after step %s cannot be compared",
+                self.config.evaluated_on,
+                state.get("step"),
+            )
         facts = state.get("facts", self.config.task.facts)  # older versions kept none
         if not are_facts(facts):
             raise RunError("it is damaged: its facts are not plain values")

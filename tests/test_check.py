@@ -108,6 +108,13 @@ def test_a_sane_task_passes_all_and_leaves_nothing(tmp_path, monkeypatch, capfd)
     assert not list((tmp_path / "temporary").glob("mnist_dist*"))
 
 
+SHUFFLED = """
+    def build_model(self):
+        model = super().build_model()
+        for part in np.random.default_rng(os.getpid()).permutation(9):
+            model.register_parameter(f"part{part}", nn.Parameter(torch.zeros(1)))
+        return model
+"""
 # The check, what its message must hold, and the fault.
 FAULTS = {
     "a mean": (
@@ -258,6 +265,8 @@ class Noise(nn.Module):
         return model
 """,
     ),
+    "the order of its parts in build_model": ("model", ["another one in another process", "another order (", "sort it"], SHUFFLED),
+    "the order of its parts in a step": ("state", ["another one in another process", "another order (", "sort it"], SHUFFLED),
     "the process in build_model": (
         "model",
         ["the initial 2.bias differs in another process"],

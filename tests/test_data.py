@@ -449,6 +449,7 @@ def test_facts_are_the_same_but_for_rounding():
     assert find_other_facts(facts, {"mean": 0.5 + 1e-7, "words": ["a", "b"], "sizes": {"x": 1, "y": [2]}}) == []
     assert find_other_facts(facts, {"mean": 0.6, "words": ["b", "a"], "sizes": {"x": 1, "y": [2.0]}}) == ["mean", "words"]
     assert find_other_facts(facts, {"mean": 0.5, "words": ["a", "b"], "sizes": {"y": [2.0], "x": 1}}) == ["sizes"]
+    assert find_other_facts({"spread": 2e-6, "mean": 1e-9}, {"spread": 1e-4, "mean": -3e-9}) == ["spread"]
     assert find_other_facts({}, {"mean": 0.5}) == find_other_facts("nonsense", {"mean": 0.5}) == ["mean"]
 
 

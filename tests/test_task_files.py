@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -862,6 +863,73 @@ def test_a_cached_property_follows_the_facts():
     known = task.with_facts({"words": ["one"]})
     assert (known.width, known.words) == (1, ["word", "one"])
     assert known.with_facts({}).words == task.words == ["word"]
+
+
+def test_a_model_has_its_parts_in_one_order_on_all_ranks_and_in_all_starts(tmp_path):
+    """Gradients and the optimizer's state go by the order: those of one part would be another's."""
+    ordered = "model = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))\n        turn = int(os.environ.get('ORDER', '0'))\n"
+    ordered += "        model = nn.ModuleDict({f'part{(place + turn) % 3}': part for place, part in enumerate(model)})\n"
+    ordered += "        model.forward = lambda inputs: model['part0'](inputs) + 2 * model['part1'](inputs) + 3 * model['part2'](inputs)\n"
+    name = write(
+        tmp_path / "ordered.py",
+        SANE,
+        ("import torch\n", "import os\nimport torch\n"),
+        (f"return {SEQUENTIAL}", f"{ordered}        return model"),
+    )
+    arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2"]
+    for more in ([], ["--shards", "2"]):
+        text = run_ranks(tmp_path / "logs", TrainOnOwnOrder([*arguments, *more]), 2, expect=2)
+        assert "rank zero has another model than rank 1: its parts are in another order (part0.weight is there where part1.weight" in text
+    assert not (tmp_path / "run").exists()
+    run_ranks(tmp_path / "logs", Train(arguments))
+    (tmp_path / "run/result.json").unlink()
+    text = run_ranks(tmp_path / "logs", Train(arguments), environ={"ORDER": "1"}, expect=2)
+    assert "it is of another model; its parts are in another order (part0.weight is there where part1.weight is here)" in text
+    assert "a set of words has another one in each process: sort it" in text
+    run_ranks(tmp_path / "logs", Train(arguments))
+
+
+def test_what_is_trained_is_the_same_in_all_starts_and_all_steps(tmp_path):
+    chosen = f"model = {SEQUENTIAL}\n        model[0].requires_grad_('FROZEN' not in os.environ)\n        return model"
+    name = write(tmp_path / "chosen.py", SANE, ("import torch\n", "import os\nimport torch\n"), (f"return {SEQUENTIAL}", chosen))
+    arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2"]
+    run_ranks(tmp_path / "logs", Train(arguments))
+    (tmp_path / "run/result.json").unlink()
+    text = run_ranks(tmp_path / "logs", Train(arguments), environ={"FROZEN": "1"}, expect=2)
+    assert "it is of a run that trains other parameters; use another run_dir, or the same code:" in text
+    assert "0.weight: trained there, not asked for" in text
+    assert "damaged" not in text
+    run_ranks(tmp_path / "logs", Train(arguments))
+    for start, then, verbs in (("False", "True", "begins to be"), ("True", "False", "is no longer")):
+        later = f"model = {SEQUENTIAL}\n        model[0].requires_grad_({start})\n        passes = torch.zeros(1)\n"
+        later += "        model.register_buffer('passes', passes)\n"
+        later += "        def count(module, _):\n            module.passes += 1\n            if module.passes > 2:\n"
+        later += f"                module[0].requires_grad_({then})\n        model.register_forward_pre_hook(count)\n"
+        name = write(tmp_path / "later.py", SANE, (f"return {SEQUENTIAL}", f"{later}        return model"))
+        for more in ([], ["--shards", "2"]):
+            text = run_ranks(tmp_path / "logs", Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / "later")]), expect=2)
+            assert f"in step 3 0.weight {verbs} trained; what is trained must be the same in all steps" in text
+            shutil.rmtree(tmp_path / "later")
+
+
+def test_other_data_to_evaluate_on_are_told_when_a_run_is_resumed(tmp_path):
+    changed = DATA.replace("inputs[:20],", "inputs[:20] * int(os.environ.get('TIMES', '1')),")
+    name = write(tmp_path / "changed.py", SANE, ("import torch\n", "import os\nimport torch\n"), (DATA, changed))
+    arguments = ["--task", name, *SHORT, "--run_dir", str(tmp_path / "run"), "--checkpoint_every", "2"]
+    run_ranks(tmp_path / "logs", Train(arguments))
+    for times in ("1", "5"):
+        (tmp_path / "run/result.json").unlink()
+        text = run_ranks(tmp_path / "logs", Train(arguments), environ={"TIMES": times})
+        words = "the test data are others than those of the checkpoint: measures before and after step 4 cannot be compared"
+        assert (words in text) is (times == "5")
+
+
+def test_a_piece_of_one_sample_is_told_where_a_layer_needs_two(tmp_path):
+    name = write(tmp_path / "normed.py", SANE, (SEQUENTIAL, "nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))"))
+    arguments = ["--task", name, *SHORT, "--batch_size", "9", "--micro_batch", "4", "--run_dir", str(tmp_path / "run")]
+    text = run_ranks(tmp_path / "logs", Train(arguments), expect=None)
+    assert "Expected more than 1 value per channel" in text
+    assert "a part of the batch is one sample: batch_size, micro_batch, shards and the number of processes say how it is cut" in text
 
 
 def test_a_frozen_parameter_is_resumed(tmp_path):
