@@ -2,14 +2,15 @@
 
 import contextlib
 import fcntl
-import io
 import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import psutil
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm import slurm
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 import mnist_dist
 from launch.cluster import read_jobs, run_slurm
@@ -71,8 +72,19 @@ class _Executor(SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
-    def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
-        text = string.decode(errors="replace") if isinstance(string, bytes) else string
+    def _submit_command(self, command: str) -> SlurmJob[Any]:
+        # submitit's own takes all that a site prints for UTF-8: at anything else it kills sbatch, which may have queued the job.
+        script = self.folder / f".submission_file_{uuid.uuid4().hex}.sh"
+        script.write_text(self._make_submission_file_text(command, ""))
+        answer = subprocess.run(self._make_submission_command(script), capture_output=True, text=True, errors="replace")
+        if answer.returncode:
+            words = (answer.stderr or answer.stdout).strip()
+            raise FailedJobError(words or f"it ended with {answer.returncode} and no response")
+        job = SlurmJob[Any](self.folder, self._read_job_id(answer.stdout), [*range(self._num_tasks())])
+        job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)
+        return job
+
+    def _read_job_id(self, text: str) -> str:
         numbers = re.findall(r"^Submitted batch job (\d{1,18})\b", text, re.MULTILINE)  # beside it, a site may say anything
         if not numbers:
             raise RunError(f"sbatch's answer has no number of a job, which may be queued all the same (squeue --me): {text[:300]!r}")
@@ -291,7 +303,7 @@ def _withdraw(queued: list[str], made: list[Path], words: str) -> None:
 
 @contextlib.contextmanager
 def queueing(request: Request) -> Iterator[None]:
-    """While sbatch is called: without the words that submitit also raises, and without variables that would change the job.
+    """While sbatch is called: without variables that would change the job.
 
     Those are what an outer job left, which srun would take for the new job's, and what sbatch heeds before the options in a script.
     Signals to end wait, sbatch's as well: there may be no job of which nobody knows.
@@ -304,8 +316,7 @@ def queueing(request: Request) -> Iterator[None]:
     for name in names.intersection(before) | {*list_inherited(before)}:
         del os.environ[name]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         os.environ.update(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -1106,6 +1106,36 @@ def test_a_job_that_is_queued_though_sbatchs_answer_is_lost_is_taken_back_or_tol
     assert list(script.parent.glob("*.pkl"))  # for the job, should it begin
 
 
+@pytest.mark.parametrize("program", [submit, sweep])
+def test_what_a_site_prints_may_be_of_any_encoding(fake_slurm, tmp_path, capsys, program):
+    words = ["--config", "smoke", "--run_dir", "runs/a", *(["seed=1,2"] if program is sweep else [])]
+    fake_slurm(sinfo=(0, SINFO))
+    # Latin-1 on both streams, and a letter of UTF-8 in two writes, while the job is not queued yet.
+    site = "printf 'gew\\344hlt\\303'; sleep 0.3; printf '\\244\\n'; printf 'gew\\344hlt\\n' >&2; sleep 0.3\n"
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\n{site}echo Submitted batch job 17\n")
+    assert program.main(words) == 0
+    assert "submitted job 17" in capsys.readouterr().out
+    assert list(Path("runs/a/slurm").glob("17*_submission.sh"))
+    shutil.rmtree("runs")
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nprintf 'sbatch: error: Konto nicht gew\\344hlt\\n' >&2\nexit 1\n")
+    assert program.main(words) == 2
+    assert "error: sbatch refused the job: Konto nicht gew\ufffdhlt\n" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_job_that_is_queued_though_sbatch_was_killed_is_taken_back(fake_slurm, tmp_path, capsys):
+    script = tmp_path / "here/runs/a/slurm/.submission_file_1.sh"
+    fake_slurm(sinfo=(0, SINFO))
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\necho '31|31|PENDING|Priority||0|{script}|' >../queue\nkill -KILL $$\n")
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\ncat ../queue 2>/dev/null\nexit 0\n")
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "scancel $*" >>../calls\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
+    assert "error: sbatch refused the job: it ended with -9 and no response\n" in capsys.readouterr().err
+    assert (tmp_path / "calls").read_text() == "scancel 31\n"
+    assert list(Path().iterdir()) == []
+
+
 def test_jobs_that_cannot_be_withdrawn_are_named_and_keep_their_files(fake_slurm, tmp_path, capsys):
     fake_slurm(sinfo=(0, SINFO), scancel=(1, "scancel: error: Socket timed out"))
     (tmp_path / "bin/sbatch").write_text(count_up(3))
