@@ -23,7 +23,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
 from mnist_dist.program import answering, print_answer
 from mnist_dist.source import note_named
-from mnist_dist.world import find_world
+from mnist_dist.world import find_world, ignore_job
 
 # In the order in which they are made.
 CHECKS = {
@@ -99,8 +99,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Config, list[str], argparse
     add_config_options(parser, task, hidden=_UNUSED)
     given = parser.parse(arguments)
     own: dict[str, Any] = {name: given.pop(name) for name in ("only", "skip", "json", "deadline_s")}
-    if find_world(os.environ).size > 1:
-        raise UserError("this program was started as several processes; start it once: it starts others itself")
+    if find_world(ignore_job(os.environ)).size > 1:
+        raise UserError(
+            "this program was started as several processes; start it once: it starts others itself (in a Slurm job: srun --ntasks=1)"
+        )
     given_deadline, own["deadline_s"] = own["deadline_s"], 0.0
     with contextlib.suppress(TypeError, ValueError):
         own["deadline_s"] = float(given_deadline)

@@ -25,7 +25,7 @@ from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.source import explaining
 from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.task import Evaluation
-from mnist_dist.world import find_world
+from mnist_dist.world import find_world, ignore_job
 
 _GIVEN = ("data_dir", "device", "precision", "threads", "workers")
 
@@ -61,10 +61,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _evaluate(options: argparse.Namespace, stream: TextIO, is_program: bool) -> int:
-    size, alone = find_size(os.environ, is_program)
+    environ = ignore_job(os.environ)  # the counts of one process are as good as those of all
+    size, alone = find_size(environ, is_program)
     if alone:
         return start_ranks(size)
-    world = find_world(os.environ)
+    world = find_world(environ)
     from mnist_dist.data import Probe, check_same_data, fingerprint, load_data
     from mnist_dist.distributed import join_group
     from mnist_dist.evaluation import evaluate, open_evaluation

@@ -75,6 +75,11 @@ def list_inherited(environ: Mapping[str, str]) -> list[str]:
     return [name for name in environ if name in exact or (name.startswith(misleading) and name not in _OF_THE_SITE)]
 
 
+def ignore_job(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment of a program that one process may run alone, whatever the size of the Slurm job in whose shell it is started."""
+    return environ if _is_in_step(environ) else {name: value for name, value in environ.items() if name != "SLURM_JOB_ID"}
+
+
 def find_world(environ: Mapping[str, str]) -> World:
     """Read this process's place from its launcher's variables.
 

@@ -673,6 +673,20 @@ def test_a_mistake_of_the_user_is_one_message(capsys, arguments, words):
     assert "Traceback" not in err
 
 
+def test_it_is_started_once_in_a_slurm_job_of_any_size(tmp_path):
+    shell = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+    names = {"PROCID": "0", "LOCALID": "0", "STEP_NUM_TASKS": "4", "STEP_TASKS_PER_NODE": "4", "STEP_NODELIST": "n1"}
+    task = shell | {f"SLURM_{name}": value for name, value in names.items()}
+    command = [sys.executable, "-m", "mnist_dist.check", "--task", str(write(tmp_path)), "--batch_size", "16", "--only", "losses,model"]
+
+    def start(variables):
+        environ = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")} | variables
+        return subprocess.run(command, env=environ, text=True, capture_output=True, timeout=120)
+
+    assert start(shell).returncode == 0
+    assert "; start it once: it starts others itself (in a Slurm job: srun --ntasks=1)\n" in start(task).stderr
+
+
 def test_a_task_that_cannot_be_loaded_is_one_message(check):
     status, answers, err = check("model", "    def load(self):\n        raise OSError('no such disk')\n")
     assert (status, answers) == (2, {})

@@ -16,7 +16,7 @@ from mnist_dist import distributed, machine
 from mnist_dist.config import configure
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.world import World, choose_threads, count_usable_cores, find_world, first_host
+from mnist_dist.world import World, choose_threads, count_usable_cores, find_world, first_host, ignore_job
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
 SRUN = {
@@ -159,6 +159,14 @@ def test_a_half_set_or_contradictory_environment_is_refused(environ, words):
 
 def test_a_batch_script_of_one_task_is_one_process():
     assert find_world({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).size == 1
+
+
+def test_a_program_that_may_run_alone_does_so_in_a_job_of_any_size():
+    shell = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}  # of a batch script, or of salloc
+    assert find_world(ignore_job(shell)) == World()
+    assert find_world(ignore_job(SRUN)) == find_world(SRUN)
+    with pytest.raises(UserError, match="5 tasks, but torchrun says that there are 4"):
+        find_world(ignore_job(SRUN | TORCHRUN))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,14 @@ def test_every_world_counts_the_same_as_the_run_itself(tmp_path, run):
         assert answer["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
 
 
+def test_one_process_counts_in_a_slurm_job_of_any_size(run, monkeypatch, capsys):
+    for name, value in (("SLURM_JOB_ID", "1"), ("SLURM_NTASKS", "4"), ("SLURM_NNODES", "2")):
+        monkeypatch.setenv(name, value)
+    assert evaluate.main([str(run), "--json", "--threads", "1"]) == 0, capsys.readouterr().err
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["world_size"], answer["test/images"]) == (1, 30)
+
+
 def test_the_measures_of_a_run_with_shards_are_the_same_bits(tmp_path):
     ragged = ["--task", str(Path(__file__).with_name("ragged_task.py")), "--masked", "0.2", "--dropout", "0.3", "--micro_batch", "4"]
     options = ["--batch_size", "12", "--steps", "3", "--shards", "3", "--threads", "1", "--report", "false", "--wandb", "disabled"]
