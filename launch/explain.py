@@ -107,7 +107,13 @@ _PENDING = {
     "JobHoldMaxRequeue": "Slurm holds it back: it was requeued too often",
     "SPECIAL_EXIT": "Slurm holds it back: it ended with a status for which the site does so",
 }
-
+# The many that are alike; the first that matches counts.
+_PENDING_ALIKE = (
+    (r"Per(Job|Node)", "it asks for more than its user, account or quality of service allows a job, so it never starts"),
+    (r"QOSMin", "it asks for less than its quality of service demands, so it never starts"),
+    (r"^Invalid|NotAllowed$", "it may not use its account or quality of service, so it never starts"),
+    (r"^(QOS|Assoc|Max)", "a limit of its user, account or quality of service is reached"),
+)
 
 _NOT_FOR_MEMORY = "not for its memory"
 
@@ -358,13 +364,9 @@ def _describe_saving(facts: Facts) -> str:
 
 
 def _describe_pending(reason: str) -> str:
-    return _PENDING.get(reason.partition(",")[0]) or (  # after a comma Slurm names nodes
-        "a limit of its user, account or quality of service is reached"
-        if reason.startswith(("QOS", "Assoc", "MaxJobs"))
-        else "Slurm holds it back until somebody releases it"
-        if cluster.is_held(reason)
-        else "see man squeue"
-    )
+    name = reason.partition(",")[0]  # after a comma Slurm names nodes
+    alike = next((words for pattern, words in _PENDING_ALIKE if re.search(pattern, name)), "")
+    return _PENDING.get(name) or alike or ("Slurm holds it back until somebody releases it" if cluster.is_held(name) else "see man squeue")
 
 
 def _find_age(path: Path) -> float | None:

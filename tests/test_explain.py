@@ -842,6 +842,30 @@ def test_a_job_that_completed_is_not_said_to_have_failed_for_a_line_in_its_log(s
     assert (answer.end, answer.first, answer.now) == ("finished", "", []), text
 
 
+@pytest.mark.parametrize(
+    ("reason", "words", "waits"),
+    [
+        ("QOSMaxWallDurationPerJobLimit", "more than its user, account or quality of service allows a job, so it never starts", False),
+        ("AssocMaxCpuPerJobLimit", "allows a job, so it never starts", False),
+        ("QOSMaxGRESPerNode", "allows a job, so it never starts", False),
+        ("QOSMinGRES", "it asks for less than its quality of service demands, so it never starts", False),
+        ("QOSNotAllowed", "it may not use its account or quality of service, so it never starts", False),
+        ("AccountNotAllowed", "may not use its account", False),
+        ("InvalidAccount", "may not use its account", False),
+        ("InvalidQOS", "may not use its account", False),
+        ("QOSMaxJobsPerUserLimit", "a limit of its user, account or quality of service is reached", True),
+        ("MaxCpuPerAccount", "is reached", True),
+        ("QOSMaxNodePerUserLimit", "is reached", True),
+        ("AssocGrpCpuLimit", "is reached", True),
+    ],
+)
+def test_a_job_that_waits_for_ever_is_told_from_one_that_waits_for_others(slurm, tmp_path, reason, words, waits):
+    slurm(sacct=None, scontrol=show_job("PENDING", reason, nodes="(null)"))
+    answer, text = tell("12")
+    assert words in text
+    assert answer.now[0].startswith("wait; squeue --start" if waits else "scancel 12")
+
+
 def test_a_reason_that_names_nodes_is_understood_whatever_they_are_called(slurm, tmp_path):
     slurm(sacct=None, scontrol=show_job("PENDING", "ReqNodeNotAvail, UnavailableNodes:threshold[1-2]", nodes="(null)"))
     _, text = tell("12")
