@@ -305,7 +305,7 @@ def find_reason(state: str, reason: str) -> str:
 def is_held(reason: str) -> bool:
     """Whether a job that waits for this reason of Slurm, such as JobHeldUser or JobHoldMaxRequeue, waits until somebody releases it."""
     # After a comma Slurm names nodes. QOSUsageThreshold is a limit.
-    return re.search("held|(?<!thres)hold|^special_exit$", reason.partition(",")[0], re.IGNORECASE) is not None
+    return re.search("held|(?<!thres)hold|^(special_exit|reservationdeleted)$", reason.partition(",")[0], re.IGNORECASE) is not None
 
 
 def find_log(job: str) -> str:

@@ -496,6 +496,12 @@ NEVER = {
     "never may": (None, show_job("PENDING", "DependencyNeverSatisfied", nodes="(null)"), "waiting", "scancel 12"),
     "a state of its own": (None, show_job("SPECIAL_EXIT", "None", nodes="(null)"), "waiting", "scontrol release 12"),
     "held by its state": (None, show_job("REQUEUE_HOLD", "None", nodes="(null)"), "waiting", "scontrol release 12"),
+    "held without its reservation": (
+        None,
+        show_job("RESV_DEL_HOLD", "ReservationDeleted", nodes="(null)"),
+        "waiting",
+        "scontrol release 12",
+    ),
     "suspended": (None, show_job("SUSPENDED", "None"), "waiting", "scontrol resume 12"),
     "cancelled before": (account("CANCELLED by 0", code="0:0", start="Unknown", nodes="None assigned"), None, "cancelled", "before"),
     "a mistake": (account("FAILED", code="2:0"), None, "mistake", "batch_size is 3, less than the 4 processes"),

@@ -290,6 +290,7 @@ def test_a_cluster_that_does_not_answer_could_not_be_tested(tmp_path, monkeypatc
         ("PENDING", "JobHeldUser", "is held: JobHeldUser"),
         ("REQUEUE_HOLD", "None", "is held: REQUEUE_HOLD"),
         ("SPECIAL_EXIT", "None", "is held: SPECIAL_EXIT"),
+        ("RESV_DEL_HOLD", "ReservationDeleted", "is held: ReservationDeleted"),
         ("PENDING", "ReqNodeNotAvail, UnavailableNodes:threshold1", None),
         ("PENDING", "QOSUsageThreshold", None),
         ("RUNNING", "None", None),
