@@ -54,6 +54,7 @@ drop_inherited() {
         # Those of a step: this job was submitted in it.
         unset SLURM_DISTRIBUTION SLURM_HOSTFILE SLURM_HET_SIZE "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_GPU_BIND@}"
     fi
+    unset SRUN_CPUS_PER_TASK # choose_tasks says what this job has
     local name
     for name in $(compgen -e); do # what other launchers may have left
         [[ ! $name =~ ^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|OMPI_COMM_.*|MV2_COMM_.*|PMI_.*|MPI_LOCAL.*)$ ]] || unset "$name"

@@ -39,7 +39,7 @@ from mnist_dist.world import list_inherited
 # -P: a folder mnist_dist where the job was submitted is not the package.
 _PYTHON = f"{shlex.quote(sys.executable)} -P"
 _POLICY = Path(__file__).resolve().with_name("policy.sh")
-# The variables that sbatch heeds before a script's options, by the option of a request that the script has them from.
+# The variables that sbatch heeds before a script's options, or beside them, by the option of a request that the script has them from.
 _SBATCH_VARIABLES = {
     "name": "JOB_NAME OUTPUT ERROR OPEN_MODE EXPORT ARRAY_INX REQUEUE NO_REQUEUE",
     "time": "TIMELIMIT",
@@ -50,7 +50,8 @@ _SBATCH_VARIABLES = {
     "constraint": "CONSTRAINT",
     "reservation": "RESERVATION",
     "memory_gb": "MEM_PER_NODE MEM_PER_CPU MEM_PER_GPU",
-    "gpus_per_node": "GPUS GPUS_PER_NODE GPUS_PER_TASK",
+    "cpus_per_task": "CPUS_PER_GPU TRES_PER_TASK",
+    "gpus_per_node": "GPUS GPUS_PER_NODE GPUS_PER_TASK GRES TRES_PER_TASK",
 }
 _LOST = 1  # status of a job that has not noted how it ended
 # What sbatch says where the controller may have taken the job, and the answer was lost.
@@ -313,6 +314,8 @@ def queueing(request: Request) -> Iterator[None]:
     given = [names for option, names in _SBATCH_VARIABLES.items() if getattr(request, option)]
     names = {f"SBATCH_{name}" for names in given for name in names.split()}
     names.add("SBATCH_WAIT")  # sbatch would return when the job has ended
+    if "gpu" not in before.get("SBATCH_GRES", ""):  # but of something else, such as a local disk
+        names.discard("SBATCH_GRES")
     for name in names.intersection(before) | {*list_inherited(before)}:
         del os.environ[name]
     try:

@@ -27,7 +27,8 @@ _MPI_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
 MPI_VARIABLES = tuple(name for names in _MPI_VARIABLES for name in names)
-_LAUNCHERS = ("SLURM_", "SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
+_LAUNCHERS = ("SUBMITIT_", "ACCELERATE_", "TORCHELASTIC_")
+_OF_A_JOB = ("SLURM_", "SRUN_CPUS_PER_TASK")
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")  # and of no job
 _INTERACTIVE_STEP = "4294967290"  # the number of the step in which LaunchParameters=use_interactive_step runs salloc's shell
 _HOST_FILE_BYTES_MAX = 1 << 20
@@ -66,10 +67,10 @@ class World:
 def list_inherited(environ: Mapping[str, str]) -> list[str]:
     """The variables that an outer job or launcher left, and that would mislead one which is started now.
 
-    Outside of a job what begins with SLURM_ is the user's own choice, such as SLURM_CPU_BIND. So are MASTER_ADDR and MASTER_PORT without
+    Outside of a job what is for Slurm is the user's own choice, such as SLURM_CPU_BIND. So are MASTER_ADDR and MASTER_PORT without
     the ranks of a launcher beside them.
     """
-    misleading = _LAUNCHERS if environ.get("SLURM_JOB_ID") else _LAUNCHERS[1:]
+    misleading = _LAUNCHERS + (_OF_A_JOB if environ.get("SLURM_JOB_ID") else ())
     ranks = [name for name in TORCH_VARIABLES if name not in _MEETING]
     exact = {*ranks, *MPI_VARIABLES, *(_MEETING if any(map(environ.get, ranks)) else ())}
     return [name for name in environ if name in exact or (name.startswith(misleading) and name not in _OF_THE_SITE)]

@@ -287,6 +287,7 @@ def test_a_job_submitted_within_another_inherits_nothing_of_it(fake_slurm, tmp_p
     fake_slurm(sinfo=(0, SINFO), squeue=(0, "PENDING 2030-01-02T03:04:05"))
     (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nenv >../seen\necho Submitted batch job 11\n")
     outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "none", "SLURM_GPUS_PER_TASK": "1", "RANK": "3"}
+    outer["SRUN_CPUS_PER_TASK"] = "8"
     own = {"SLURM_CONF": "/x", "SBATCH_ACCOUNT": "mine", "SBATCH_EXCLUSIVE": "user"}
     over = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "B:TERM", "SBATCH_MEM_PER_CPU": "1", "SBATCH_WAIT": "1"}
     for name, value in (outer | own | over).items():
@@ -302,7 +303,22 @@ def test_a_job_submitted_within_another_inherits_nothing_of_it(fake_slurm, tmp_p
     assert see("runs/b") == {*own, "SBATCH_PARTITION", "SBATCH_MEM_PER_CPU"}  # the user's defaults, where nothing else is asked for
     # Outside of a job they are the user's own choice.
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert "SLURM_CPU_BIND" in see("runs/c")
+    assert {"SLURM_CPU_BIND", "SRUN_CPUS_PER_TASK"} <= see("runs/c")
+
+
+def test_what_sbatch_would_heed_beside_the_options_of_a_job_is_dropped_and_no_more(monkeypatch):
+    def see(request, **values):
+        for name, value in values.items():
+            monkeypatch.setenv(f"SBATCH_{name}", value)
+        with submission.queueing(make_options(Request, request)):
+            return {name for name in values if f"SBATCH_{name}" in os.environ}
+
+    own = {"GRES": "gpu:1", "TRES_PER_TASK": "gres/gpu:1", "CPUS_PER_GPU": "4"}
+    assert see({}, **own) == {*own}
+    assert see({"gpus_per_node": 2}, **own) == {"CPUS_PER_GPU"}
+    assert see({"cpus_per_task": 2}, **own | {"TRES_PER_TASK": "cpu:4"}) == {"GRES"}
+    assert see({"gpus_per_node": 2}, GRES="lscratch:5") == {"GRES"}
+    assert {name for name in own if f"SBATCH_{name}" in os.environ} == {*own}
 
 
 def test_a_queue_that_gives_no_answer_is_not_an_empty_one(fake_slurm, tmp_path, capsys):
@@ -846,11 +862,11 @@ def test_the_policy_says_what_srun_starts(policy):
 
 def test_the_policy_leaves_srun_only_what_the_job_has(policy):
     names = ["MEM_PER_NODE", "MEM_PER_CPU", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND"]
-    outer = {f"SLURM_{name}": "1" for name in names}
+    outer = {f"SLURM_{name}": "1" for name in names} | {"SRUN_CPUS_PER_TASK": "8"}
     shown = "JobId=12 NumTasks=2 CPUs/Task=1 NtasksPerN:B:S:C=0:0:*:* "
 
     def see(more, **variables):
-        lines = "srun() { env | grep -E '^SLURM_(MEM|GPU|CPU_)' | cut -d= -f1; }\nrun_training prog"
+        lines = "srun() { env | grep -E '^(SLURM_(MEM|GPU|CPU_)|SRUN_)' | cut -d= -f1; }\nrun_training prog"
         return {line.removeprefix("SLURM_") for line in policy(lines, 0, shown + more, **outer, **variables).stdout.split()}
 
     bound = {"CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND"}
