@@ -89,7 +89,7 @@ _ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL
 
 
 # What a user's shell may hold for these commands: filters would hide jobs and partitions, and formats could not be read.
-_OF_COMMANDS = re.compile(r"(SQUEUE|SINFO|SACCT|SCONTROL)_|SLURM_(TIME_FORMAT|BITSTR_LEN)$")
+_OF_COMMANDS = re.compile(r"(SQUEUE|SINFO|SACCT|SCONTROL|SCANCEL)_|SLURM_(TIME_FORMAT|BITSTR_LEN)$")
 
 
 def is_slurm_here() -> bool:
@@ -102,7 +102,9 @@ def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S, with_errors: 
     environ = {name: value for name, value in os.environ.items() if not _OF_COMMANDS.match(name)}
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace", env=environ)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{command[0]} gives no answer within {timeout_s:g} s") from error
+    except (OSError, ValueError) as error:
         raise RunError(f"{command[0]} gives no answer: {error}") from error
     if answer.returncode:
         words = " ".join((answer.stderr or answer.stdout).split())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.cluster import run_slurm
 from launch.drill import KILLED, UNBROKEN, judge_kill, judge_tracking, list_words
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import read_tail
@@ -176,17 +177,11 @@ def _clean_environment() -> dict[str, str]:
 def _cancel_steps() -> None:
     """Kill all steps of this job but the one that this program is."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(
-            ["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            errors="replace",
-        )
-        steps = re.findall(rf"^\s*({re.escape(job)}\.\d+)\s*$", listed.stdout, re.MULTILINE)
+    with contextlib.suppress(RunError):
+        listed = run_slurm("squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i")
+        steps = re.findall(rf"^\s*({re.escape(job)}\.\d+)\s*$", listed, re.MULTILINE)
         if steps:
-            subprocess.run(["scancel", "--signal=KILL", *steps], capture_output=True, timeout=60)
+            run_slurm("scancel", "--signal=KILL", *steps)
 
 
 def read_log(path: Path) -> str:

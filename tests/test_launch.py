@@ -32,7 +32,7 @@ from mnist_dist import evaluate, report
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config, configure, make_config, parse_command_line
 from mnist_dist.console import format_duration
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import mark_folder
 from mnist_dist.options import make_options
 from mnist_dist.world import find_world, list_inherited
@@ -378,11 +378,19 @@ def test_the_filters_and_formats_of_a_users_shell_hide_no_job(fake_slurm, tmp_pa
     (tmp_path / "bin/squeue").write_text("#!/bin/sh\nenv >../seen\n")
     kept = {"SLURM_CONF": "/x", "SLURM_CLUSTERS": "a"}
     dropped = {"SQUEUE_PARTITION": "x", "SQUEUE_STATES": "PD", "SINFO_FORMAT": "%P", "SLURM_TIME_FORMAT": "relative"}
+    dropped["SCANCEL_STATE"] = "PENDING"
     for name, value in (kept | dropped).items():
         monkeypatch.setenv(name, value)
     assert cluster.read_jobs() == []
     seen = (tmp_path / "seen").read_text().splitlines()
     assert [name for name, value in (kept | dropped).items() if f"{name}={value}" in seen] == [*kept]
+
+
+def test_a_command_of_slurms_that_takes_too_long_is_told_in_words(fake_slurm, tmp_path):
+    fake_slurm()
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\nexec sleep 30\n")
+    with pytest.raises(RunError, match=r"^squeue gives no answer within 0\.1 s$"):
+        cluster.run_slurm("squeue", "--me", timeout_s=0.1)
 
 
 def test_slurms_times_and_counts_are_read():

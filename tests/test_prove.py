@@ -129,6 +129,18 @@ def test_a_step_that_slurm_could_not_start_is_tried_again(tmp_path, fake, monkey
     assert run("away for long") == ("WRONG", f"ended with 1 and no answer: {silence}")
 
 
+def test_no_filter_of_the_users_shell_hides_the_steps_that_are_killed(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    listing = '[ -n "$SQUEUE_PARTITION" ] || printf "12.batch\\n12.0\\n12.1\\n"'
+    for name, line in (("squeue", listing), ("scancel", f'echo "$*" >{tmp_path}/killed')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name, value in (("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin"), ("SLURM_JOB_ID", "12"), ("SQUEUE_PARTITION", "x")):
+        monkeypatch.setenv(name, value)
+    steps._cancel_steps()
+    assert (tmp_path / "killed").read_text() == "--signal=KILL 12.0 12.1\n"
+
+
 # The page
 
 
