@@ -85,7 +85,7 @@ class Job:
 
 
 _ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
-_ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_ACTIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REVOKED"}
 
 
 # What a user's shell may hold for these commands: filters would hide jobs and partitions, and formats could not be read.
@@ -296,12 +296,14 @@ def is_suspended(state: str) -> bool:
 
 def describe_state(state: str, reason: str = "") -> str:
     """A state of Slurm in words, with why the job waits: `pending (Resources)`."""
+    if state == "REVOKED":
+        return "gone to another cluster of the federation"
     return state.lower().replace("_", " ") + (f" ({reason})" if reason not in ("", "None") else "")
 
 
 def find_reason(state: str, reason: str) -> str:
-    """Why a job waits, as Slurm calls it. Two of its states are reasons themselves."""
-    return state if state in ("REQUEUE_HOLD", "SPECIAL_EXIT") else reason
+    """Why a job waits, as Slurm calls it. Some of its states are reasons themselves."""
+    return state if state in ("REQUEUE_HOLD", "SPECIAL_EXIT", "REVOKED") else reason
 
 
 def is_held(reason: str) -> bool:

@@ -105,6 +105,7 @@ _PENDING = {
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "BadConstraints": "no node has what it asks for, so it never starts",
     "JobHoldMaxRequeue": "Slurm holds it back: it was requeued too often",
+    "REVOKED": "squeue --federation shows it",
     "ReservationDeleted": "its reservation was deleted, and Slurm holds it back",
     "SPECIAL_EXIT": "Slurm holds it back: it ended with a status for which the site does so",
 }

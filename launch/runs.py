@@ -55,6 +55,7 @@ _ENDS = {
     "TIMEOUT": "out of time",
     "DEADLINE": "past its deadline",
     "NODE_FAIL": "node failed",
+    "BOOT_FAIL": "node failed",
     "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
 }

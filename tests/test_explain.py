@@ -791,6 +791,16 @@ def test_the_number_of_a_job_in_a_note_is_no_command(slurm, tmp_path):
     assert "touch" not in text
 
 
+@pytest.mark.parametrize("where", ["a folder", "Slurm alone"])
+def test_a_job_that_another_cluster_of_the_federation_took_is_not_said_to_have_ended(slurm, tmp_path, where):
+    if where == "a folder":
+        make_run(tmp_path / "runs/x", None)
+    slurm(sacct=None, scontrol=show_job("REVOKED", nodes="(null)"), squeue="12|12|REVOKED|None||0|\n")
+    answer, text = tell("12")
+    assert answer.end == "waiting"
+    assert "its job waits: gone to another cluster of the federation, squeue --federation shows it\n" in text
+
+
 def test_a_run_that_is_silent_is_not_called_healthy(slurm, tmp_path, monkeypatch):
     slurm(sacct=None, scontrol=None)
     folder = make_run(tmp_path / "runs/x")

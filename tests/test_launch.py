@@ -981,6 +981,9 @@ def test_the_state_of_a_run_is_what_its_folder_and_the_queue_say(tmp_path):
     assert state() == "not started"
     assert state(("12_1", "12", "PENDING", "Resources", "", 0), job=job) == "pending (Resources)"
     assert state(("12_1", "14", "RUNNING", "None", "n1", 0), job=job) == "running"
+    gone = "gone to another cluster of the federation"
+    assert state(("12_1", "14", "REVOKED", "None", "", 0), job=job) == gone
+    assert state(("12_1", "14", "BOOT_FAIL", "None", "n1", 0), job=job) == "node failed"
     assert state(("12_1", "14", "COMPLETING", "None", "n1", 1), job=job) == "completing"
     assert state(("12_1", "14", "TIMEOUT", "None", "n1", 1), job=job) == "out of time"
     assert state(("12_1", "14", "CANCELLED", "None", "n1", 1), job=job, end={"job": "12_1", "status": 143}) == "cancelled, saved"
@@ -988,6 +991,14 @@ def test_the_state_of_a_run_is_what_its_folder_and_the_queue_say(tmp_path):
     assert state(job=job, end={"job": "11", "status": 1}) == "not started"
     assert state(("15", "15", "RUNNING", "None", "n1", 0), lock="process 1 on elsewhere (Slurm job 15)") == "running"
     assert state(lock=f"process {os.getpid()} on {os.uname().nodename}") == "not started"  # lives, but does not hold it
+
+
+def test_a_job_that_another_cluster_of_the_federation_took_is_not_submitted_again(fake_slurm, capsys):
+    fake_slurm(sinfo=(0, SINFO), squeue=(0, "12|12|REVOKED|None||0||"), sbatch=(0, "Submitted batch job 13"))
+    Path("runs/a/slurm").mkdir(parents=True)
+    Path("runs/a/slurm/job.json").write_text(json.dumps({"job": "12", "folder": mark_folder(Path("runs/a"))}))
+    assert submit.main(["--config", "smoke", "--run_dir", "runs/a"]) == 2
+    assert "is in use by job 12 (gone to another cluster of the federation): wait for it" in capsys.readouterr().err
 
 
 def test_jobs_lists_and_refuses(no_slurm, tmp_path, capsys):
