@@ -455,10 +455,10 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         follow = shlex.join([*jobs, "follow", run])
         if kind == "running":
             return [f"wait; {follow} {'shows its log' if facts.logs else 'returns when it ends'}"]
-        again = f"then ask for what the cluster has: {resume}"
+        again = f"ask for what the cluster has: {resume}"
         return _advise_waiting(job, facts.state.reason, facts.state.is_suspended, again)
     if kind == "silent":
-        return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", f"then {resume}"]
+        return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", resume]
     if kind == "damaged" and facts.why == "finished":  # and its result is gone
         if answer.saved_step is None:
             return [f"restore {RESULT_FILE} and the checkpoints, or use another run_dir"]
@@ -561,7 +561,7 @@ def _explain_job(account: Account) -> Explanation:
         state = cluster.describe_state(account.state, account.reason)
         pending = "" if cluster.is_suspended(account.state) else f", {_describe_pending(account.reason)}"
         answer.end, answer.says = "waiting", f"{_MEANINGS['waiting']}: {state}{pending}"
-        answer.now = _advise_waiting(account.job, account.reason, cluster.is_suspended(account.state), "then ask for what the cluster has")
+        answer.now = _advise_waiting(account.job, account.reason, cluster.is_suspended(account.state), "ask for what the cluster has")
         return answer
     if account.state in ("RUNNING", "COMPLETING"):
         answer.end, answer.says = "running", _MEANINGS["running"] + (": Slurm clears up after it" if account.state == "COMPLETING" else "")

@@ -810,6 +810,15 @@ def test_a_run_that_is_silent_is_not_called_healthy(slurm, tmp_path, monkeypatch
     assert answer.end == "silent"
     assert "still running, but it has added no row for long: step 120 of 600, newest row (step 120) 0 s ago" in text
     assert "python -m launch.jobs cancel" in text
+    assert f"\n  then: {AGAIN}" in text
+
+
+def test_each_thing_to_do_is_told_once(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x")
+    slurm(sacct=None, scontrol=show_job("PENDING", "BadConstraints", nodes="(null)"), squeue="12|12|PENDING|BadConstraints||0|\n")
+    assert f"\n  then: ask for what the cluster has: {AGAIN}" in tell(folder)[1]
+    shutil.rmtree(folder)
+    assert tell("12")[1].endswith("\n  then: ask for what the cluster has")
 
 
 def test_the_users_mistakes_end_with_two(slurm, tmp_path, capsys):
