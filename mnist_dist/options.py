@@ -63,6 +63,8 @@ class Options(BaseModel):
         # YAML's `yes`, `on` and `true` are booleans, and 1 to a lenient parser.
         if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
             raise PydanticCustomError("is_bool", "true and false are not allowed here")
+        if isinstance(value, int) and describe_kind(cls, info.field_name) == "text":  # YAML's `account: 123`
+            return str(value)
         # As the command line and the tables of options write it.
         if value == "none" and NoneType in get_args(field.annotation) and "none" not in _literals(cls, info.field_name):
             return None
@@ -106,6 +108,8 @@ def _explain(model: type[Options], detail: Any, known: Collection[str]) -> str:
         return f"{name} has a value of more than {_TEXT_MAX} characters or 64 bits; allowed: {_describe_allowed(model, name)}"
     if detail["type"] != "value_error":  # pydantic's own words; those of our validators stay
         message = f"allowed: {_describe_allowed(model, name)}"
+    if isinstance(detail["input"], bool | float) and describe_kind(model, name) == "text":
+        message += "; write it in quotes"  # for YAML
     several = "; several values are a sweep's (python -m launch.sweep)" if isinstance(detail["input"], list) else ""
     return f"{name} is {reprlib.repr(detail['input'])}; {message}{several}"
 

@@ -192,6 +192,23 @@ def test_options_of_the_job_come_from_a_file(no_slurm, tmp_path, capsys):
     assert "did you mean 'partition'?); --help lists all (in site.yaml)" in capsys.readouterr().err
 
 
+def test_a_number_in_the_file_of_the_job_is_a_text_where_a_text_is_expected(no_slurm, tmp_path, capsys):
+    def ask(text):
+        (tmp_path / "site.yaml").write_text(text)
+        status = submit.main(["--config", "smoke", "--dry_run", "--job", "site.yaml"])
+        return status, capsys.readouterr()
+
+    status, answer = ask("account: 123\nqos: 0123\nexclude: 12\ngpu_type: 1080\ngpus_per_node: 2\n")
+    assert status == 0, answer.err
+    given = ["account=123", "qos=0123", "exclude=12", "gpus-per-node=1080:2"]
+    assert {f"#SBATCH --{words}" for words in given} <= {*answer.out.splitlines()}
+    for text, words in (("on", "True"), ("1.10", "1.1")):
+        status, answer = ask(f"account: {text}\n")
+        assert (status, answer.err) == (2, f"error: account is {words}; allowed: text, or none; write it in quotes (in site.yaml)\n")
+    assert "quotes" not in ask("account: [a]")[1].err
+    assert "quotes" not in ask("nodes: on")[1].err
+
+
 @pytest.mark.parametrize("folder", ["runs/100%j", "runs/a'b", 'runs/a"b', "runs/a\\b", "runs/a&b", "runs/a;b", "runs/a#b"])
 def test_a_folder_that_slurm_would_misread_is_refused(no_slurm, tmp_path, capsys, folder):
     assert submit.main(["--config", "smoke", "--dry_run", "--run_dir", folder]) == 2
