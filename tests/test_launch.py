@@ -780,6 +780,18 @@ def test_a_chain_is_queued_as_jobs_that_wait_for_each_other(fake_slurm, tmp_path
     assert {path.stat().st_mode & 0o777 for path in Path("runs/a/slurm").glob("*.pkl")} == {0o600}
 
 
+def test_the_chain_of_the_documents_is_queued_on_a_cluster_of_several_and_ends_with_a_refusal(fake_slurm, tmp_path):
+    fake_slurm()
+    refusal = '[ "$number" -lt 4 ] || { echo "sbatch: error: too many" >&2; exit 1; }'
+    calls = 'echo "$CHAIN $*" >>../calls\nnumber=$(grep -c . ../calls)'
+    (tmp_path / "bin/sbatch").write_text(f'#!/bin/sh\n{calls}\n{refusal}\necho "1$number;alpha"\n')
+    [loop] = re.findall(r"^    jobs=\n.*?^    done\n", (ROOT / "docs/launching.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert subprocess.run(["/bin/bash", "-c", loop], text=True, capture_output=True).stderr == "sbatch: error: too many\n"
+    script = "slurm/train.sh --config mnist"
+    waits = [f"{jobs} --parsable --dependency=afterany:{jobs} {script}" for jobs in ("11", "11:12", "11:12:13")]
+    assert (tmp_path / "calls").read_text().splitlines() == [f" --parsable {script}", *waits]
+
+
 def test_a_chain_of_which_a_part_is_refused_is_taken_back(fake_slurm, tmp_path, capsys):
     fake_slurm(sinfo=(0, SINFO))
     (tmp_path / "bin/sbatch").write_text(count_up(3))
