@@ -264,7 +264,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                 if place is not None:
                     with explaining_start(world, timeout):
                         store, board = _start_group(world, config, place, device, timeout)
-                accelerator = _make_accelerator(world, device, precision, timeout)
+                accelerator = _make_accelerator(device, precision, timeout)
                 _check_world(accelerator, world)
                 with explaining_start(world, timeout):
                     group = Group(accelerator, precision, board, timeout)
@@ -368,7 +368,7 @@ def explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
         raise RunError(describe_missed_meeting(world, timeout.total_seconds(), first_line(error))) from error
 
 
-def _make_accelerator(world: World, device: str, precision: str, timeout: timedelta) -> Accelerator:
+def _make_accelerator(device: str, precision: str, timeout: timedelta) -> Accelerator:
     # Accelerate's wrapper of the optimizer looks for this package twice a step, through all of sys.path, which may be on a shared file
     # system. This tells Python that it is not there.
     sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]
