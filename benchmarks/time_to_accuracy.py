@@ -457,7 +457,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         common.append_row(options.results, train_entry(entry, options, int(seed), json.loads(way)))
         return 0
     failures = 0 if options.table else measure(options, arguments)
-    newest = common.newest_of_each(common.find_rows(options.results), _identify)
+    # By the name in the table: older rows have other settings for the same entry, and a seed must not count twice.
+    newest = common.newest_of_each(common.find_rows(options.results), lambda row: [_name(row), row["seed"], common.identify_machine(row)])
     print("\n\n".join(map(format_rows, common.group_rows(newest, common.identify_machine))))
     if failures:
         raise RunError(f"{failures} of {len(options.entries) * len(options.seeds)} failed; the same command tries them again")

@@ -314,6 +314,17 @@ def test_older_rows_of_the_loop_say_nothing_of_workers_and_are_gone_on_with(tmp_
     assert ways == [{"workers": 0, "threads": 2, "tried": []}]
 
 
+def test_a_seed_that_was_measured_again_counts_once_though_its_older_row_has_other_settings(tmp_path, capsys):
+    path, settings = tmp_path / "x.jsonl", time_to_accuracy.describe_settings("course", OPTIONS)
+    older = make_row("course", 0, {**settings, "workers": 1})  # where rows had them once
+    common.append_row(path, {name: older[name] for name in older if name != "workers"})
+    for seed in (1, 0):
+        common.append_row(path, make_row("course", seed, settings) | {"evaluations": [{"epoch": 1, "time_s": 7.0, "accuracy": 0.991}]})
+    assert time_to_accuracy.main(["--table", "--results", str(path)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| the course")]
+    assert [cell.strip() for cell in line.split("|")[2:5]] == ["2", "99.10%", "7"]
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_table_without_results_is_one_clear_line(program, tmp_path, capsys):
     assert run_program(lambda: program.main(["--table", "--results", str(tmp_path / "none.jsonl")])) == 2
