@@ -143,10 +143,12 @@ def format_row(row: Row) -> str:
 
 
 def reckon_large(worlds: Sequence[Row]) -> str:
-    """One line: what follows for a large world from the growth between the last two that were measured."""
-    if len(worlds) < 2:
-        return "One world tells nothing of a larger one."
-    before, last = worlds[-2:]
+    """One line: what follows for a large world from the growth between the two largest that were measured."""
+    # One rank alone connects to nobody: its files are no beginning of that growth.
+    by_size = {world["ranks"]: world for world in worlds if world["ranks"] > 1}
+    if len(by_size) < 2:
+        return "Fewer than two worlds of several ranks tell nothing of a larger one."
+    before, last = (by_size[size] for size in sorted(by_size)[-2:])
     each = (last["open_files_main"] - before["open_files_main"]) / (last["ranks"] - before["ranks"])
     main = last["open_files_main"] + each * (_LARGE - last["ranks"])
     doublings = (_LARGE.bit_length() - last["ranks"].bit_length()) * max(0, last["open_files_others"] - before["open_files_others"])

@@ -227,6 +227,21 @@ def test_more_processes_pay_until_the_exchange_outweighs_the_share():
     assert scaling.find_last_useful(0, 1e-3, 64, slow) == 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ((2, 4), "rank zero has 2,084 open files (2.00 for each rank), another at most 37."),
+        ((4, 1, 2), "rank zero has 2,084 open files (2.00 for each rank), another at most 37."),
+        ((1, 2), "Fewer than two worlds of several ranks tell nothing of a larger one."),
+        ((2, 2), "Fewer than two worlds of several ranks tell nothing of a larger one."),
+    ],
+)
+def test_a_large_world_is_reckoned_from_the_two_largest_whose_ranks_are_connected(ranks, words):
+    files = {1: (29, 29), 2: (40, 19), 4: (44, 21)}
+    measured = [{"ranks": size, "open_files_main": files[size][0], "open_files_others": files[size][1]} for size in ranks]
+    assert worlds.reckon_large(measured).endswith(words)
+
+
 def make_row(entry, seed, settings):
     return {
         "benchmark": "time_to_accuracy",
