@@ -109,7 +109,7 @@ def _describe_group(group: Sequence[Row]) -> list[str]:
     trained = (recipe["train_size"] or SIZES[recipe["dataset"]][0]) - recipe["holdout"]
     epochs = f"{recipe['steps'] * recipe['batch_size'] / trained:.2g}" if recipe["steps"] else str(recipe["epochs"])
     elapsed_s = statistics.median(row["elapsed_s"] for row in group)
-    return [epochs, where, str(len(group)), f"{mean:.3f}", *spread, f"{min(accuracies):.2f}", f"{elapsed_s:.0f}"]
+    return [epochs, where, str(len(group)), f"{mean:.3f}", *spread, f"{min(accuracies):.2f}", f"{elapsed_s:,.0f}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
