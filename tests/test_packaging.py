@@ -1,0 +1,35 @@
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from cluster import ROOT
+
+
+def build(folder, kind, to):
+    to.mkdir()
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    # The folders that this suite's own import path names would be no part of another checkout.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    answer = subprocess.run([sys.executable, "-c", code, str(to)], cwd=folder, env=environ, text=True, capture_output=True)
+    assert answer.returncode == 0, answer
+    return to / answer.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone tells which files there are")
+def test_a_source_distribution_has_every_file_of_a_clone_and_makes_the_wheel(tmp_path):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    files = listed.strip("\0").split("\0")
+    for name in files:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "clone" / name)
+    shutil.unpack_archive(build(tmp_path / "clone", "sdist", tmp_path / "sdist"), tmp_path)
+    [folder] = tmp_path.glob("mnist_dist-*")
+    assert [name for name in files if not (folder / name).exists()] == []
+    with zipfile.ZipFile(build(folder, "wheel", tmp_path / "wheel")) as archive:
+        packed = archive.namelist()
+    expected = [name for name in files if name.startswith(("launch/", "mnist_dist/"))]
+    expected += [f"mnist_dist/{name}" for name in files if name.startswith("configs/")]
+    assert sorted(expected) == sorted(name for name in packed if ".dist-info/" not in name)
