@@ -8,6 +8,26 @@ import pytest
 from cluster import ROOT
 
 
+def test_an_environment_that_was_not_completed_is_made_anew(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def is_made():
+        plan = subprocess.run(["make", "--dry-run", "train"], cwd=tmp_path, text=True, capture_output=True, check=True).stdout
+        return "-m venv" in plan
+
+    def create(code):
+        return subprocess.run([sys.executable, "-c", f"import venv; {code}"], cwd=tmp_path, stderr=subprocess.DEVNULL).returncode
+
+    assert is_made()
+    # As where ensurepip is missing, or Ctrl-C comes.
+    assert create("venv.EnvBuilder._setup_pip = lambda *_: 1 / 0; venv.create('.venv', with_pip=True)") == 1
+    assert (tmp_path / ".venv/bin/python").exists()
+    assert is_made()
+    assert create("venv.create('.venv', clear=True)") == 0
+    assert not is_made()
+
+
 def build(folder, kind, to):
     to.mkdir()
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
