@@ -5,9 +5,11 @@ somebody else, so the name in it counts only if this user has trained that task 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -32,6 +34,7 @@ _ALL_WRITE = ("load", "build_model", "losses")
 _FILE_BYTES_MAX = 16 << 20
 _NAMED_BYTES_MAX = 1 << 20
 _found: dict[str, type[Task]] = {}
+_log = logging.getLogger(__name__)
 
 
 def find_task(name: object) -> type[Task]:
@@ -239,13 +242,21 @@ def _named_file() -> Path:
 
 
 def note_named(name: str) -> None:
-    """Remember that this user has named the task `name`; where there is no home to write to, nothing is."""
+    """Remember that this user has named the task `name`; where there is no home to write to, a warning says what follows."""
     if is_built_in(name) or is_named_before(name):
         return
-    with contextlib.suppress(OSError):
-        file = _named_file()
+    file = _named_file()
+    try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         append_line(file, name.encode())
+    except OSError as error:
+        reason = error.strerror or error
+        _warn(f"the task {name} cannot be remembered as yours, {file} cannot be written ({reason}): later programs need --task {name}")
+
+
+@functools.cache  # a program may name its task more than once
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def is_named_before(name: str) -> bool:

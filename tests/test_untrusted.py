@@ -34,7 +34,7 @@ from mnist_dist.files import expand_path, is_marked, mark_folder, read_file, wri
 from mnist_dist.lock import Lock, read_holder
 from mnist_dist.options import read_options_file
 from mnist_dist.record import Record, list_newest_first, read_config, read_ends, read_result, read_run
-from mnist_dist.source import find_task
+from mnist_dist.source import find_task, is_named_before, note_named
 from mnist_dist.weights import make_header
 
 LONG = [*TINY, "--steps", "5000"]
@@ -917,6 +917,19 @@ def test_escape_sequences_in_names_do_not_reach_the_terminal(tmp_path, capsys):
     for word in (r"red\x1b[31m\x07", r"node\x1b[2J", r"1\x1b[5m", r"\x1b]0;title"):
         assert word in answer.out
     assert not {"\x1b", "\x07"} & {*answer.out, *answer.err}
+
+
+def test_a_task_that_cannot_be_remembered_is_told_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # as a home that cannot be written to, for root, too
+    for _ in range(2):
+        note_named("/somewhere/mine.py")
+        note_named("mnist")
+    assert not is_named_before("/somewhere/mine.py")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the task /somewhere/mine.py cannot be remembered as yours, {tmp_path}/file/mnist-dist/tasks cannot be written (Not a directory): "
+        "later programs need --task /somewhere/mine.py"
+    ]
 
 
 # The same bytes
