@@ -6,6 +6,7 @@ Imports no torch, so that `--help`, `--print_config` and every mistake answer at
 import functools
 import os
 import reprlib
+import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -343,6 +344,8 @@ def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
     task = find_task(values.get("task", BUILT_IN) if named is None else named)
     # The file alone need not be complete (data_dir may come from the command line), but its own keys must be right.
     if unknown := {name: value for name, value in values.items() if name not in Config.model_fields and name not in task.model_fields}:
+        if {"sweep", "fixed"} & set(unknown):
+            raise UserError(f"config file {path} is a sweep: python -m launch.sweep {shlex.quote(str(path))}")
         own = values.get("task", BUILT_IN)
         is_other = isinstance(own, str) and resolve_name(own) != task.name
         # The code of a task that is not the one to train is not run, so that its options are not known here.

@@ -280,6 +280,12 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
     assert find_config_file("smoke") == Path("smoke")  # a file of one's own comes first
 
 
+def test_a_sweep_is_no_recipe(capsys):
+    assert main(["--config", "sweep"]) == 2
+    file = CONFIGS / "sweep.yaml"
+    assert capsys.readouterr().err == f"error: config file {file} is a sweep: python -m launch.sweep {file}\n"
+
+
 def test_steps_override_epochs_and_an_incomplete_batch_is_left_out():
     config = configure(dataset="synthetic", train_size=100, batch_size=30, epochs=2)
     assert (config.steps_per_epoch, config.total_steps) == (3, 6)
