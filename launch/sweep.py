@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -27,7 +28,7 @@ from launch.request import place_config
 from launch.runs import RunState, read_state
 from launch.submission import make_slurm_executor, run_locally, submit_to_slurm, write_script
 from launch.submit import add_job_options, collect_mistakes, compare_with_cluster, list_jobs, read_request, show_start
-from mnist_dist.config import Config, add_config_options, read_recipe, resolve_config, take_options
+from mnist_dist.config import Config, add_config_options, find_config_file, read_recipe, resolve_config, take_options
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import (
     ADVICE,
@@ -131,11 +132,10 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     given, values = list(sys.argv[1:] if arguments is None else arguments), {}
     # The value of an option that is not known yet, a task's own, stands among the words. Behind a word that asks nothing it is the sweep's.
     behind = {word for option, word in itertools.pairwise(given) if option in unknown}
-    files = [word for word in known.words if "=" not in word and os.path.isfile(expand_word(word))]
-    files.sort(key=lambda word: word in behind)
-    file_name = next((word for word in files if not word.endswith(".py")), None)  # `read_axes` says what is wrong with code
-    if file_name is not None:
-        values = read_options_file(Path(expand_word(file_name)))
+    words = sorted((word for word in known.words if "=" not in word), key=lambda word: word in behind)
+    files = [file for file in map(find_file, words) if file and file.suffix != ".py"]  # `read_axes` says what is wrong with code
+    if files:
+        values = read_options_file(files[0])
     fixed, file = values.get("fixed"), known.config or values.get("config")
     named = known.task or (fixed.get("task") if isinstance(fixed, dict) else None)
     recipe = read_recipe(file if isinstance(file, str) else None, named)
@@ -150,9 +150,10 @@ def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, 
     if code := next((word for word in words if word.endswith(".py") and "=" not in word), None):
         raise UserError(f"{code[:80]!r} is not a sweep: write --task {code[:80]}")
     if words and "=" not in words[0]:
-        path = Path(expand_word(words.pop(0)))
-        if not os.path.exists(path):
-            raise UserError(f"{str(path)!r} is not a file, and not of the form option=value,value")
+        word = words.pop(0)
+        path = find_file(word)
+        if path is None:
+            raise UserError(f"{expand_word(word)!r} is not a file, and not of the form option=value,value")
         name = path.stem
         values = read_options_file(path)
         unknown = [repr(key) for key in values if key not in ("config", "sweep", "fixed")]
@@ -188,6 +189,17 @@ def _spell_out(mapping: dict[str, Any], options: Sequence[str], kept: Sequence[s
             raise UserError(f"{name} stands there twice, once as {key!r}: leave one of them out")
         spelt[name] = value
     return spelt
+
+
+def find_file(word: str) -> Path | None:
+    """The file that a word of the command line means, found as that of --config is; None where it means none. Raises `UserError`."""
+    path = Path(expand_word(word))
+    if os.path.isfile(path):
+        return path
+    if path.suffix == ".yaml":  # a bare name may be the value of a task's own option
+        with contextlib.suppress(UserError):
+            return find_config_file(str(path))
+    return None
 
 
 def expand_word(text: str) -> str:

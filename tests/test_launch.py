@@ -622,6 +622,26 @@ def test_a_file_that_is_the_value_of_a_tasks_option_is_not_taken_for_the_sweep(t
         assert "--array=0-1" in capsys.readouterr().out
 
 
+def test_the_sweep_of_the_package_is_found_from_any_folder_as_a_recipe_is(no_slurm, tmp_path, capsys):
+    assert sweep.main(["configs/sweep.yaml", "--dry_run"]) == 0, capsys.readouterr().err
+    assert "--array=0-5" in capsys.readouterr().out
+    assert sweep.main(["configs/sweeps.yaml", "--dry_run"]) == 2
+    assert "'configs/sweeps.yaml' is not a file, and not of the form option=value,value" in capsys.readouterr().err
+    (tmp_path / "sweep.yaml").write_text("sweep: {seed: [0, 1]}\n")  # a file of one's own comes first
+    assert sweep.main(["sweep.yaml", "--dry_run"]) == 0
+    assert "--array=0-1" in capsys.readouterr().out
+
+
+def test_a_sweep_that_is_given_as_a_recipe_is_told_as_one(no_slurm, tmp_path, capsys):
+    (tmp_path / "my sweep.yaml").write_text("config: smoke\nfixed: {seed: 1}\n")
+    for program, words in ((submit, ["--cluster", "local"]), (sweep, ["momentum=0.1,0.2", "--dry_run"])):
+        assert program.main([*words, "--config", "my sweep.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error == "error: config file my sweep.yaml is a sweep: python -m launch.sweep 'my sweep.yaml'\n"
+        assert program.main([*words, "--config", "configs/sweep.yaml"]) == 2
+        assert "configs/sweep.yaml is a sweep: python -m launch.sweep /" in capsys.readouterr().err
+
+
 def test_a_sweep_counts_its_combinations_before_it_makes_them(no_slurm, capsys):
     thousand = ",".join(map(str, range(1000)))
     start = time.process_time()
