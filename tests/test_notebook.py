@@ -1,4 +1,6 @@
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -28,6 +30,15 @@ def test_the_committed_outputs_are_those_of_one_run_from_top_to_bottom():
     assert "593,200" in printed(notebook)
     assert "on 2 processes" in printed(notebook)
     assert "Traceback" not in json.dumps(notebook)
+
+
+def test_the_first_cell_names_what_a_notebook_needs_beside_the_package():
+    first = read().cells[0].source
+    [extra] = re.findall(r"pip install -e '\.\[(\w+)\]'", first)
+    extras = tomllib.loads((NOTEBOOK.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(package.startswith("ipykernel") for package in extras[extra])
+    assert "pip install jupyterlab" in first
+    assert "make" not in first  # which installs no kernel where it only trains
 
 
 @pytest.mark.slow
