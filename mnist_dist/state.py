@@ -441,6 +441,13 @@ class TrainingState:
         unfinished = state.get("unfinished")  # older versions finished each evaluation
         if unfinished is not None and (not is_step_row(unfinished) or unfinished["step"] != step or step in rows):
             raise RunError(f"it is damaged: its unfinished row is not the one of step {step}")
+        evaluated = _read_field({"evaluated": self.evaluated_fingerprint} | state, "evaluated", str)  # older versions noted none
+        if evaluated != self.evaluated_fingerprint:
+            _log.warning(
+                "the %s data are others than those of the checkpoint: measures before and after step %d cannot be compared",
+                self.config.evaluated_on,
+                step,
+            )
         self.bare_model.load_state_dict(state["model"])
         # Its settings follow from the config and the machine; those in the checkpoint may be of another machine.
         settings = self.optimizer.state_dict()["param_groups"]
@@ -466,19 +473,13 @@ class TrainingState:
         trained = state.get("trained", self._trained_names)  # older versions noted none of these
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise RunError("it is damaged: its list of what is trained is none of names")
-        there, now = (dict.fromkeys(names, "trained") for names in (trained, self._trained_names))
+        there, now = ({name[:80]: "trained" for name in names} for names in (trained, self._trained_names))
         check_same(there, now, "it is of a run that trains other parameters; use another run_dir, or the same code:")
         check_same(
             {"data": _read_field(state, "data", str)},
             {"data": self.fingerprint},
             "it was trained on other data; use another run_dir, or the same data:",
         )
-        if state.get("evaluated", self.evaluated_fingerprint) != self.evaluated_fingerprint:
-            _log.warning(
-                "the %s data are others than those of the checkpoint: measures before and after step %s cannot be compared",
-                self.config.evaluated_on,
-                state.get("step"),
-            )
         facts = state.get("facts", self.config.task.facts)  # older versions kept none
         if not are_facts(facts):
             raise RunError("it is damaged: its facts are not plain values")
