@@ -1,6 +1,7 @@
 """The Accelerator that joins this process to the others of its world, and what the processes say to each other."""
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import os
@@ -274,6 +275,12 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                 yield group
             if board is not None:
                 board.close(store)  # before rank zero goes, and its store with it, as it may from here on
+        except BaseException as error:
+            if world.size > 1:
+                # Another rank may be lost: what DDP holds, by the frames of this error, is never freed. Gloo would then wait for a thread
+                # of its own that may not end.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+            raise
         finally:
             if group is not None:
                 group.leave()
