@@ -54,8 +54,8 @@ class TrainingState:
             )
         self.tier = find_tier(config.task, self.bare_model, self.probe)
         parameters = dict(self.bare_model.named_parameters())
-        self.trained = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
-        self._trained_names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        self._trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self.trained = [*self._trained.values()]
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
         self._moved = [name for name in self.tier.moved if name in parameters]
         self._check_moved()
@@ -78,7 +78,8 @@ class TrainingState:
             self.tree = TreeSum(config.shards, group)
             self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
             self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            averaged = {name: _as_real(value) for name, value in self._list_moving().items() if _as_real(value).is_floating_point()}
+            moving = {name: _as_real(value) for name, value in self._list_moving().items()}
+            averaged = {name: value for name, value in moving.items() if value.is_floating_point()}
             self.averaged = list(averaged)
             self.flat = Flat(self.trained, extra=1)
             self.flat_averaged = Flat([*averaged.values()], dtype=torch.float64)
@@ -267,10 +268,10 @@ class TrainingState:
 
     def _check_trained(self) -> None:
         """Raise `UserError` where a pass has frozen what was trained, or the other way round: the optimizer would not notice."""
-        changed = [parameter for parameter in self.trained if not parameter.requires_grad]
-        if changed := changed or [parameter for parameter in self._frozen.values() if parameter.requires_grad]:
-            name = next(name for name, parameter in self.bare_model.named_parameters() if parameter is changed[0])
-            verbs = "begins to be" if changed[0].requires_grad else "is no longer"
+        stopped = [name for name, parameter in self._trained.items() if not parameter.requires_grad]
+        begun = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        if stopped or begun:
+            name, verbs = (stopped[0], "is no longer") if stopped else (begun[0], "begins to be")
             raise UserError(
                 f"task {self.config.task.name}: in step {self.step + 1} {name} {verbs} trained; what is trained must be the same in all "
                 "steps, or no checkpoint would fit: call requires_grad_ in build_model alone, and detach() what must not be trained yet"
@@ -402,7 +403,7 @@ class TrainingState:
             "recipe": self.config.recipe(),
             "data": self.fingerprint,
             "evaluated": self.evaluated_fingerprint,
-            "trained": self._trained_names,
+            "trained": [*self._trained],
             "facts": self.config.task.facts,
             "elapsed_s": self.elapsed_s,
             "rows": torch.tensor(rows, dtype=torch.int64),
@@ -470,10 +471,10 @@ class TrainingState:
         check_same(model, here, "it is of another model; use another run_dir:")
         if [*model] != [*here]:
             raise UserError(f"it is of another model; {describe_order(model, here)}")
-        trained = state.get("trained", self._trained_names)  # older versions noted none of these
+        trained = state.get("trained", [*self._trained])  # older versions noted none of these
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
             raise RunError("it is damaged: its list of what is trained is none of names")
-        there, now = ({name[:80]: "trained" for name in names} for names in (trained, self._trained_names))
+        there, now = ({name[:80]: "trained" for name in names} for names in (trained, self._trained))
         check_same(there, now, "it is of a run that trains other parameters; use another run_dir, or the same code:")
         check_same(
             {"data": _read_field(state, "data", str)},
