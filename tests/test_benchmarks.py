@@ -30,6 +30,7 @@ def test_the_operations_of_a_training_step_are_counted_right():
     assert counter.get_total_flops() / 4 == pytest.approx(common.TRAINING_FLOP, rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_loop_takes_its_batches_through_the_turns_of_a_benchmark(tmp_path):
     seen = []
 
@@ -79,6 +80,7 @@ def test_the_start_of_a_training_is_told_part_by_part():
     assert sum(parts.values()) == pytest.approx(start["total_s"])
 
 
+@pytest.mark.slow
 def test_the_clock_stands_still_while_the_loop_evaluates(tmp_path, monkeypatch):
     now_s = 0.0
     monkeypatch.setattr(time_to_accuracy.time, "perf_counter", lambda: now_s)

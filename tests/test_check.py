@@ -673,6 +673,7 @@ def test_a_mistake_of_the_user_is_one_message(capsys, arguments, words):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_it_is_started_once_in_a_slurm_job_of_any_size(tmp_path):
     shell = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
     names = {"PROCID": "0", "LOCALID": "0", "STEP_NUM_TASKS": "4", "STEP_TASKS_PER_NODE": "4", "STEP_NODELIST": "n1"}

@@ -184,6 +184,7 @@ def test_an_empty_file_means_the_defaults(tmp_path):
     assert parse_command_line(["--config", write(tmp_path, "# nothing\n")]) == configure()
 
 
+@pytest.mark.slow
 def test_fuzzed_options_give_a_config_or_a_user_error(tmp_path):
     chance = random.Random(0)
     names = [*configure().values(), "config", "print", "x", ""]
@@ -342,7 +343,9 @@ def test_ctrl_c_at_the_first_import_of_a_program_is_one_line(program):
     assert (answer.returncode, answer.stderr) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate", "report", "predict", "verify"])
+@pytest.mark.parametrize(
+    "program", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "report", "predict", "verify"))]
+)
 def test_ctrl_c_while_a_program_is_imported_is_one_line(program):
     for work_s in (0.15, 0.4):  # of its own, however busy the machine is; before the first 0.05 Python itself is not up
         process = subprocess.Popen([sys.executable, "-m", f"mnist_dist.{program}", "a", "b"], stderr=subprocess.PIPE, text=True)

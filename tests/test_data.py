@@ -95,6 +95,7 @@ def test_a_damaged_embedded_file_is_refused(tmp_path, damage):
         data._load_embedded_mnist(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_embedded_files_are_unpacked_before_torch_is_there():
     code = "import sys; from mnist_dist.tasks.mnist import Mnist, embedded; Mnist().load_ahead(); Mnist(dataset='synthetic').load_ahead()\n"
     code += "assert 'torch' not in sys.modules; assert [len(begun) for begun in embedded._ahead] == [4]"
@@ -167,7 +168,18 @@ def test_files_are_found_as_people_have_them(tmp_path, folder, compressed):
 
 
 @pytest.mark.parametrize(
-    "fault", ["bomb", "cut", "other bytes", "fifo", "other type", "floats", "no dimensions", "no images", "wide numbers"]
+    "fault",
+    [
+        pytest.param("bomb", marks=pytest.mark.slow),
+        "cut",
+        "other bytes",
+        "fifo",
+        "other type",
+        "floats",
+        "no dimensions",
+        "no images",
+        "wide numbers",
+    ],
 )
 def test_a_compressed_file_that_is_not_right_is_named_in_time(tmp_path, fault):
     write_idx_files(tmp_path)

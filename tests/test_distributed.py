@@ -108,6 +108,7 @@ def test_a_run_leaves_the_settings_of_torch_as_they_were():
     assert read() == before == (0, False, True, True, "highest")
 
 
+@pytest.mark.slow
 def test_float32_means_float32_though_the_environment_says_otherwise():
     program = """import torch
 from mnist_dist.machine import repeating_bits

@@ -69,6 +69,7 @@ def test_the_forecast_is_better_than_the_last_value(tmp_path):
     assert "any world" in text
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit(tmp_path, pictures):
     options = ["--task", ROOT / "examples/image_folder.py", "--data_dir", pictures, "--arch", "mobilenet_v3_small", "--side", "32", *RUN]
     runs = [["train", *options, "--steps", "3", "--report", "false", "--run_dir", tmp_path / str(workers)] for workers in (0, 2)]
@@ -121,6 +122,7 @@ def test_facts_that_no_file_could_hold_are_refused_before_the_training(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_fact_may_have_the_name_of_a_value_of_the_result(tmp_path):
     (tmp_path / "my_task.py").write_text(
         f"{read_own_task()}\n    def find_facts(self, train):\n        return {{'step': -1, 'mean': 0.5}}\n"

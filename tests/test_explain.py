@@ -243,6 +243,7 @@ def its_cgroup():
     pytest.skip("no cgroup of memory can be made here")
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_kernel_killed_for_its_memory_is_told_from_one_that_was_killed(tmp_path, its_cgroup):
     if explain.count_memory_kills() is None:
         pytest.skip("this kernel does not count them")

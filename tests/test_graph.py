@@ -91,7 +91,7 @@ def train(folder, **values):
     return load_file(folder / "model.safetensors"), [row["train/loss"] for row in rows]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "sgd", "adamw"])
 def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, monkeypatch, recorded, optimizer):
     monkeypatch.setattr(distributed, "check_graph", lambda *_: None)
     weights, losses = train(tmp_path / "plain", optimizer=optimizer)
@@ -102,6 +102,7 @@ def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, monkeypatch, rec
     assert all(torch.allclose(value, replayed_weights[name], atol=1e-5) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_replayed_steps_from_one_without(tmp_path, monkeypatch, recorded):
     monkeypatch.setattr(distributed, "check_graph", lambda *_: None)
     weights, _ = train(tmp_path / "plain", optimizer="adamw")

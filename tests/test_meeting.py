@@ -506,6 +506,7 @@ class PauseAt(TrainTask):
         return Pausing
 
 
+@pytest.mark.slow
 def test_a_job_that_was_suspended_for_too_long_says_so(tmp_path):
     folder, go = tmp_path / "run", tmp_path / "go"
     ranks = start_ranks(tmp_path, PauseAt([*TINY, "--run_dir", str(folder), "--timeout_s", "8"], go), 2)
@@ -543,7 +544,7 @@ class FailWhereNoConnectionBreaks(Train):
         return super().__call__()
 
 
-@pytest.mark.parametrize("busy_s", [0, 4], ids=["it waits", "it is busy first"])
+@pytest.mark.parametrize("busy_s", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["it waits", "it is busy first"])
 def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(tmp_path, busy_s):
     ranks = start_ranks(tmp_path, FailWhereNoConnectionBreaks([*TINY, "--run_dir", str(tmp_path / "run")], busy_s), 2)
     assert ranks[1].wait() == 2
@@ -612,6 +613,7 @@ class DieWithTheVerdict(Train):
         return super().__call__()
 
 
+@pytest.mark.slow
 def test_when_the_rank_that_was_to_say_who_is_gone_is_lost_too_the_others_say_it(tmp_path):
     ranks = start_ranks(tmp_path, DieWithTheVerdict([*TINY, "--batch_size", "8", "--run_dir", str(tmp_path / "run")]), 4)
     assert [rank.wait() for rank in ranks] == [1, 1, -signal.SIGKILL, -signal.SIGKILL]

@@ -38,6 +38,7 @@ def build(folder, kind, to):
     return to / answer.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone tells which files there are")
 def test_a_source_distribution_has_every_file_of_a_clone_and_makes_the_wheel(tmp_path):
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, text=True, capture_output=True, check=True).stdout

@@ -591,6 +591,7 @@ no.setting: 1
 """
 
 
+@pytest.mark.slow
 def test_a_report_has_its_bytes_whatever_matplotlib_was_told(run_dir, tmp_path):
     (tmp_path / "matplotlibrc").write_text(SETTINGS)
     pictures = []
@@ -603,6 +604,7 @@ def test_a_report_has_its_bytes_whatever_matplotlib_was_told(run_dir, tmp_path):
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_a_matplotlib_that_fails_is_one_message(run_dir):
     code = "import sys; sys.modules['matplotlib.style'] = None; from mnist_dist.report import main; sys.exit(main([sys.argv[1]]))"
     answer = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True)
@@ -610,6 +612,7 @@ def test_a_matplotlib_that_fails_is_one_message(run_dir):
     assert answer.stderr.startswith("error: no picture can be drawn, because matplotlib fails: ")
 
 
+@pytest.mark.slow
 def test_all_runs_of_a_folder_are_compared_again_and_again(run_dir, tmp_path, capsys):
     shutil.copytree(run_dir, tmp_path / "other")
     for _ in range(2):
@@ -654,6 +657,7 @@ class Table(Task):
 """
 
 
+@pytest.mark.slow
 def test_a_run_can_be_asked_when_its_code_or_its_data_have_moved(tmp_path):
     code, data, run, moved = (tmp_path / name for name in ("table.py", "data", "run", "moved"))
 

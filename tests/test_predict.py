@@ -429,6 +429,7 @@ def test_programs_answer_a_mistake_and_a_call_for_help_without_torch():
     assert len(result.stderr.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_and_a_full_disk_end_without_a_traceback(tmp_path, weights):
     enlarge(digits()[1]).save(tmp_path / "one.png")
     command = [sys.executable, "-m", "mnist_dist.predict", str(weights), str(tmp_path / "one.png")]

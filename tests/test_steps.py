@@ -64,6 +64,7 @@ def make_state(group, config):
     return TrainingState(config, data, group), data
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_step_holds_no_gradients():
     for shards in (None, 2):
         options = {"dataset": "synthetic", "batch_size": 8, "micro_batch": 4, "shards": shards}
@@ -187,6 +188,7 @@ def test_a_pass_that_has_shortened_vectors_leaves_no_whole_state():
         assert not state.is_whole
 
 
+@pytest.mark.slow
 def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):
     losses = Classification.losses
     monkeypatch.setattr(Classification, "losses", lambda *given: losses(*given).bfloat16())

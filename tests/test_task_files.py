@@ -584,6 +584,7 @@ def test_a_gradient_that_is_clipped_by_a_hook_is_of_this_world(tmp_path):
     assert "any world: " in run_ranks(tmp_path / "logs", Train(["--task", halves, "--run_dir", str(tmp_path / "halves"), *SHORT]))
 
 
+@pytest.mark.slow
 def test_a_hook_for_the_gradient_once_it_is_added_up_is_for_one_process(tmp_path):
     hook = "register_post_accumulate_grad_hook(lambda own: [own.grad.clamp_(-0.01, 0.01)].clear())"
     name = write(tmp_path / "late.py", SANE, ("return nn.Seq", HOOKED.format(hook) + "nn.Seq"))
@@ -956,6 +957,7 @@ TABLE = """class Table(nn.Module):
 class Mine"""
 
 
+@pytest.mark.slow
 def test_a_forward_pass_that_changes_what_is_trained_is_for_one_process(tmp_path):
     clamped = f"model = {SEQUENTIAL}\n        model.register_forward_pre_hook(lambda m, _: (m[0].weight.data.mul_(0.9), None)[1])\n"
     names = [write(tmp_path / "clamped.py", SANE, (f"return {SEQUENTIAL}", f"{clamped}        return model"))]
@@ -1116,6 +1118,7 @@ GROWING = """class Growing(nn.Module):
 class Mine"""
 
 
+@pytest.mark.slow
 def test_a_buffer_that_grows_is_refused_where_its_shape_matters(tmp_path):
     for kind in ("True", "False"):
         name = write(tmp_path / f"growing_{kind}.py", SANE, (SEQUENTIAL, f"Growing({kind})"), ("class Mine", GROWING))
@@ -1147,6 +1150,7 @@ def test_losses_may_write_into_their_batch(tmp_path):
     assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_exported_as_what_it_was_made_of(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     deep = "nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(12)], nn.Linear(3, 2))"
@@ -1273,6 +1277,7 @@ def test_a_task_that_cannot_describe_its_evaluation_ends_no_run(tmp_path):
         assert "failed in describe" in text
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_among_the_facts_is_read_back_and_a_too_large_one_refused(tmp_path):
     facts = "    def find_facts(self, train):\n        return {{'vocabulary': {{f'word {{i:012}}': i for i in range({})}}}}\n\n" + BUILD
     name = write(tmp_path / "mine.py", SANE, (BUILD, facts.format(60_000)))

@@ -1011,6 +1011,7 @@ class FewestErrors(Mnist):
     name = "mnist"
 
 
+@pytest.mark.slow
 def test_the_best_value_is_that_of_the_tasks_own_measure(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("mnist_dist.run_folder.open_tracker", lambda *_, **named: started.append(named["best"]) or NoTracker())

@@ -268,7 +268,12 @@ def test_the_learning_rate_is_a_function_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "name", "kind"), [("muon", "_MUON", Muon), ("sgd", "_SGD", torch.optim.SGD), ("adamw", "_ADAMW", torch.optim.AdamW)]
+    ("optimizer", "name", "kind"),
+    [
+        pytest.param("muon", "_MUON", Muon, marks=pytest.mark.slow),
+        ("sgd", "_SGD", torch.optim.SGD),
+        ("adamw", "_ADAMW", torch.optim.AdamW),
+    ],
 )
 def test_every_optimizer_learns_what_it_does_with_torchs_compiler(monkeypatch, optimizer, name, kind):
     def follow(steps=5, saved=None):
@@ -300,6 +305,7 @@ def test_every_optimizer_learns_what_it_does_with_torchs_compiler(monkeypatch, o
 
 
 # The compiler takes a third of a start, and torch's distributed tensors a tenth.
+@pytest.mark.slow
 def test_programs_on_one_process_do_not_import_torchs_compiler(tmp_path):
     (tmp_path / "programs.py").write_text(f"""if True:
         import sys

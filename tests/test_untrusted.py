@@ -278,6 +278,9 @@ DAMAGES = {
 }
 
 
+OFTEN = set(list(DAMAGES)[::4])
+
+
 @dataclass(frozen=True)
 class ResumeEach:
     """A process that resumes from the damaged checkpoint in each of some folders, and prints how each start ended."""
@@ -293,9 +296,10 @@ class ResumeEach:
             print(f"\nstatus {status}", file=sys.stderr, flush=True)
 
 
-def test_a_checkpoint_with_the_right_checksum_and_odd_fields_is_named_in_one_message(stopped, tmp_path):
+@pytest.mark.parametrize("names", [OFTEN, pytest.param(DAMAGES.keys() - OFTEN, marks=pytest.mark.slow)], ids=["often", "the rest"])
+def test_a_checkpoint_with_the_right_checksum_and_odd_fields_is_named_in_one_message(stopped, tmp_path, names):
     newest = list_newest_first(stopped / "checkpoints")[0]
-    names = list(DAMAGES)
+    names = sorted(names)
     for number, name in enumerate(names):
         folder = shutil.copytree(stopped, tmp_path / "runs" / f"{number:02}", ignore=shutil.ignore_patterns("step_*"))
         state = torch.load(newest, weights_only=True)
@@ -550,7 +554,9 @@ def test_a_folder_is_found_as_a_shell_would_find_it(monkeypatch, tmp_path):
         parse_command_line(["--run_dir", "$NOWHERE/x"])
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate", "predict", "export", "report", "plots"])
+@pytest.mark.parametrize(
+    "program", ["train", "evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("predict", "export", "report", "plots"))]
+)
 def test_every_program_finds_folders_alike(program, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = "$NOWHERE_AT_ALL/x"
@@ -684,7 +690,7 @@ def test_two_threads_that_find_the_lock_removed_take_it_once(tmp_path, monkeypat
     held.release()
 
 
-@pytest.mark.parametrize("end", ["goes", "stays", "a signal"])
+@pytest.mark.parametrize("end", ["goes", *(pytest.param(end, marks=pytest.mark.slow) for end in ("stays", "a signal"))])
 def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, end):
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "2", "--timeout_s", "4" if end == "stays" else "20", "--run_dir", str(folder)]

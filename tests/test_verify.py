@@ -223,6 +223,7 @@ def test_a_mistake_that_all_ranks_share_leaves_the_record(tmp_path, reference):
     assert "all ranks are wrong: compare the versions" in findings["gradients"].next_step
 
 
+@pytest.mark.slow
 def test_a_task_whose_step_depends_on_the_world_needs_the_same_one_or_shards(tmp_path):
     record = ("--record", str(tmp_path / "one.json"))
     run_ranks(tmp_path, Verify((*SMALL, "--dropout", "0.5", *record)))

@@ -129,7 +129,7 @@ def test_a_sample_has_the_number_that_it_has_in_what_load_returned(tmp_path, fau
     assert "a worker that reads the training data" in text or fault == "raises"
 
 
-@pytest.mark.parametrize(("fault", "words"), [("dies", "died"), ("hangs", "gave no samples for 2 s")])
+@pytest.mark.parametrize(("fault", "words"), [("dies", "died"), pytest.param("hangs", "gave no samples for 2 s", marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_hangs_is_named(tmp_path, fault, words):
     arguments = [*NOISY, "--workers", "2", "--fault", fault, "--fault_at", "71", "--timeout_s", "2", "--run_dir", str(tmp_path / "run")]
     start = time.monotonic()
