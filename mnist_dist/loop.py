@@ -61,11 +61,19 @@ class Result:
     values: Row
 
 
-def train(config: Config, signals: StopSignals | None = None, turns: Turns = _take_no_turns, folder: Path | None = None) -> Result:
+def train(
+    config: Config,
+    signals: StopSignals | None = None,
+    turns: Turns = _take_no_turns,
+    folder: Path | None = None,
+    *,
+    compare_ranks: bool = True,
+) -> Result:
     """Train as `config` says, continuing what its run folder holds. All processes of a run call this alike and get the same result.
 
     `turns` is given the batches and hands them on, one for each step: others do or look at something in between, and after the last.
-    `folder` is the run folder where that is not `config.run_dir`, by whose name the ranks know that they are of one run.
+    `folder` is the run folder where that is not `config.run_dir`, by whose name the ranks know that they are of one run. `verify` compares
+    the data and the weights of the ranks by itself.
 
     Raises `UserError` for what the caller can correct and `RunError` for what went wrong on the way.
     """
@@ -93,7 +101,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         config, data = load_data(config)
         state = TrainingState(config, data, group)
         task, run.config = config.task, config
-        if turns is _take_no_turns:  # verify compares the data itself, and names a rank by its host
+        if compare_ranks:
             _check_data(state, group)
 
         rehearse(config, state.bare_model, data.evaluated, group, state.tier.moved)
@@ -124,7 +132,7 @@ def train(config: Config, signals: StopSignals | None = None, turns: Turns = _ta
         train_step = GraphedStep(compute, state.unsettle) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
-        meter = Meter(config, group, state.step)
+        meter = Meter(config, group, state.step, compare_ranks)
         sampler = StepSampler(data.train, config, group.rank, group.size, state.step)
         state.model.train()
         with (

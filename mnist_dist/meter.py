@@ -19,9 +19,10 @@ _ADVICE = "the run stops here and keeps its last checkpoint (a lower learning_ra
 class Meter:
     """Collects the loss of each step; reads them all at once, on all ranks together."""
 
-    def __init__(self, config: Config, group: Group, step: int) -> None:
+    def __init__(self, config: Config, group: Group, step: int, compare_ranks: bool = True) -> None:
         self.config = config
         self.group = group
+        self._compares = compare_ranks
         self._losses: list[Tensor] = []
         self._step = step  # steps done at the last reading
         self._since_s = time.perf_counter()
@@ -43,7 +44,8 @@ class Meter:
     def check(self, state: TrainingState) -> float:
         """The mean loss over the global batch of the last step; NaN if there was none since the last reading.
 
-        Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite; then the state is not to be saved.
+        Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite, and as `check_weights` does; then the state
+        is not to be saved.
         """
         if not self._losses:
             return math.nan
@@ -56,6 +58,8 @@ class Meter:
             step = self._step + index + 1
             advice = _ADVICE if step > 1 else "no step was made before, so it is a sample's: `python -m mnist_dist.check` looks at some"
             raise NotFiniteError(f"the loss is {losses[rank, index].item()} at step {step}{where}; {advice}")
+        if self._compares:
+            state.check_weights()
         self._step += len(self._losses)
         self._losses.clear()
         return losses[:, -1].double().mean().item()

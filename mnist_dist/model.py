@@ -24,6 +24,10 @@ def build_model(task: Task, seed: int) -> nn.Module:
         model = task.build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"task {task.name}: build_model returned {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            f"task {task.name}: build_model returned a {type(model).__name__} of torch.jit; expected a module that may hold one"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(
@@ -70,6 +74,17 @@ def build_model(task: Task, seed: int) -> nn.Module:
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is neither sparse nor nested: such a one has no strides, or no shape."""
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def describe_kind(dtype: torch.dtype) -> str:
+    """A type of numbers by its own name, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def sum_bits(tensors: Iterable[Tensor]) -> Tensor:
+    """For each tensor the sum of its numbers, read as integers, as int64 [tensors]: exact, so the same in any order and on any device."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack([tensor.detach().view(kinds[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors])
 
 
 def is_finite(tensor: Tensor) -> bool:

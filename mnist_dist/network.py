@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from mnist_dist.config import Config
 from mnist_dist.distributed import Group, explaining_start, find_place, join_group, open_store
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.finding import Finding
+from mnist_dist.model import describe_kind
 from mnist_dist.rendezvous import Place, name_with_hosts
 from mnist_dist.world import World, find_host
 
@@ -47,7 +48,7 @@ class Link:
 
     ranks: RankPair
     latency_s: float = 0.0  # half of the fastest round trip
-    bytes_per_s: float = 0.0  # of the fastest chunk
+    bytes_per_s: float = 0.0  # of the fastest chunk, in the slower direction
     problem: str = ""  # why one does not reach the other
 
 
@@ -241,7 +242,7 @@ class _End:
                 except RuntimeError:
                     rows.append((0.0, 0.0, f"{name_with_hosts([caller], self._hosts)} has stopped answering"))
             problem = rows[0][2] or rows[1][2]
-            links.append(Link((first, second), rows[0][0], 0.0 if problem else rows[0][1], problem))
+            links.append(Link((first, second), max(rows[0][0], rows[1][0]), 0.0 if problem else min(rows[0][1], rows[1][1]), problem))
         return links
 
     def finish(self) -> None:
@@ -257,18 +258,18 @@ class _End:
         pairs = json.loads(self.store.get(f"round/{self._round}"))
         for first, second in pairs or ():
             if self._rank == first:
-                self._call(second, self._measure)
+                self._call(second)
                 self._answer(second)
             elif self._rank == second:
                 self._answer(first)
-                self._call(first, lambda _: (0.0, 0.0))  # a firewall may stop one direction only
+                self._call(first)  # one direction may be slow, or be stopped by a firewall
         self._round += 1
         return pairs is not None
 
     def _greet(self, caller: int) -> bytes:
         return self._secret + b"%8d%8d" % (self._round, caller)
 
-    def _call(self, other: int, work: Callable[[socket.socket], tuple[float, float]]) -> None:
+    def _call(self, other: int) -> None:
         address, port = "?", 0
         try:
             address, port = json.loads(self.store.get(f"end/{other}"))
@@ -276,7 +277,7 @@ class _End:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.sendall(self._greet(self._rank))
                 _expect(connection, b"G")
-                found = (*work(connection), "")
+                found = (*self._measure(connection), "")
         except OSError as error:
             here, there = (name_with_hosts([rank], self._hosts) for rank in (self._rank, other))
             found = (0.0, 0.0, f"{here} does not reach {there} at {address}:{port}: {error.strerror or error}")
@@ -355,7 +356,7 @@ def check_sums(group: Group, hosts: dict[int, str]) -> list[Finding]:
     """A finding for each type whose sums over the ranks come out wrong on some rank."""
     found = []
     for kind in _TYPES:
-        name = str(kind).removeprefix("torch.")
+        name = describe_kind(kind)
         wrong = ""
         for size in _SIZES:
             places = torch.arange(size) % 11

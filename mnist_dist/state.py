@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,7 +19,7 @@ from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.model import build_model, describe_order, find_overlaps, find_synchronized, is_finite
+from mnist_dist.model import build_model, describe_kind, describe_order, find_overlaps, find_synchronized, is_finite, sum_bits
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
@@ -58,6 +58,8 @@ class TrainingState:
         self.trained = [*self._trained.values()]
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
         self._moved = [name for name in self.tier.moved if name in parameters]
+        self._fixed = {name: frozen for name, frozen in self._frozen.items() if name not in self._moved}
+        self._fixed_sums: Tensor | None = None
         self._check_moved()
         self._check_overlaps()
         self._check_ranks()
@@ -65,10 +67,12 @@ class TrainingState:
             if group.size > 1 and not config.shards:
                 raise UserError(describe_unused(config.task, self.tier.unused))
             _log.warning("%s gets no gradient from the first samples", self.tier.unused[0])
-        # What must keep its shape: a checkpoint is of that shape, and so is what other processes or shards have.
+        # What must keep its shape and its type: a checkpoint is of these, and so is what other processes or shards have.
         saved = {*self.bare_model.state_dict()}
-        self._shapes = {
-            name: value.shape for name, value in self.bare_model.named_buffers() if name in saved or group.size > 1 or config.shards
+        self._forms = {
+            name: (value.shape, value.dtype)
+            for name, value in self.bare_model.named_buffers()
+            if name in saved or group.size > 1 or config.shards
         }
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
@@ -118,6 +122,7 @@ class TrainingState:
         DDP lays them out anew after the first backward pass of every start, in the order in which the gradients came. Where a number lies
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
+        self._fixed_sums = sum_bits(self._fixed.values()) if self._fixed else None
         if self.model is not self.bare_model:
             piece = send_to_device(copy_piece(self.probe.whole), self.group.device)
             name = self.config.task.name
@@ -134,7 +139,7 @@ class TrainingState:
         self._versions = versions = self._read_versions()
         loss = self._add_gradients(parts[0], note_forward) if self.tree is None else self._add_up(self.tree, parts, note_forward)
         if self.tree is not None or self.group.size > 1:
-            self._check_frozen(versions)
+            self._check_still(versions)
         if self.config.clip_norm is not None:
             self._gradient_norm = self.group.accelerator.clip_grad_norm_(self.bare_model.parameters(), self.config.clip_norm)
         self.unsettle()
@@ -151,8 +156,8 @@ class TrainingState:
         return self.is_settled and self._versions in (None, self._read_versions())
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
-        """Which tensor each buffer, and each parameter that is frozen or moved by a pass, is, and how often it was changed."""
-        changing = self._list_moving() | self._frozen
+        """Which tensor each buffer and each parameter is, and how often it was changed."""
+        changing = self._list_moving() | self._frozen | self._trained
         return {name: (id(tensor), tensor._version) for name, tensor in changing.items()}
 
     def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
@@ -177,7 +182,7 @@ class TrainingState:
             for parameter in self.trained:
                 if parameter.grad is None:  # as in a shard: the optimizer then has a state of each
                     parameter.grad = torch.zeros_like(parameter)
-        self._check_shapes()
+        self._check_forms()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _check_gradients(self) -> None:
@@ -221,7 +226,7 @@ class TrainingState:
                     value.copy_(starts[name])
             self._seed(f"model on shard {shard}")
             gradients, loss = self.compute_gradients(parts[shard - tree.mine[0]], self.config.batch_size)
-            self._check_shapes()
+            self._check_forms()
             if shard == tree.mine[1] - 1:
                 note_forward()  # what comes now waits for the other ranks
             now = self._list_moving()
@@ -277,20 +282,57 @@ class TrainingState:
                 "steps, or no checkpoint would fit: call requires_grad_ in build_model alone, and detach() what must not be trained yet"
             )
 
-    def _check_frozen(self, versions: dict[str, tuple[int, int]]) -> None:
-        """Raise `UserError` where a frozen parameter has moved that did not in the first passes, by what was counted before this step."""
-        for name, parameter in self._frozen.items():
-            if parameter._version != versions[name][1] and name not in self._moved:
-                raise UserError(
-                    f"task {self.config.task.name}: the forward pass of step {self.step + 1} changes {name}, which nobody trains, and the "
-                    "first passes did not: each process or shard would change its own; let it change from the first pass on, keep it in a "
-                    "buffer (register_buffer), or train on one process, without shards"
-                )
+    def _check_still(self, versions: dict[str, tuple[int, int]]) -> None:
+        """Raise `UserError` where a parameter has moved that did not in the first passes, by what was counted before this step."""
+        for name, parameter in [*self._fixed.items(), *self._trained.items()]:
+            if parameter._version != versions[name][1]:
+                self._refuse_late(f"the forward pass of step {self.step + 1} changes", name)
 
-    def _check_shapes(self) -> None:
-        """Raise `UserError` where a pass has given a buffer another shape."""
-        for name, value in self.bare_model.named_buffers() if self._shapes else ():
-            if value.shape != (shape := self._shapes.get(name, value.shape)):
+    def _refuse_late(self, change: str, name: str) -> NoReturn:
+        kind, advice = "nobody trains", "let it change from the first pass on, keep it in a buffer (register_buffer)"
+        if name in self._trained:
+            kind, advice = "is trained, too", "let the optimizer alone change it"
+        raise UserError(
+            f"task {self.config.task.name}: {change} {name}, which {kind}, and the first passes did not: each process or shard would "
+            f"change its own; {advice}, or train on one process, without shards"
+        )
+
+    def check_weights(self) -> None:
+        """Raise `UserError` where a pass has changed what is frozen, and `RunError` where not all ranks have the same weights.
+
+        All ranks call it alike. What was noticed here was done since the last call, and is not to be saved.
+        """
+        if self._fixed_sums is not None and (self.tree is not None or self.group.size > 1):
+            same = (sum_bits(self._fixed.values()) == self._fixed_sums).tolist()
+            if not all(same):
+                self.unsettle()
+                self._refuse_late(f"by step {self.step} a forward pass has changed", [*self._fixed][same.index(False)])
+        if self.group.size == 1:
+            return
+        sums = self.group.accelerator.gather(sum_bits(self.trained).unsqueeze(0))  # [world_size, parameters]
+        usual = sums.mode(dim=0).values
+        odd = (sums != usual).cpu()
+        if odd.any():
+            self.unsettle()
+            ranks = odd.any(dim=1).nonzero().flatten().tolist()
+            name = [*self._trained][int(odd.any(dim=0).nonzero()[0])]
+            who = "the ranks have" if self.group.size == 2 else f"{name_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'}"
+            raise RunError(
+                f"by step {self.step} {who} different weights ({name} first), though all had the same gradients: code changes weights by "
+                "itself, or a processor or a memory errs; `python -m mnist_dist.check` looks for the one, `python -m mnist_dist.verify` "
+                "for the other"
+            )
+
+    def _check_forms(self) -> None:
+        """Raise `UserError` where a pass has given a buffer another shape or type."""
+        for name, value in self.bare_model.named_buffers() if self._forms else ():
+            shape, kind = self._forms.get(name, (value.shape, value.dtype))
+            if value.dtype != kind:
+                raise UserError(
+                    f"task {self.config.task.name}: in step {self.step + 1} the buffer {name} becomes {describe_kind(value.dtype)}, and "
+                    f"was {describe_kind(kind)}: change it in place (copy_, mul_, add_), which keeps it"
+                )
+            if value.shape != shape:
                 raise UserError(
                     f"task {self.config.task.name}: in step {self.step + 1} the buffer {name} becomes {list(value.shape)}, and was "
                     f"{list(shape)}: make it as large from the start as it may become, or keep what only grows out of the state "
@@ -518,7 +560,7 @@ class TrainingState:
         for name, tensor in [*state["model"].items(), *slots.items()]:
             kind = kinds.get(name, torch.float32)
             if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not is_finite(tensor):
-                raise RunError(f"it is damaged: {name} holds values that are not finite {str(kind).removeprefix('torch.')} numbers")
+                raise RunError(f"it is damaged: {name} holds values that are not finite {describe_kind(kind)} numbers")
 
 
 def _read_rows(state: dict[str, Any], step: int) -> list[int]:

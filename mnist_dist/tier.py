@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.model import check_finite, is_dense, load_weights
+from mnist_dist.model import check_finite, describe_kind, is_dense, is_finite, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -26,6 +26,7 @@ _TOLERANCE = 1e-3  # of the largest value: rounding alone makes 1e-6 to 1e-5 of 
 _LOSS_TOLERANCE = 1e-4  # of what is in the gradients
 _GRADIENT_TOLERANCE = 1e-2  # of a gradient's norm
 _GRADIENT_NOISE = 1e-5  # of the norm of all
+_SCALE = 2.0**16  # of the losses, so that a gradient that is clipped for its size alone is found; exact, as a power of two
 _NUDGE = 2**-10
 _ROWS = 64  # that are looked for at once
 _HELD_BYTES = 1 << 29  # of a batch that is tried, and of all its layers' outputs
@@ -39,6 +40,7 @@ class Tier(NamedTuple):
     reason: str
     moved: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()  # parameters that got no gradient
+    repeats: bool = True  # two passes over the same samples give the same bits
 
     @property
     def is_any_world(self) -> bool:
@@ -47,6 +49,8 @@ class Tier(NamedTuple):
 
     def describe(self, shards: int | None) -> str:
         """On which numbers of processes a run with so many shards keeps its promises, and why."""
+        if not self.repeats:
+            return f"no run has the bits of another one, because {self.reason}"
         if shards is None and self.is_any_world:
             return "any world: a step is the same on any number of processes"
         if shards is None:
@@ -77,6 +81,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
         names = {*(state := model.state_dict())}
+        kinds = {name: value.dtype for name, value in state.items()}
         load_weights(task, model, dict(state))  # plain, as it is read from a file
         if lost := kept.list_changed():
             raise UserError(
@@ -91,13 +96,21 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 f"task {task.name}: the first forward pass {'removes' if other[0] in names else 'adds'} {other[0]} of its model, which no "
                 "optimizer would see, or no weights that are read again would fit: make all of the model in build_model"
             )
+        for name, value in model.state_dict().items():
+            if value.dtype != kinds[name]:
+                raise UserError(
+                    f"task {task.name}: the first forward pass makes {name} of its model {describe_kind(value.dtype)}, which was "
+                    f"{describe_kind(kinds[name])}, and no checkpoint would fit: change it in place (copy_, mul_, add_), which keeps it"
+                )
         check_finite(task, model, " after the first forward pass")
         if whole.wrote and probe.is_stored:
             raise UserError(
                 f"task {task.name}: losses writes into its batch, and collate hands on what the data set stores, which would change with "
                 "each step: clone it in one of the two"
             )
+        drawn = read_generators()
         gradients = find_gradients(task, model, whole.losses)
+        draws_backward = read_generators() != drawn
         unused = tuple(list_unused(gradients))
         many = compute_many(task, model, probe, find_size(probe, whole))
         changed = kept.list_changed()
@@ -113,8 +126,14 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 "from the generators of torch, numpy and random alone, which are seeded before, and keep what changes in a buffer "
                 "(register_buffer)"
             )
+        repeats = torch.equal(whole.losses, again.losses)
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
-        if drew := whole.drew or many.drew or ("collate" if probe.collate_draws else None):
+        if not repeats:
+            reason = (
+                "two passes over the same samples with the same weights and seeds have losses that differ in their last digits (numbers "
+                "must come from the generators of torch, numpy and random alone, and what changes must be in a buffer)"
+            )
+        elif drew := whole.drew or many.drew or ("collate" if probe.collate_draws else None):
             reason = f"{drew} draws random numbers"
         elif mixing := find_first_difference(whole, half := trace(task, model, probe.half)):  # a batch of its own: it may be padded less
             reason = f"in {mixing} the samples of a batch see each other"
@@ -122,15 +141,19 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             reason = f"each forward pass changes {moved[0]}"
         elif hooked := list_hooked(model):
             reason = f"a hook changes the gradient of {hooked[0]} once it is added up"
+        elif draws_backward:
+            reason = "the backward pass draws random numbers"
+        elif counting := find_counting(model):
+            reason = f"{counting} divides a word's gradient by how often it is in the batch (scale_grad_by_freq)"
         elif is_mixing(task, model, probe, many.losses):
             reason = f"in the losses some of {len(many.losses)} samples see each other"
         else:
             rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
             # Samples may reach no parameter.
-            parts = (find_gradients(task, model, part.losses) for part in (half, rest) if part.losses.requires_grad)
+            parts = (find_gradients(task, model, part.losses * _SCALE) for part in (half, rest) if part.losses.requires_grad)
             changed_in = find_other_gradient(gradients, parts)
-            reason = f"the gradient of {changed_in} is not the sum of its samples' (does a hook clip it?)" if changed_in else ""
-    return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused)
+            reason = f"the gradient of {changed_in} is not the sum of its samples' (does something clip it?)" if changed_in else ""
+    return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats)
 
 
 def find_size(probe: Probe, few: Trace) -> int:
@@ -209,7 +232,7 @@ def check_losses(task: Task, losses: Any, count: int, names: Sequence[str] = ())
     """Raise `UserError` unless `losses` are one finite number for each of `count` samples, whose `names` may be known."""
     check_shape(task, losses, count)
     if not losses.is_floating_point():
-        raise UserError(f"task {task.name}: the losses are {str(losses.dtype).removeprefix('torch.')}; expected floating-point numbers")
+        raise UserError(f"task {task.name}: the losses are {describe_kind(losses.dtype)}; expected floating-point numbers")
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad and names and len(bad) < count:
         raise UserError(f"task {task.name}: the loss of {names[bad[0]]} is {losses[bad[0]]:g}; expected a finite number")
@@ -245,14 +268,31 @@ def list_hooked(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
 
 
+def find_counting(model: nn.Module) -> str | None:
+    """The first embedding whose gradient depends on how often a word is in a batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            return _name_layer(name, module)
+    return None
+
+
+def _name_layer(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
 def find_other_gradient(whole: dict[str, Tensor | None], parts: Iterable[dict[str, Tensor | None]]) -> str | None:
-    """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do."""
+    """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do.
+
+    The losses of the parts are `_SCALE` times theirs. What that makes too large, as in float16, is not looked at.
+    """
     rests = {name: gradient for name, gradient in whole.items() if gradient is not None}
     sizes = {name: float(gradient.norm()) for name, gradient in rests.items()}
     whole.clear()  # of a large model, no more than two gradients are kept at once
     for part in parts:
-        for name in rests:
-            if (gradient := part.pop(name)) is not None:
+        for name in [*rests]:
+            if (gradient := part.pop(name)) is not None and not is_finite(gradient := gradient / _SCALE):
+                del rests[name]
+            elif gradient is not None:
                 sizes[name] = max(sizes[name], float(gradient.norm()))
                 rests[name] = rests[name] - gradient
         gradient = None
@@ -279,21 +319,24 @@ def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = Tr
     before = [read_generators()]
 
     def note_draw(what: str) -> None:
-        now = read_generators()
+        try:
+            now = read_generators()
+        except RuntimeError:  # within a transform of torch.func, where no numbers can be read: the end of the pass tells
+            return
         if now != before[0]:
             drew.append(what)
             before[0] = now
 
     def note(what: str, output: Any) -> None:
         note_draw(what)
-        if isinstance(output, Tensor) and keep_outputs and is_dense(output):
+        if isinstance(output, Tensor) and keep_outputs and is_dense(output) and _has_memory(output):
             outputs.append((what, output.detach().clone()))
 
     outside = "the forward pass, outside of its layers,"
     hooks = []
     for name, module in model.named_modules():
-        if not list(module.children()):
-            what = f"{name or 'the model'} ({type(module).__name__})"
+        if not list(module.children()) and not isinstance(module, torch.jit.ScriptModule):  # which takes no such hooks
+            what = _name_layer(name, module)
             hooks.append(module.register_forward_pre_hook(lambda *_: note_draw(outside)))
             hooks.append(module.register_forward_hook(lambda _module, _inputs, output, what=what: note(what, output)))
     try:
@@ -306,6 +349,15 @@ def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = Tr
     note_draw(outside)
     wrote = not all(map(is_same, list_tensors(piece.samples), list_tensors(own.samples)))
     return Trace(losses, outputs, drew[0] if drew else None, wrote)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers of its own: within a transform of torch.func it may stand for many."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def copy_piece(piece: Piece) -> Piece:
@@ -346,7 +398,7 @@ def is_close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
 def list_scalars(model: nn.Module) -> dict[str, bool | int | float | str]:
     """The numbers and texts among the attributes of a model, which no checkpoint holds, by their names in words."""
     return {
-        f"the attribute {key} of {name or 'the model'} ({type(module).__name__})": value
+        f"the attribute {key} of {_name_layer(name, module)}": value
         for name, module in model.named_modules()
         for key, value in vars(module).items()
         if isinstance(value, bool | int | float | str)

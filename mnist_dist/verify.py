@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import StopSignals
 from mnist_dist.program import print_answer
+from mnist_dist.record import STACKS
 from mnist_dist.reference import BATCH_OF_MANY, SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
 from mnist_dist.source import note_named
 from mnist_dist.world import find_world
@@ -75,14 +77,18 @@ def verify(config: Config, reference: Reference | None = None, record: Path | No
     signals = StopSignals().install()
     is_main = find_world(os.environ).rank == 0
     inspection = Inspection(config, reference, _show if is_main else lambda _: None)
+    folder = Path(tempfile.mkdtemp())
+    run_dir = folder / inspection.config.run_dir
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(inspection.config, signals, inspection.take_turns, Path(folder, inspection.config.run_dir))
+        result = train(inspection.config, signals, inspection.take_turns, run_dir, compare_ranks=False)
     except RunError as error:
         if is_main:
             failed = Finding("curve", "WRONG", " ".join(str(error).split()), "the reason names the rank, or what it waited for")
             _write(answer, [*inspection.findings, failed])
         raise
+    finally:
+        if not (run_dir / STACKS).exists():  # to which the reason points
+            shutil.rmtree(folder, ignore_errors=True)
     if result.stop:
         return result.stop.exit_code
     is_wrong = any(finding.word == "WRONG" for finding in inspection.findings)

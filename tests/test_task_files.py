@@ -442,6 +442,26 @@ WRONG = [
         2,
     ),
     (
+        "a buffer that becomes another type",
+        [
+            (SEQUENTIAL, "Widening()"),
+            (
+                "class Mine",
+                "class Widening(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.out = nn.Linear(3, 2)\n"
+                "        self.register_buffer('mean', torch.zeros(()))\n\n    def forward(self, inputs):\n"
+                "        self.mean = 0.9 * self.mean + inputs.double().mean()\n        return self.out(inputs)\n\n\nclass Mine",
+            ),
+        ],
+        ["the first forward pass makes mean of its model float64, which was float32, and no checkpoint would fit: change it in place"],
+        2,
+    ),
+    (
+        "a scripted model",
+        [("return nn.Seq", "return torch.jit.script(nn.Linear(3, 2))\n        return nn.Seq")],
+        ["build_model returned a RecursiveScriptModule of torch.jit; expected a module that may hold one"],
+        2,
+    ),
+    (
         "a model with a generator of its own",
         [
             (BUILD, LOSSES.format("model(batch[0]).sum(1) * torch.rand(1, generator=OWN)")),
@@ -1075,7 +1095,7 @@ def test_what_gets_no_gradient_at_first_is_refused_on_several_processes_alone(tm
     assert bits[0].read_bytes() == bits[1].read_bytes()
 
 
-LATE = """class Late(nn.Module):
+LATER = """class Late(nn.Module):
     def __init__(self, after):
         super().__init__()
         self.after, self.out = after, nn.Linear(3, 2)
@@ -1086,21 +1106,125 @@ LATE = """class Late(nn.Module):
         if self.training:
             self.passes += 1
             if self.passes > self.after:
-                self.average.lerp_(self.out.weight.detach(), 0.1)
+                {}
         return self.out(inputs)
 
 
 class Mine"""
 
 
-def test_a_frozen_parameter_that_begins_to_move_later_is_refused_where_it_would_differ(tmp_path):
-    name = write(tmp_path / "late.py", SANE, (SEQUENTIAL, "Late(self.width - 1)"), ("class Mine", LATE))
-    words = "the forward pass of step 3 changes average, which nobody trains, and the first passes did not"
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "self.average.lerp_(self.out.weight.detach(), 0.1)",
+            "the forward pass of step 3 changes average, which nobody trains, and the first",
+        ),
+        (
+            "self.average.data.lerp_(self.out.weight.data, 0.1)",
+            "by step 3 a forward pass has changed average, which nobody trains, and the",
+        ),
+        ("torch.no_grad()(self.out.bias.add_)(0.1)", "the forward pass of step 3 changes out.bias, which is trained, too, and the first"),
+    ],
+    ids=["frozen", "frozen, by its data", "trained"],
+)
+def test_a_parameter_that_a_pass_begins_to_move_later_is_refused_where_it_would_differ(tmp_path, change, words):
+    name = write(tmp_path / "late.py", SANE, (SEQUENTIAL, "Late(self.width - 1)"), ("class Mine", LATER.format(change)))
     for folder, size, more in (("two", 2, ["--width", "3"]), ("shards", 1, ["--width", "3", "--shards", "3"])):
         text = run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / folder)]), size, expect=2)
         assert words in text, text
-    for folder, more in (("one", ["--width", "3"]), ("at once", ["--width", "1", "--shards", "3"])):
-        run_ranks(tmp_path, Train(["--task", name, *SHORT, *more, "--run_dir", str(tmp_path / folder)]))
+    run_ranks(tmp_path, Train(["--task", name, *SHORT, "--width", "3", "--run_dir", str(tmp_path / "one")]))
+    at_once = ["--task", name, *SHORT, "--width", "1", "--shards", "3", "--run_dir", str(tmp_path / "at once")]
+    run_ranks(tmp_path, Train(at_once), expect=2 if "out.bias" in change else 0)
+
+
+DRIFTING = """    def draw(self, seed, step, size):
+        return torch.full((size,), step)
+
+    def losses(self, model, batch, drawn):
+        if os.environ.get("RANK") == "1" and int(drawn[0]) > 2:
+            model.module[0].bias.data.add_(1e-4)
+        return super().losses(model, batch, None)
+
+"""
+
+
+def test_ranks_whose_weights_have_become_different_are_named_and_nothing_is_saved(tmp_path):
+    name = write(tmp_path / "drift.py", SANE, ("class Mine", "import os\n\n\nclass Mine"), (BUILD, DRIFTING + BUILD))
+    for size, who in ((2, "the ranks have"), (3, "rank 1 has")):
+        arguments = ["--task", name, *SHORT, "--steps", "6", "--batch_size", "6", "--checkpoint_every", "1"]
+        text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(size))]), size, expect=1)
+        assert text.count(f"by step 4 {who} different weights (0.bias first), though all had the same gradients") == size, text
+        assert sorted(path.name[:13] for path in (tmp_path / str(size) / "checkpoints").iterdir())[-1] == "step_00000003"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            "nn.Sequential(nn.Linear(3, 2), Own(lambda found: found.clamp(-9, 9)))",
+            "the gradient of 0.weight is not the sum of its samples'",
+        ),
+        ("nn.Sequential(nn.Linear(3, 2), Own(lambda found: found + torch.randn(()) / 1e3))", "the backward pass draws random numbers"),
+        (
+            "nn.Sequential(Counting(9, 2, scale_grad_by_freq=True))",
+            "0 (Counting) divides a word's gradient by how often it is in the batch",
+        ),
+    ],
+    ids=["clipped for its size", "with noise", "by frequency"],
+)
+def test_a_gradient_that_only_a_larger_or_another_batch_shows_to_be_of_this_world_is_so(tmp_path, model, words):
+    name = write(tmp_path / "own.py", SANE, (SEQUENTIAL, model), ("class Mine", OWN_GRADIENT))
+    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    assert f"this world: a step is the same only on as many processes, because {words}" in text
+
+
+OWN_GRADIENT = """class Own(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, inputs):
+        if inputs.requires_grad:
+            inputs.register_hook(self.change)
+        return inputs
+
+
+class Counting(nn.Embedding):
+    def forward(self, inputs):
+        return super().forward((8 * inputs[:, 1]).long())
+
+
+class Mine"""
+
+
+def test_a_run_whose_passes_differ_in_their_last_digits_promises_no_bits(tmp_path):
+    losses = LOSSES.format("super().losses(model, batch, drawn) + 1e-6 * float(numpy.random.default_rng().random())")
+    name = write(tmp_path / "noisy.py", SANE, ("class Mine", "import numpy\n\n\nclass Mine"), (BUILD, losses))
+    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / "run")]))
+    assert "no run has the bits of another one, because two passes over the same samples" in text
+    assert "the same bits" not in text
+
+
+@pytest.mark.parametrize("model", ["nn.Sequential(torch.jit.script(nn.Linear(3, 2)))", "Derived()"], ids=["scripted", "torch.func"])
+def test_layers_in_which_nothing_can_be_looked_at_are_trained_alike(tmp_path, model):
+    name = write(tmp_path / "closed.py", SANE, (SEQUENTIAL, model), ("class Mine", DERIVED))
+    for size in (1, 2):
+        run_ranks(tmp_path, Train(["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / str(size))]), size)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+
+
+DERIVED = """class Derived(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        slope = torch.func.grad(lambda row: self.layer(row).tanh().sum())
+        return self.out(torch.vmap(slope)(inputs))
+
+
+class Mine"""
 
 
 GROWING = """class Growing(nn.Module):
