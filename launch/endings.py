@@ -17,9 +17,10 @@ _WORDS = (
     ("NaN", r"the (loss|gradient norm) is (nan|-?inf)|are not finite"),
     ("disk full", r"No space left on device|[Dd]isk quota exceeded|File too large"),
     ("memory", r"Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
-    ("rank gone", r"(is|are) gone and left no reason|connection to another rank broke"),
+    ("rank gone", r"(is|are) gone and left no reason"),
     ("suspended", r"stood still for [\d.]+ s"),
-    ("rank silent", r"(was|were) silent for [\d.]+ s"),
+    ("rank silent", r"(was|were) silent for [\d.]+ s|does not answer \(stopped"),
+    ("cut off", r"waited [\d.]+ s in vain|connection to another rank broke"),
     ("did not meet", r"could not join the others|did not come|was left by rank zero"),
     ("no samples", r"a worker that reads data is lost|gave no samples for|worker .* died"),
     ("in use", r"is in use by|has removed the lock|lock was lost to"),
@@ -38,7 +39,7 @@ _NOTICES = (
     ("cancelled", r"error: \*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
 )
 _RANKS = r"(?:ranks? [\d, -]+ on host [^\s;,]+(?:, )?)+"
-_VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|failed: )")
+_VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|does not answer|waited [\d.]+ s in vain|failed: )")
 _PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
 _ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
 _HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"

@@ -27,6 +27,7 @@ _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
 _TICK_S = 30.0  # at most: one that takes longer shows that this process stood still
+_SILENCE = "nothing came"
 _LEAVING_S = 5.0
 _LEAVING_GPU_S = 2 * _LEAVING_S
 _COMPUTING_S = 60.0  # at most: a process may also spin while it waits
@@ -80,12 +81,12 @@ class Board:
 
         _in_time(blame, _REACHING_S + _ANSWERING_S)
 
-    def report_loss(self) -> None:
-        """Tell the others that this rank waits in vain, and let all of them answer."""
+    def report_loss(self, error: Exception) -> None:
+        """Tell the others that this rank waits in vain, as its collective's `error` says, and let all of them answer."""
 
         def report() -> None:
             store = self._connect()
-            store.set(f"lost/{self._rank}", "1")
+            store.set(f"lost/{self._rank}", _SILENCE if is_timeout(error) else "a connection broke")
             self._ring(store)
 
         if not self._told:
@@ -107,6 +108,8 @@ class Board:
             return text
         if self._rank != 0:  # which has the board in its memory, and does not answer
             silent = is_timeout(error) and self._hears
+            if self._hears and not silent:  # it is there, and another rank is gone
+                return f"{self.name([0])} does not answer (stopped, or out of reach), and {_describe_broken(error, aside='')}"
             if silent:
                 self._write_stacks({self._rank: self._describe_stacks()})
             return self._name_lost([0], silent) + (self._mention_stacks() if silent else "")
@@ -154,17 +157,25 @@ class Board:
         """What the answers of the others say. The rank that was the first to notice finds it for all."""
         if text := self._describe_stillness():
             return _decide(store, text, [])
-        silent = is_timeout(error)
+        silent, seconds = is_timeout(error), self._timeout.total_seconds()
         dead = self._wait_for(store, "alive")
         alive = sorted(set(self._hosts) - dead)
+        stuck: set[int] = set() if dead else self._wait_for(store, "lost")
+        waited = [rank for rank in alive if not dead and rank not in stuck and store.get(f"lost/{rank}") == _SILENCE.encode()]
         if dead:
             text = self._name_lost(dead, silent)
-        elif silent and (stuck := self._wait_for(store, "lost")):
-            seconds = self._timeout.total_seconds()
+        elif waited and stuck:
+            silent = True
             text = "; ".join(
                 f"{self.name([rank])} was silent for {seconds:g} s: it is {json.loads(store.get(f'alive/{rank}'))['where']}"
                 for rank in sorted(stuck)[:4]
             )
+        elif waited:
+            text = (
+                f"{self.name(waited)} waited {seconds:g} s in vain for another rank, though all answer: do their hosts reach each other "
+                "(python -m mnist_dist.probe exchange)?"
+            )
+            return _decide(store, text, [])
         else:
             return _decide(store, _describe_broken(error), [])
         return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
@@ -297,11 +308,12 @@ class Board:
                 write_atomically(self.folder / f"rank{rank}.txt", text.encode(errors="backslashreplace"))
 
 
-def _describe_broken(error: Exception) -> str:
+def _describe_broken(error: Exception, aside: str = ", though all answer") -> str:
     """Why a collective failed though all ranks answer: NCCL does so also where it cannot work here at all, and then may say why."""
     if duplicate := re.search(r"Duplicate GPU detected *:? *(.*)", str(error)):
         return f"two processes have the same GPU ({duplicate[1]}): start at most one process for each GPU"
-    return f"the connection to another rank broke, though all answer: {first_line(error)}"
+    words = re.sub(r"^\[\S*gloo\S*\] ", "", first_line(error)).partition(". This indicates ")[0]  # of gloo, its source and a guess
+    return f"the connection to another rank broke{aside}: {words}"
 
 
 def is_timeout(error: Exception) -> bool:

@@ -33,7 +33,8 @@ from mnist_dist.machine import (
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.rendezvous import Place, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
+from mnist_dist.program import end_at_once_after_message
+from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
 from mnist_dist.world import World, choose_threads, count_usable_cores
 
 _log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Group:
         assert self._board is not None
         with self._explaining:
             if not self._reason:
-                self._board.report_loss()
+                self._board.report_loss(error)
             self._disconnect()
             self._reason = self._reason or self._board.explain(error)
         return self._reason
@@ -147,7 +148,7 @@ class Group:
         with self._explaining:
             if not self._reason:
                 # Still connected: if NCCL gave up now, what waits for the GPU would go on, with numbers that are wrong.
-                self._board.report_loss()
+                self._board.report_loss(error)
                 self._reason = self._board.explain(error)
         self._board.leave(self._reason)
 
@@ -280,6 +281,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                 # Another rank may be lost: what DDP holds, by the frames of this error, is never freed. Gloo would then wait for a thread
                 # of its own that may not end.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+                end_at_once_after_message()
             raise
         finally:
             if group is not None:
@@ -326,7 +328,13 @@ def _start_group(world: World, config: Config, place: Place, device: str, timeou
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
     longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout
-    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=longer)
+    try:
+        check_interfaces(os.environ)
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=longer)
+    except Exception as error:
+        if not is_loss(error):
+            board.blame_self(error)  # the others wait for this rank in there
+        raise
     return store, board
 
 

@@ -36,6 +36,7 @@ def importing() -> Iterator[None]:
 
 
 _dropping = threading.Lock()
+_ends_at_once = threading.Event()
 
 
 @contextlib.contextmanager
@@ -70,14 +71,27 @@ def run_program(work: Callable[[], int]) -> int:
     if ends_alone:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _name_mistakes(work)
+        status = _name_mistakes(work)
     except KeyboardInterrupt:
         with surviving_stderr():
             print("interrupted", file=sys.stderr)
-        return 130
+        status = 130
     finally:
         if ends_alone:
             signal.signal(signal.SIGINT, end_at_once)  # for what Python itself does until the process has ended
+    if _ends_at_once.is_set():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def end_at_once_after_message() -> None:
+    """Let `run_program` end the process as soon as its message is printed.
+
+    A thread may wait in C++ for a rank that is out of reach. Python would end it in there, at which C++ aborts the process.
+    """
+    _ends_at_once.set()
 
 
 def _name_mistakes(work: Callable[[], int]) -> int:
@@ -93,6 +107,12 @@ def _name_mistakes(work: Callable[[], int]) -> int:
         what = "a worker that reads data is lost" if is_lost_worker(error) else "the GPU failed"
         with surviving_stderr():
             print(f"{_find_prefix()}error: {what}: {first_line(error)}", file=sys.stderr)
+        return RunError.exit_code
+    except ImportError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        with surviving_stderr():
+            print(f"{_find_prefix()}error: there is too little memory to import what is needed (see ulimit -v): {error}", file=sys.stderr)
         return RunError.exit_code
 
 

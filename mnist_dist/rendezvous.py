@@ -101,6 +101,23 @@ def name_with_hosts(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     return ", ".join(parts[:_SHOWN_HOSTS]) + more
 
 
+def _mention_loopback(host: str) -> str:
+    """That a name which is to be another host's is this host's own here, in words; empty where it is not so."""
+    with contextlib.suppress(OSError, ValueError):
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+        if host not in ("localhost", platform.node(), *addresses) and all(ipaddress.ip_address(own).is_loopback for own in addresses):
+            return f"; {host} is {min(addresses)} on host {platform.node()}, which is that host itself: see /etc/hosts"
+    return ""
+
+
+def check_interfaces(environ: Mapping[str, str]) -> None:
+    """Raise `UserError` where `GLOO_SOCKET_IFNAME` names a network interface that this host lacks."""
+    there = {*psutil.net_if_addrs()}
+    for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in there:
+            raise UserError(f"GLOO_SOCKET_IFNAME is {name!r}, which host {platform.node()} lacks; it has {', '.join(sorted(there))}")
+
+
 def find_interface(address: str) -> str | None:
     """The network interface of this host that has an address; None where none has it."""
     for name, addresses in psutil.net_if_addrs().items():
@@ -415,7 +432,7 @@ class _Visitor:
                     raise _make_taken_error(self._world, f"port {self._port} on host {self._host} is taken: {reason};") from None
             except OSError as error:
                 refused_since = unknown_since = None
-                reason = f"rank zero is not there ({error.strerror or error})"
+                reason = f"rank zero is not there ({error.strerror or error}){_mention_loopback(self._host)}"
             if time.monotonic() > self._end:
                 raise RunError(describe_missed_meeting(self._world, self._timeout_s, reason))
             time.sleep(_PAUSE_S)

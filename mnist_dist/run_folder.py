@@ -164,7 +164,7 @@ class RunFolder:
         `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
         """
         self.group.on_main(lambda: self._start(step, facts, promised_rows, step if rows_end is None else rows_end))
-        self.group.keep_stacks_in(self.path / STACKS)
+        self.group.keep_stacks_in(Path(self.group.broadcast(str(self.path / STACKS))))  # of verify, each rank has a folder of its own
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int], rows_end: int) -> None:
         assert self._record is not None

@@ -1,6 +1,7 @@
 """What the ranks of `mnist_dist.probe` find out about themselves and each other. All ranks come to the same findings."""
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -10,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from mnist_dist.world import World, find_host, may_share_gpus, read_quota
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
 
+_UNWRITABLE = "cannot write: "
+_MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _SHOWN = 20  # findings: one host that nobody reaches makes a line with each other host
 _CLOCK_WARN_S, _CLOCK_WRONG_S = 1.0, 60.0
 _PINGS = 5
@@ -475,10 +478,9 @@ def _look_at_files(group: Group, hosts: Hosts, own: Path, made: list[Path]) -> l
     return _conclude("files", problems, measured, values)
 
 
-def _make_unwritable(hosts: Hosts, folder: Path, reason: str) -> Finding:
-    return Finding(
-        "files", "WRONG", f"{name_with_hosts([0], hosts)} cannot write in {folder}: {reason}", "name a folder that you may write in"
-    )
+def _make_unwritable(hosts: Hosts, folder: Path, reason: str, ranks: Sequence[int] = (0,)) -> Finding:
+    text = f"{name_with_hosts(ranks, hosts)} cannot write in {folder}: {reason}"
+    return Finding("files", "WRONG", text, "name a folder that you may write in, on all nodes", {"ranks": [*ranks]})
 
 
 def _try_on_main(group: Group, work: Callable[[], object]) -> str:
@@ -515,7 +517,7 @@ def check_lock(group: Group, hosts: Hosts, own: Path, seconds: float) -> list[Fi
         except UserError:
             return "kept out"
         except OSError as error:
-            return describe_error(error)
+            return f"{_UNWRITABLE if error.errno in _MAY_NOT_WRITE else ''}{describe_error(error)}"
 
     held: list[Lock] = []
     if reason := _try_on_main(group, lambda: held.append(Lock(own))):
@@ -523,6 +525,8 @@ def check_lock(group: Group, hosts: Hosts, own: Path, seconds: float) -> list[Fi
     during = group.gather(enter() if group.rank in testers else "kept out")
     for lock in held:
         lock.release()
+    if ranks := [rank for rank, answer in enumerate(during) if answer.startswith(_UNWRITABLE)]:
+        return [_make_unwritable(hosts, own.parent, during[ranks[0]].removeprefix(_UNWRITABLE), ranks)]
     group.gather(None)
     after, until = "entered", time.monotonic() + seconds
     for tester in testers:  # in turn: they would keep each other out

@@ -127,3 +127,27 @@ def test_a_port_blocked_between_two_hosts_is_named_with_both_and_without_it_all_
         [finding] = read_findings(tmp_path / "blocked.json")
         assert finding.word == "WRONG"
         assert f"rank 1 on host {one} does not reach rank 2 on host {other} at {hosts.addresses[other]}:" in finding.measured
+
+
+def test_large_packets_that_get_lost_in_one_direction_are_named_by_the_pair_in_time(tmp_path):
+    with making_hosts(f"ml{os.getpid() % 10_000}", 2) as hosts:
+        one, other = hosts.names
+        # The first host says that it takes long packets, and the switch, which knows better, drops them and tells nobody.
+        for words in (
+            ["link", "set", f"{other}v", "mtu", "3000"],
+            ["-n", other, "link", "set", "eth7", "mtu", "3000", "gso_max_segs", "1"],
+            ["-n", one, "route", "replace", "10.213.77.0/24", "dev", "eth7", "advmss", "2900"],
+        ):
+            subprocess.run(["ip", *words], check=True, timeout=60)
+        begun = time.monotonic()
+        codes, texts = probe(hosts, "exchange", "--answer", str(tmp_path / "lost.json"), port=29_522)
+        assert time.monotonic() - begun < 60
+        assert codes == [1, 1], texts
+        [finding] = read_findings(tmp_path / "lost.json")
+        assert f"rank 1 on host {other} does not reach rank 0 on host {one} at {hosts.addresses[one]}:" in finding.measured
+        # A rank that is out of reach with all that is long ends as the others do, though what it has to send is never taken.
+        command = [sys.executable, "-m", "mnist_dist.verify", "--timeout_s", "10"]
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": one, "MASTER_PORT": "29523"}
+        codes, texts = finish([hosts.start(name, *command, **world, RANK=str(rank)) for rank, name in enumerate(hosts.names)])
+        assert codes == [1, 1], texts
+        assert all(text.count("error: ") == 1 and "terminate" not in text for text in texts), texts

@@ -604,8 +604,8 @@ class DieWithTheVerdict(Train):
                 time.sleep(0 if rank == "2" else 1)
             begin_step(meter)
 
-        def report(own):
-            report_loss(own)
+        def report(own, error):
+            report_loss(own, error)
             if rank == "2":
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -688,6 +688,9 @@ def test_ranks_that_listen_to_their_neighbours_end_as_others_do(tmp_path):
     assert "error" not in text
 
 
+CLOSED = "[/source/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:5. This indicates that the remote worker"
+
+
 @pytest.fixture
 def boards(monkeypatch):
     monkeypatch.setattr(board, "_ANSWERING_S", 0.5)
@@ -706,7 +709,7 @@ def boards(monkeypatch):
 def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
     error = torch.distributed.DistBackendError("NCCL error: invalid usage\nmore")
     for own in boards:
-        own.report_loss()
+        own.report_loss(error)
     assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
 
 
@@ -724,13 +727,80 @@ def test_a_gpu_that_two_ranks_share_is_named():
 def test_the_first_reason_is_everybodys(boards, pool):
     server = boards[0]._connect()
     boards[1].close(server)
-    boards[2].report_loss()
-    boards[0].report_loss()
-    error = RuntimeError("[gloo] Connection closed by peer [10.0.0.2]:5")
+    error = RuntimeError(CLOSED)
+    boards[2].report_loss(error)
+    boards[0].report_loss(error)
     texts = list(pool.map(lambda own: own.explain(error), (boards[0], boards[2])))
     assert set(texts) == {"rank 1 on host b is gone and left no reason (killed, or the node went down)"}
     boards[0].blame_self(ZeroDivisionError("too late"))
     assert boards[2].explain(error) == texts[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_zero_is_not_called_gone_where_another_rank_is(tmp_path):
+    ranks = start_ranks(tmp_path, Train([*TINY, "--steps", "50000", "--run_dir", str(tmp_path / "run")]), 3)
+    ranks[0].wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+    ranks[0].kill(signal.SIGSTOP)
+    ranks[2].kill(signal.SIGKILL)
+    assert ranks[1].wait(60) == 1
+    said = f"error: rank 0 on host {HOST} does not answer (stopped, or out of reach), and the connection to another rank broke: "
+    assert said in ranks[1].text.splitlines()[-1], ranks[1].text
+    assert find_kind(said) == "rank silent"
+    ranks[0].kill(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class TrainByAnInterface(Train):
+    """One rank is told to use a network that there is not."""
+
+    def __call__(self):
+        if os.environ["RANK"] == "1":
+            os.environ["GLOO_SOCKET_IFNAME"] = "ib77"
+        return super().__call__()
+
+
+def test_a_network_that_there_is_not_is_named_by_all_ranks_at_once(tmp_path):
+    begun = time.monotonic()
+    ranks = start_ranks(tmp_path, TrainByAnInterface([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+    assert [rank.wait(60) for rank in ranks] == [1, 2]
+    assert time.monotonic() - begun < 40
+    assert f"error: GLOO_SOCKET_IFNAME is 'ib77', which host {HOST} lacks; it has " in ranks[1].text
+    assert f"error: rank 1 on host {HOST} failed: UserError: GLOO_SOCKET_IFNAME is 'ib77'" in ranks[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "words"),
+    [
+        ("node7", "127.0.1.1", f"; node7 is 127.0.1.1 on host {HOST}, which is that host itself: see /etc/hosts"),
+        ("node7", "10.0.0.7", ""),
+        (HOST, "127.0.1.1", ""),
+        ("localhost", "127.0.0.1", ""),
+        ("127.0.0.1", "127.0.0.1", ""),
+    ],
+)
+def test_a_name_of_another_host_that_means_this_one_is_told(monkeypatch, name, address, words):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))])
+    assert rendezvous._mention_loopback(name) == words
+
+
+def test_a_rank_that_waited_in_vain_is_named_by_one_whose_connection_it_closed(boards, pool):
+    silence = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete")
+    errors = [RuntimeError(CLOSED), silence, RuntimeError(CLOSED)]
+    for own, error in zip(boards, errors, strict=True):
+        own.report_loss(error)
+    texts = {*pool.map(lambda own, error: own.explain(error), boards, errors)}
+    assert len(texts) == 1
+    assert texts.pop().startswith(
+        "rank 1 on host b waited 9 s in vain for another rank, though all answer: do their hosts reach each other"
+    )
+
+
+def test_a_connection_that_broke_is_told_without_what_gloo_guesses(boards):
+    for own in boards:
+        own.report_loss(RuntimeError(CLOSED))
+    text = boards[0].explain(RuntimeError(CLOSED))
+    assert text == "the connection to another rank broke, though all answer: Connection closed by peer [10.0.0.2]:5"
+    assert find_kind(text) == "cut off"
 
 
 @pytest.mark.parametrize("most_s", [60, 0.5])

@@ -1,5 +1,6 @@
 """The checks of a cluster: all is well here, and each planted fault is named."""
 
+import errno
 import json
 import os
 import re
@@ -111,8 +112,13 @@ class Planted:
         from mnist_dist import network
 
         class Slow(network._End):
-            def _call(self, other, work):
-                super()._call(other, (lambda _: (1e-4, 2e6)) if (self._rank, other) == (1, 2) else work)
+            def _measure(self, connection):
+                # One direction of one pair.
+                return (1e-4, 2e6) if self._rank == 2 and self._other == 1 else super()._measure(connection)
+
+            def _call(self, other):
+                self._other = other
+                super()._call(other)
 
         network._End = Slow
 
@@ -144,6 +150,13 @@ class Planted:
         if rank == 1:
             lock.fcntl.flock = lambda *_: None
 
+    def plant_read_only(self, rank):
+        def refuse(_):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        if rank == 1:
+            survey.Lock = refuse
+
     def plant_slow_disk(self, rank):
         survey.measure_disk = lambda _: time.sleep(100)
 
@@ -173,6 +186,7 @@ FAULTS = {
     "slow_link": ("exchange", 3, "SLOW", r"rank 1 on host node1, rank 2 on host node2 exchange 2 MB/s, the fastest pair \d"),
     "half_speed": ("speed", 2, "SLOW", r"rank 1 on host node1 needs \d+(\.\d+)? ms for a step, the median rank"),
     "unshared": ("files", 2, "WRONG", r"rank 1 on host node1 did not see a new file that rank zero wrote in .*runs within 1.5 s"),
+    "read_only": ("files", 2, "WRONG", r"rank 1 on host node1 cannot write in .*runs: Read-only file system"),
     "no_locks": ("files", 2, "WARN", r"rank 1 on host node1 could take the lock of a folder while rank zero held it"),
 }
 
