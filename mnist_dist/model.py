@@ -82,9 +82,15 @@ def describe_kind(dtype: torch.dtype) -> str:
 
 
 def sum_bits(tensors: Iterable[Tensor]) -> Tensor:
-    """For each tensor the sum of its numbers, read as integers, as int64 [tensors]: exact, so the same in any order and on any device."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return torch.stack([tensor.detach().view(kinds[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors])
+    """For each tensor the sum of its bytes, read as int64, as [tensors]: exact, so the same in any order and on any device."""
+    return torch.stack([_sum_words(tensor.detach().reshape(-1).view(torch.uint8)) for tensor in tensors])
+
+
+def _sum_words(content: Tensor) -> Tensor:
+    if content.storage_offset() % 8:
+        content = content.clone()
+    whole = len(content) // 8 * 8
+    return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ import sys
 import torch
 from torch import nn
 
-from mnist_dist.model import build_model
+from mnist_dist.model import build_model, sum_bits
 from mnist_dist.task import Task
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.tasks.mnist.model import PARAMETERS
@@ -24,6 +24,19 @@ def test_the_program_prints_the_table():
     ]
     assert ["total", "parameters", "593,200"] in rows
     assert ["trainable", "parameters", "593,200"] in rows
+
+
+def test_a_sum_of_bits_sees_each_number_of_any_type_and_place():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int8, torch.bool):
+        for count in (1, 7, 8, 33):
+            values = torch.arange(40).to(dtype)[3 : 3 + count]
+            sums = sum_bits([values, values.clone(), values.reshape(1, -1).t()])
+            assert sums.dtype == torch.int64
+            assert len({*sums.tolist()}) == 1
+            for place in range(count):
+                other = values.clone()
+                other[place] = ~other[place] if dtype == torch.bool else other[place] + 1
+                assert sum_bits([other]) != sums[0]
 
 
 def test_the_parameters_are_as_many_as_promised_and_follow_from_the_seed():

@@ -1155,7 +1155,7 @@ def test_ranks_whose_weights_have_become_different_are_named_and_nothing_is_save
         arguments = ["--task", name, *SHORT, "--steps", "6", "--batch_size", "6", "--checkpoint_every", "1"]
         text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(size))]), size, expect=1)
         assert text.count(f"by step 4 {who} different weights (0.bias first), though all had the same gradients") == size, text
-        assert sorted(path.name[:13] for path in (tmp_path / str(size) / "checkpoints").iterdir())[-1] == "step_00000003"
+        assert max(path.name for path in (tmp_path / str(size) / "checkpoints").iterdir()) < "step_00000004"
 
 
 @pytest.mark.parametrize(
