@@ -31,6 +31,7 @@ HOLD_S = 130.0  # how long a rank waits there for a signal, from its start
 SIGNAL_LIMIT_MIN, SIGNAL_DELAY_S = 3, 75  # of the job that waits for one: it comes 75 to 135 s after the start
 _SAVED_S = 20.0  # how long the rank to be killed waits for a checkpoint
 _LATE_S = 30.0  # how much later than asked for a signal may come
+_EARLY_S = 60.0 + 10.0  # and how much earlier: Slurm allows itself a minute
 _WEIGHTS_BYTES_MAX = 64 << 20
 _PROGRAM = "launch.drill"
 
@@ -57,7 +58,7 @@ def make_config(folder: Path, part: str, size: int) -> Config:
 class _NotedSignals(StopSignals):
     """Stop signals, of which the first to reach this rank is noted in a file at once."""
 
-    def __init__(self, note: Callable[[], None]) -> None:
+    def __init__(self, note: Callable[[Stop], None]) -> None:
         self._note, self._strongest = note, Stop.NONE
         super().__init__()
 
@@ -70,14 +71,14 @@ class _NotedSignals(StopSignals):
     def received(self, stop: Stop) -> None:
         if stop and not self._strongest:
             with contextlib.suppress(OSError):  # then this rank counts as not reached
-                self._note()
+                self._note(stop)
         self._strongest = stop
 
 
-def _write_note(folder: Path, name: str, rank: int) -> None:
+def _write_note(folder: Path, name: str, rank: int, stop: Stop = Stop.NONE) -> None:
     path = folder / "notes" / f"{name}-{rank}.json"
     if not path.exists():  # of the start before
-        note = {"rank": rank, "host": find_host(), "time": time.time()}
+        note = {"rank": rank, "host": find_host(), "time": time.time(), "stop": stop.name}
         write_atomically(path, json.dumps(note).encode())
 
 
@@ -91,7 +92,7 @@ def run_part(folder: Path, part: str, hold_s: float = HOLD_S) -> int:
     """Train as one rank; the exit status. The folder `notes` in `folder` must exist."""
     begun = time.monotonic()
     rank, size = (world := find_world(os.environ)).rank, world.size
-    signals = _NotedSignals(lambda: _write_note(folder, "signal", rank)).install()
+    signals = _NotedSignals(lambda stop: _write_note(folder, "signal", rank, stop)).install()
 
     def turn(batches: Iterable[Any], _: object) -> Iterable[Any]:
         for batch in batches:
@@ -139,14 +140,14 @@ class Drill:
         sys.exit(run_part(self.folder, self.part, self.hold_s))
 
 
-def compare_weights(folder: Path, part: str) -> tuple[bool, str]:
-    """Whether the run of `part` ended with the bits of the run that nothing stopped, and that in words."""
+def compare_weights(folder: Path, part: str) -> tuple[bool | None, str]:
+    """Whether the run of `part` ended with the bits of the run that nothing stopped, and that in words. None where that left none."""
     digests = []
     for run in (UNBROKEN, part):
         try:
             digests.append(hashlib.sha256(read_file(folder / run / WEIGHTS_FILE, _WEIGHTS_BYTES_MAX)).hexdigest())
         except OSError:
-            return False, f"the run {run} left no weights to compare"
+            return None if run == UNBROKEN else False, f"the run {run} left no weights to compare"
     if digests[0] == digests[1]:
         return True, "weights bit-equal to an unbroken run's"
     notes = [str(start.get("processor")) for run in (UNBROKEN, part) for start in _read_rows(read_starts, folder / run)]
@@ -171,7 +172,8 @@ def _name_ranks(ranks: Sequence[int], hosts: dict[int, dict[str, Any]]) -> str:
 
 def judge_signal(folder: Path, size: int, *, sent_at: float | None = None, limit_at: float | None = None) -> Finding:
     """How many of `size` ranks a signal reached: one sent at `sent_at`, or one before the time limit at `limit_at` (seconds since 1970)."""
-    heard, ready = (read_notes(folder, name, size) for name in ("signal", "ready"))
+    stopped, ready = (read_notes(folder, name, size) for name in ("signal", "ready"))
+    heard = {rank: note for rank, note in stopped.items() if note.get("stop") == Stop.REQUEUE.name}
     values: dict[str, Any] = {"ranks": size, "reached": len(heard)}
     missed = [rank for rank in range(size) if rank not in heard]
     measured = f"USR1 reached {len(heard)} of {size} ranks"
@@ -184,11 +186,18 @@ def judge_signal(folder: Path, size: int, *, sent_at: float | None = None, limit
         measured += f", {limit_at - last:.0f} s before the time limit ({SIGNAL_DELAY_S} s were asked for)"
     if not heard and not ready:
         return Finding("signal", "WRONG", "the ranks never were ready for the signal", "look at the log of the job", values)
+    early_s = SIGNAL_DELAY_S + _EARLY_S
+    if stopped and not heard and limit_at is not None and (left_s := limit_at - min(note["time"] for note in stopped.values())) > early_s:
+        measured = f"not tried: another signal ended the job {left_s:.0f} s before its time limit, before USR1 was due"
+        return Finding("signal", "WARN", measured, "see who or what ended the job (a requeue, a preemption, a node), and repeat", values)
     if not heard:
         step = "no run saves before its time limit here: ask whether sbatch --signal is heeded, and set --checkpoint_every"
         return Finding("signal", "WRONG", measured, step, values)
     if missed:
         step = f"{_name_ranks(missed, ready)} heard nothing: see what stands between srun and the program there (a container, a wrapper)"
+        return Finding("signal", "WARN", measured, step, values)
+    if limit_at is not None and limit_at - last > early_s:
+        step = "it came before Slurm sends it for the time limit: see who or what sent it (a preemption, a person), and repeat"
         return Finding("signal", "WARN", measured, step, values)
     if limit_at is not None and limit_at - last < SIGNAL_DELAY_S - _LATE_S:
         return Finding("signal", "WARN", measured, "it comes late: ask for a larger --signal_delay_s", values)
@@ -203,6 +212,9 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
     if saved is None:
         return Finding("requeue", "WARN", "not tried, since no signal stopped the run", "see signal, and look at the log of the job")
     step = saved.get("step")
+    if Stop.REQUEUE.cause not in str(saved["why"]):
+        measured = f"not tried, since another signal than USR1 ended the run at step {step}"
+        return Finding("requeue", "WARN", measured, "see signal, and repeat")
     if len(starts) < 2:
         return Finding(
             "requeue", "WRONG", f"saved at step {step} and never came back{state and f' ({state})'}", "look at the log of the job"
@@ -211,6 +223,8 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
     back_s = max(_read_time(starts[1]) - _read_time(saved), 0)
     values = {"back_s": round(back_s, 1), "step": step, "bit_equal": is_equal}
     resumed = f"at step {starts[1].get('step')}; {words}"
+    if is_equal is None:
+        return Finding("requeue", "WARN", f"saved at step {step}, went on {resumed}", _ADVICE_ON_UNBROKEN, values)
     if not is_equal:
         return Finding("requeue", _word_of(words), f"saved at step {step}, went on {resumed}", _ADVICE_ON_BITS, values)
     if starts[1].get("step") != step:
@@ -224,6 +238,7 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
     return Finding("requeue", "ok", f"{by} after {back_s:.0f} s, {resumed}", "", values | {"requeued": True})
 
 
+_ADVICE_ON_UNBROKEN = "see why the run that was to be compared with did not finish: gradients and curve, and the log of the first job"
 _ADVICE_ON_BITS = "compare one kind of node with itself (--constraint); else see gradients: a node that computes differently"
 
 
@@ -261,6 +276,8 @@ def judge_kill(folder: Path, size: int, *, log: str, ended_at: float | None, sta
     starts = _read_rows(read_starts, folder / KILLED)
     values |= {"step": starts[-1].get("step") if starts else None, "bit_equal": is_equal}
     measured = f"{who}{others}; the same command went on at step {values['step']}; {words}"
+    if is_equal is None:
+        return Finding("kill", "WARN", measured, _ADVICE_ON_UNBROKEN, values)
     if not is_equal:
         return Finding("kill", _word_of(words), measured, _ADVICE_ON_BITS, values)
     if size > 1 and not named:

@@ -39,7 +39,7 @@ _NOTICES = (
     ("cancelled", r"error: \*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
 )
 _RANKS = r"(?:ranks? [\d, -]+ on host [^\s;,]+(?:, )?)+"
-_VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|does not answer|waited [\d.]+ s in vain|failed: )")
+_VERDICT = re.compile(rf"({_RANKS}) (?:(?:is|are) gone|(?:was|were) silent|does not answer|failed: )")
 _PLACE = re.compile(r" at step \d+ on rank (\d{1,7})\b")
 _ERROR = re.compile(r"(?:\[rank (\d{1,7})\] )?error: (.*)")
 _HOW = r"Killed|Out Of Memory|Terminated|\w[\w ]{0,40}(?: \(core dumped\))?|Exited with exit code \d+"

@@ -404,7 +404,8 @@ def _prove_on_slurm(page: Page, work: Path) -> str:
             return f"job {driver.number} left nothing in {work}: expected a --folder that this machine and all nodes share"
         if not taken:
             return f"job {driver.number} {driver.ended} before the first check: {find_last_words(log) or 'its log is empty'}"
-        page.add([Finding(name, "WRONG", f"no answer: job {driver.number} {driver.ended}", find_last_words(log)) for name in missing])
+        reason = f"no answer: job {driver.number} {driver.ended}{(words := find_last_words(log)) and f': {words}'}"
+        page.add([Finding(name, "WRONG", reason, f"python -m launch.explain {driver.number}") for name in missing])
         if "signal" in page.missing:
             _judge_site(page, work, site, drill, stopped, jobs)
     except RunError as error:

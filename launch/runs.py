@@ -189,8 +189,23 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     if pid is not None or is_locked_elsewhere(path, holder):
         values |= _describe_progress(path, values, config)
         return RunState(state=_join("running", damage), is_active=True, pid=pid, **values)
+    if not ended and (pid := _find_controller(path, noted)) is not None:
+        return RunState(state=_join("starting", damage), is_active=True, pid=pid, **values)
     why, status = _find_why(noted, ended, starts, ends)
     return RunState(state=damage or _describe_end(job, status, bool(ended), bool(starts)), why=why, **values)
+
+
+def _find_controller(path: Path, noted: Row) -> int | None:
+    """The process of this machine that a run without Slurm was started by, as long as it lives: its ranks may hold no lock yet."""
+    job = str(noted.get("job"))
+    if not (job.isdecimal() and str(noted.get("log")).endswith(LOCAL_LOG)):
+        return None
+    with contextlib.suppress(OSError, IndexError):  # no such process, or somebody else's
+        words = Path(f"/proc/{job}/cmdline").read_bytes().split(b"\0")
+        folder = Path(f"/proc/{job}/cwd", os.fsdecode(words[-2]))
+        if b"submitit.local._local" in words and os.path.samefile(folder, path / "slurm"):  # and no other of the same number
+            return int(job)
+    return None
 
 
 def _join(state: str, damage: str) -> str:

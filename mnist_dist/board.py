@@ -162,18 +162,19 @@ class Board:
         alive = sorted(set(self._hosts) - dead)
         stuck: set[int] = set() if dead else self._wait_for(store, "lost")
         waited = [rank for rank in alive if not dead and rank not in stuck and store.get(f"lost/{rank}") == _SILENCE.encode()]
+        answers = {rank: json.loads(store.get(f"alive/{rank}")) for rank in alive} if waited else {}
+        stuck |= {rank for rank, answer in answers.items() if answer["is_elsewhere"]}  # it has come since
         if dead:
             text = self._name_lost(dead, silent)
         elif waited and stuck:
             silent = True
             text = "; ".join(
-                f"{self.name([rank])} was silent for {seconds:g} s: it is {json.loads(store.get(f'alive/{rank}'))['where']}"
-                for rank in sorted(stuck)[:4]
+                f"{self.name([rank])} was silent for {seconds:g} s: it is {answers[rank]['where']}" for rank in sorted(stuck)[:4]
             )
         elif waited:
             text = (
                 f"{self.name(waited)} waited {seconds:g} s in vain for another rank, though all answer: do their hosts reach each other "
-                "(python -m mnist_dist.probe exchange)?"
+                "(python -m mnist_dist.probe exchange), or was one slow (--timeout_s)?"
             )
             return _decide(store, text, [])
         else:
@@ -238,7 +239,8 @@ class Board:
             pass
         if self._closed.is_set():
             return
-        answer = {"where": describe_place(self._thread_of_run), "stacks": self._describe_stacks()}
+        is_elsewhere = _is_elsewhere(self._thread_of_run)
+        answer = {"where": describe_place(self._thread_of_run), "is_elsewhere": is_elsewhere, "stacks": self._describe_stacks()}
         self._ear.set(f"alive/{self._rank}", json.dumps(answer))
         verdict = self._await_verdict(self._ear, 4 * _VERDICT_S, RuntimeError("no rank said why"))
         self._told = verdict["text"]
@@ -312,7 +314,7 @@ def _describe_broken(error: Exception, aside: str = ", though all answer") -> st
     """Why a collective failed though all ranks answer: NCCL does so also where it cannot work here at all, and then may say why."""
     if duplicate := re.search(r"Duplicate GPU detected *:? *(.*)", str(error)):
         return f"two processes have the same GPU ({duplicate[1]}): start at most one process for each GPU"
-    words = re.sub(r"^\[\S*gloo\S*\] ", "", first_line(error)).partition(". This indicates ")[0]  # of gloo, its source and a guess
+    words = re.sub(r"^\[\S*gloo\S*\] ", "", first_line(error)).partition(". This ")[0]  # of gloo, its source and a guess
     return f"the connection to another rank broke{aside}: {words}"
 
 
@@ -360,6 +362,13 @@ def _find_collective(ident: int) -> str | None:
     path = frame.f_code.co_filename if frame is not None else ""
     waits = "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
     return "a collective" if waits else None
+
+
+def _is_elsewhere(ident: int) -> bool:
+    """Whether a thread is in no call that may wait for other ranks, and in none that asks why one failed."""
+    waiting = _WAITING_FILES | {__file__}
+    paths = {frame.f_code.co_filename for frame in _walk(sys._current_frames().get(ident))}
+    return not any("/torch/distributed/" in path or "/torch/autograd/" in path or path in waiting for path in paths)
 
 
 def _find_stop(ident: int) -> tuple[Any, int] | None:

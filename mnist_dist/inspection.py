@@ -23,7 +23,7 @@ from mnist_dist.data import Batch, StepSampler
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.finding import Finding
-from mnist_dist.machine import find_kind
+from mnist_dist.machine import describe_arithmetic
 from mnist_dist.randomness import derive_seed, make_generator, seed_generators
 from mnist_dist.reference import BATCHES, SKETCH, Reference, Sketch, name_source
 from mnist_dist.source import explaining
@@ -160,7 +160,7 @@ class Inspection:
         config = self.config.model_copy(update={"batch_size": size, "shards": None, "steps": None, "epochs": BATCHES})
         prints = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
         device = str(group.device) if group.device.type == "cuda" else "cpu"
-        kind = f"{find_kind(group.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        kind = describe_arithmetic(group.device)
         self.ranks = group.gather(Rank(find_host(), device, kind, state.fingerprint, prints))
         if self.reference is not None:
             rounding = self.reference.rounding

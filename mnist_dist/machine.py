@@ -188,6 +188,11 @@ def repeating_bits() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
+def describe_arithmetic(device: torch.device) -> str:
+    """What decides how this process rounds, in words: its processor or GPU, its threads, torch."""
+    return f"{find_kind(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
 def find_kind(device: torch.device) -> str:
     """The model of the GPU, or of the processor, that a process computes on: the rounding of sums depends on it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()

@@ -101,8 +101,10 @@ def name_with_hosts(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     return ", ".join(parts[:_SHOWN_HOSTS]) + more
 
 
-def _mention_loopback(host: str) -> str:
-    """That a name which is to be another host's is this host's own here, in words; empty where it is not so."""
+def _mention_loopback(host: str, world: World) -> str:
+    """That the name of rank zero's host, which is another one, is this host's own here, in words; empty where it is not so."""
+    if world.local_rank == world.rank:  # the same host
+        return ""
     with contextlib.suppress(OSError, ValueError):
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
         if host not in ("localhost", platform.node(), *addresses) and all(ipaddress.ip_address(own).is_loopback for own in addresses):
@@ -432,7 +434,7 @@ class _Visitor:
                     raise _make_taken_error(self._world, f"port {self._port} on host {self._host} is taken: {reason};") from None
             except OSError as error:
                 refused_since = unknown_since = None
-                reason = f"rank zero is not there ({error.strerror or error}){_mention_loopback(self._host)}"
+                reason = f"rank zero is not there ({error.strerror or error}){_mention_loopback(self._host, self._world)}"
             if time.monotonic() > self._end:
                 raise RunError(describe_missed_meeting(self._world, self._timeout_s, reason))
             time.sleep(_PAUSE_S)

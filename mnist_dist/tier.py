@@ -41,6 +41,7 @@ class Tier(NamedTuple):
     moved: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()  # parameters that got no gradient
     repeats: bool = True  # two passes over the same samples give the same bits
+    written: tuple[str, ...] = ()  # parameters that a pass writes into, and leaves as they are, as one that clamps them
 
     @property
     def is_any_world(self) -> bool:
@@ -89,7 +90,9 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
                 "run would be another one, too: let state_dict and load_state_dict hand on each tensor as it is"
             )
         seed_generators(0)
+        versions = {name: parameter._version for name, parameter in model.named_parameters()}
         whole = trace(task, model, probe.whole)
+        written = tuple(name for name, parameter in model.named_parameters() if parameter._version != versions.get(name))
         check_losses(task, whole.losses, probe.whole.size, [probe.name(place) for place in probe.whole.places])
         if other := sorted(names ^ {*model.state_dict()}):
             raise UserError(
@@ -135,7 +138,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         elif drew := whole.drew or many.drew or ("collate" if probe.collate_draws else None):
             reason = f"{drew} draws random numbers"
-        elif mixing := find_first_difference(whole, half := trace(task, model, probe.half)):  # a batch of its own: it may be padded less
+        elif mixing := find_first_difference(whole, trace(task, model, probe.half)):  # a batch of its own: it may be padded less
             reason = f"in {mixing} the samples of a batch see each other"
         elif moved:
             reason = f"each forward pass changes {moved[0]}"
@@ -148,12 +151,11 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         elif is_mixing(task, model, probe, many.losses):
             reason = f"in the losses some of {len(many.losses)} samples see each other"
         else:
-            rest = trace(task, model, probe.take(range(probe.half.size, probe.whole.size)))
-            # Samples may reach no parameter.
-            parts = (find_gradients(task, model, part.losses * _SCALE) for part in (half, rest) if part.losses.requires_grad)
+            pieces = (probe.half, probe.take(range(probe.half.size, probe.whole.size)))
+            parts = (part for piece in pieces if (part := find_part(task, model, piece)) is not None)
             changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does something clip it?)" if changed_in else ""
-    return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats)
+    return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats, written)
 
 
 def find_size(probe: Probe, few: Trace) -> int:
@@ -280,17 +282,29 @@ def _name_layer(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
+def find_part(task: Task, model: nn.Module, piece: Piece) -> dict[str, Tensor | None] | None:
+    """The gradients of some samples, found from `_SCALE` times their losses; None where these reach no parameter."""
+    losses = trace(task, model, piece).losses
+    if not losses.requires_grad:
+        return None
+    try:
+        gradients = find_gradients(task, model, losses * _SCALE)
+        return {name: None if gradient is None else gradient / _SCALE for name, gradient in gradients.items()}
+    except UserError:  # of code that looks how large they are
+        return find_gradients(task, model, trace(task, model, piece).losses)
+
+
 def find_other_gradient(whole: dict[str, Tensor | None], parts: Iterable[dict[str, Tensor | None]]) -> str | None:
     """The first parameter whose gradient is not the sum of those of some parts, but for rounding and for what it makes a ReLU do.
 
-    The losses of the parts are `_SCALE` times theirs. What that makes too large, as in float16, is not looked at.
+    What is too large, as numbers in float16 may be when they are scaled, is not looked at.
     """
     rests = {name: gradient for name, gradient in whole.items() if gradient is not None}
     sizes = {name: float(gradient.norm()) for name, gradient in rests.items()}
     whole.clear()  # of a large model, no more than two gradients are kept at once
     for part in parts:
         for name in [*rests]:
-            if (gradient := part.pop(name)) is not None and not is_finite(gradient := gradient / _SCALE):
+            if (gradient := part.pop(name)) is not None and not is_finite(gradient):
                 del rests[name]
             elif gradient is not None:
                 sizes[name] = max(sizes[name], float(gradient.norm()))

@@ -780,19 +780,29 @@ def test_a_network_that_there_is_not_is_named_by_all_ranks_at_once(tmp_path):
 )
 def test_a_name_of_another_host_that_means_this_one_is_told(monkeypatch, name, address, words):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))])
-    assert rendezvous._mention_loopback(name) == words
+    assert rendezvous._mention_loopback(name, World(rank=1, size=2, port=1)) == words
+    assert rendezvous._mention_loopback(name, World(rank=1, local_rank=1, size=2, local_size=2, port=1)) == ""
 
 
-def test_a_rank_that_waited_in_vain_is_named_by_one_whose_connection_it_closed(boards, pool):
+@pytest.mark.parametrize(
+    ("elsewhere", "words"),
+    [
+        (None, "rank 1 on host b waited 9 s in vain for another rank, though all answer: do their hosts reach each other"),
+        (2, "rank 2 on host b was silent for 9 s: it is at an unknown place"),
+    ],
+    ids=["cut off", "slow"],
+)
+def test_who_waited_in_vain_is_told_from_who_was_slow(boards, pool, monkeypatch, elsewhere, words):
+    monkeypatch.setattr(board, "_is_elsewhere", lambda rank: rank == elsewhere)
+    for rank, own in enumerate(boards):
+        own._thread_of_run = rank
     silence = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete")
     errors = [RuntimeError(CLOSED), silence, RuntimeError(CLOSED)]
     for own, error in zip(boards, errors, strict=True):
         own.report_loss(error)
     texts = {*pool.map(lambda own, error: own.explain(error), boards, errors)}
     assert len(texts) == 1
-    assert texts.pop().startswith(
-        "rank 1 on host b waited 9 s in vain for another rank, though all answer: do their hosts reach each other"
-    )
+    assert texts.pop().startswith(words)
 
 
 def test_a_connection_that_broke_is_told_without_what_gloo_guesses(boards):

@@ -336,11 +336,12 @@ def test_a_mistake_is_refused_before_anything_is_made(tmp_path, monkeypatch, cap
 # What the drills left
 
 
-def note(folder, name, rank, at):
-    (folder / "notes" / f"{name}-{rank}.json").write_text(json.dumps({"rank": rank, "host": f"n{rank}", "time": float(at)}))
+def note(folder, name, rank, at, stop="REQUEUE"):
+    values = {"rank": rank, "host": f"n{rank}", "time": float(at), "stop": stop}
+    (folder / "notes" / f"{name}-{rank}.json").write_text(json.dumps(values))
 
 
-def make_run(folder, part, weights=b"w", starts=(0,), ends=(), processor="x"):
+def make_run(folder, part, weights=b"w", starts=(0,), ends=(), processor="x", why="a signal to requeue"):
     run = folder / part
     run.mkdir()
     (run / "model.safetensors").write_bytes(weights)
@@ -348,9 +349,7 @@ def make_run(folder, part, weights=b"w", starts=(0,), ends=(), processor="x"):
         {"time": f"2026-01-01T00:00:{at:02}+00:00", "step": step, "processor": processor} for at, step in zip((0, 40), starts, strict=False)
     ]
     (run / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ends = [
-        {"time": "2026-01-01T00:00:10+00:00", "step": step, "start": 1, "why": "stopped by a signal to requeue, saved"} for step in ends
-    ]
+    ends = [{"time": "2026-01-01T00:00:10+00:00", "step": step, "start": 1, "why": f"stopped by {why}, saved"} for step in ends]
     (run / "ends.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends))
 
 
@@ -369,7 +368,34 @@ def test_which_ranks_a_signal_reached(tmp_path):
     assert judge_signal(folder, 2, limit_at=200).measured.startswith("USR1 reached 2 of 2 ranks, 89 s before the time limit")
     assert judge_signal(folder, 2, limit_at=200).word == "ok"
     assert judge_signal(folder, 2, limit_at=131).word == "WARN"  # late
+    early = judge_signal(folder, 2, limit_at=300)
+    assert early.word == "WARN"
     assert judge_signal(folder, 2, sent_at=110.5).measured == "USR1 reached 2 of 2 ranks, 0.50 s after it was sent"
+
+
+@pytest.mark.parametrize(
+    ("limit_at", "word", "text"), [(300, "WARN", "another signal ended the job 190 s before"), (130, "WRONG", "0 of 2")]
+)
+def test_another_signal_is_not_the_one_before_the_time_limit(tmp_path, limit_at, word, text):
+    folder = make_folder(tmp_path / "work")
+    for rank in range(2):
+        note(folder, "ready", rank, 100)
+        note(folder, "signal", rank, 110, "TERMINATE")
+    finding = judge_signal(folder, 2, limit_at=limit_at)
+    assert finding.word == word
+    assert text in finding.measured
+
+
+def test_a_run_is_not_blamed_where_there_is_nothing_to_compare_it_with(tmp_path):
+    folder = make_folder(tmp_path / "work")
+    make_run(folder, REQUEUED, starts=(0, 26), ends=(26,))
+    make_run(folder, KILLED, starts=(0, 20))
+    note(folder, "kill", 1, 100)
+    killed = judge_kill(folder, 2, log="rank 1 on n1 is gone", ended_at=101.0, status=0)
+    for finding in (judge_requeue(folder, by="Slurm"), killed):
+        assert finding.word == "WARN"
+        assert "the run unbroken left no weights to compare" in finding.measured
+        assert "see why the run that was to be compared with did not finish" in finding.next_step
 
 
 @pytest.mark.parametrize(
@@ -387,6 +413,12 @@ def test_which_ranks_a_signal_reached(tmp_path):
         ({"starts": (0, 20), "ends": (26,)}, False, "WRONG", "saved at step 26, but went on at step 20"),
         ({"starts": (0,), "ends": (26,)}, False, "WRONG", "never came back (cancelled)"),
         ({"starts": (0,), "ends": ()}, False, "WARN", "not tried"),
+        (
+            {"starts": (0, 26), "ends": (26,), "why": "a signal to end, or Stop on W&B"},
+            False,
+            "WARN",
+            "another signal than USR1 ended the run",
+        ),
     ],
 )
 def test_whether_a_run_came_back(tmp_path, run, forbidden, word, text):

@@ -1151,7 +1151,7 @@ DRIFTING = """    def draw(self, seed, step, size):
 
 def test_ranks_whose_weights_have_become_different_are_named_and_nothing_is_saved(tmp_path):
     name = write(tmp_path / "drift.py", SANE, ("class Mine", "import os\n\n\nclass Mine"), (BUILD, DRIFTING + BUILD))
-    for size, who in ((2, "the ranks have"), (3, "rank 1 has")):
+    for size, who in ((2, "ranks 0-1 have"), (3, "rank 1 has")):
         arguments = ["--task", name, *SHORT, "--steps", "6", "--batch_size", "6", "--checkpoint_every", "1"]
         text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(size))]), size, expect=1)
         assert text.count(f"by step 4 {who} different weights (0.bias first), though all had the same gradients") == size, text
@@ -1177,6 +1177,42 @@ def test_a_gradient_that_only_a_larger_or_another_batch_shows_to_be_of_this_worl
     name = write(tmp_path / "own.py", SANE, (SEQUENTIAL, model), ("class Mine", OWN_GRADIENT))
     text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
     assert f"this world: a step is the same only on as many processes, because {words}" in text
+
+
+def test_a_hook_that_refuses_large_gradients_is_no_obstacle(tmp_path):
+    refusing = "nn.Sequential(nn.Linear(3, 2), Own(lambda found: found if found.norm() < 100 else 1 / 0))"
+    name = write(tmp_path / "own.py", SANE, (SEQUENTIAL, refusing), ("class Mine", OWN_GRADIENT))
+    text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "run")]))
+    assert "any world: a step is the same on any number of processes" in text
+
+
+def test_ranks_on_other_processors_may_round_otherwise(tmp_path):
+    # As if each rank had a processor of its own kind, which rounds the optimizer's step in its own way.
+    kinds = "import os\n\nfrom mnist_dist import machine\n\nmachine.find_kind = lambda _: f'kind {os.environ[\"RANK\"]}'\n\n\nclass Mine"
+    name = write(tmp_path / "kinds.py", SANE, ("class Mine", kinds), (BUILD, DRIFTING + BUILD))
+    run_ranks(tmp_path, Train(["--task", name, *SHORT, "--steps", "6", "--batch_size", "6", "--run_dir", str(tmp_path / "run")]), 2)
+
+
+CLAMPED = """class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out, self.scale = nn.Linear(3, 2), nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            self.scale.clamp_(max=4.6)
+        return self.out(inputs) * self.scale.exp()
+
+
+class Mine"""
+
+
+def test_a_pass_may_clamp_what_is_trained(tmp_path):
+    name = write(tmp_path / "clamped.py", SANE, (SEQUENTIAL, "Clamped()"), ("class Mine", CLAMPED))
+    for size in (1, 2):
+        run_ranks(tmp_path, Train(["--task", name, *SHORT, "--shards", "2", "--run_dir", str(tmp_path / str(size))]), size)
+    assert (tmp_path / "1/model.safetensors").read_bytes() == (tmp_path / "2/model.safetensors").read_bytes()
+    run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "two")]), 2)
 
 
 OWN_GRADIENT = """class Own(nn.Module):
