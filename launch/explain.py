@@ -205,7 +205,7 @@ def explain(what: str) -> list[Explanation]:
 def _explain_run(path: Path, job: str) -> Explanation:
     facts = gather_facts(path, job)
     is_last = facts.number == len(facts.starts)
-    kind, notes = _decide(facts, is_last)
+    kind, notes = _decide(facts, is_last, is_asked=bool(job))
     state, start, end = facts.state, facts.start, facts.end
     step = end.get("step", state.step) if not is_last and end else state.step
     answer = Explanation(str(path), facts.job, kind, "", step=step, total=state.total, starts=len(facts.starts), log=facts.log_path)
@@ -239,13 +239,14 @@ def _explain_run(path: Path, job: str) -> Explanation:
     return answer
 
 
-def _decide(facts: Facts, is_last: bool) -> tuple[str, list[str]]:
-    """The kind of an end, and what else is to be noted of it."""
+def _decide(facts: Facts, is_last: bool, is_asked: bool) -> tuple[str, list[str]]:
+    """The kind of an end, and what else is to be noted of it. `is_asked`: for one job of the run."""
     state, account, log = facts.state, facts.account, facts.log
     if state.is_finished:
         return "finished", []
     is_cleared_up = state.state.startswith("completing") and facts.why.startswith("failed")  # which may take long where a node is down
-    if is_last and state.is_active and not is_cleared_up:
+    is_over = is_asked and account is not None and not cluster.is_active_state(account.state)  # and another job of its chain is not
+    if is_last and state.is_active and not is_cleared_up and not is_over:
         return "waiting" if state.is_waiting else "silent" if state.silent_s else "running", _describe_before(facts)
     if any(message.startswith(str(facts.path / RESULT_FILE)) for message in facts.damaged):
         return "damaged", []

@@ -636,6 +636,17 @@ def test_a_later_job_of_a_chain_leads_to_its_run_and_its_log(slurm, tmp_path):
     assert find_noted_log({"job": "12", "chain": "12:13", "log": "/"}, "14") == find_noted_log({"log": "/"}, "") == ""
 
 
+def test_a_job_of_a_chain_that_has_ended_is_explained_while_the_next_runs(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", f"failed: {GONE}")
+    note = json.loads((folder / "slurm/job.json").read_text())
+    (folder / "slurm/job.json").write_text(json.dumps(note | {"chain": "12:13", "log": str(folder / "slurm/12.log")}))
+    (folder / "slurm/12.log").write_text(BEGUN)
+    slurm(sacct=account("FAILED"), scontrol=None, squeue="12|12|FAILED|None||0|\n13|13|RUNNING|None|n1|0|\n")
+    answer, text = tell("12")
+    assert answer.end == "rank gone", text
+    assert tell(folder)[0].end in ("running", "silent")
+
+
 def test_a_chain_is_explained_by_the_job_that_did_something(slurm, tmp_path):
     folder = make_run(tmp_path / "runs/x", "failed: the loss is nan at step 7")
     note = json.loads((folder / "slurm/job.json").read_text())

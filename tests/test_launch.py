@@ -483,6 +483,23 @@ def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_
     assert not rank.is_running()
 
 
+def test_a_run_on_this_machine_that_only_starts_is_active(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "slurm").mkdir(parents=True)
+    # As submitit's controller, before a rank has taken the lock.
+    words = ["-c", "import time; time.sleep(60)", "submitit.local._local", str(folder / "slurm")]
+    with subprocess.Popen([sys.executable, *words]) as controller:
+        log = folder / f"slurm/{controller.pid}_0_log.out"
+        (folder / "slurm/job.json").write_text(json.dumps({"job": str(controller.pid), "log": str(log), "folder": mark_folder(folder)}))
+        wait_for(lambda: read_state(folder, []).state == "starting")
+        state = read_state(folder, [])
+        assert (state.is_active, state.pid) == (True, controller.pid)
+        with pytest.raises(UserError, match=rf"in use by job {controller.pid} \(starting\): wait for it"):
+            submission.check_free(state, configure(run_dir=str(folder)))
+        controller.kill()
+    assert read_state(folder, []).state == "not started"
+
+
 @pytest.mark.slow
 def test_a_job_on_this_machine_goes_on_after_signals_and_is_looked_after(tmp_path):
     folder = tmp_path / "runs/a b"
