@@ -119,6 +119,8 @@ _PENDING_ALIKE = (
 )
 
 _NOT_FOR_MEMORY = "not for its memory"
+_TROUBLE = re.compile(r"a checkpoint could not be written|metrics\.jsonl cannot be written|run_dir .* is gone[:;]")
+_TROUBLE_MAX = 300
 
 
 @dataclass
@@ -294,10 +296,11 @@ def _decide(facts: Facts, is_last: bool, is_asked: bool) -> tuple[str, list[str]
 
 
 def _describe_before(facts: Facts) -> list[str]:
-    """How the start before a job that waits or runs has ended."""
+    """How the start before a job that waits has ended; of one that runs, the last that its log says of what could not be written."""
     if facts.state.is_waiting and facts.why:
         return [f"its start {facts.number} {facts.why}"]
-    return []
+    trouble = [line for line in facts.log.lines if _TROUBLE.search(line)]
+    return [f"its log says: {trouble[-1][:_TROUBLE_MAX]}"] if trouble and not facts.state.is_waiting else []
 
 
 def _describe_kill(facts: Facts) -> tuple[str, list[str]]:

@@ -647,6 +647,16 @@ def test_a_job_of_a_chain_that_has_ended_is_explained_while_the_next_runs(slurm,
     assert tell(folder)[0].end in ("running", "silent")
 
 
+def test_what_a_run_that_goes_on_cannot_write_is_told(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", None)
+    warning = "a checkpoint could not be written, training goes on without it: No space left on device (step {})"
+    (folder / "slurm/12.log").write_text(BEGUN + "".join(f"[rank 0] {warning.format(step)}\n" for step in (100, 200)))
+    slurm(sacct=account("RUNNING"), scontrol=None, squeue="12|12|RUNNING|None|n1|0|\n")
+    answer, text = tell(folder)
+    assert answer.end in ("running", "silent"), text
+    assert f"its log says: [rank 0] {warning.format(200)}" in text
+
+
 def test_a_chain_is_explained_by_the_job_that_did_something(slurm, tmp_path):
     folder = make_run(tmp_path / "runs/x", "failed: the loss is nan at step 7")
     note = json.loads((folder / "slurm/job.json").read_text())
