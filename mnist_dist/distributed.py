@@ -33,7 +33,7 @@ from mnist_dist.machine import (
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.program import end_at_once_after_message
+from mnist_dist.program import end_at_once_at_exit
 from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
 from mnist_dist.world import World, choose_threads, count_usable_cores
 
@@ -281,7 +281,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                 # Another rank may be lost: what DDP holds, by the frames of this error, is never freed. Gloo would then wait for a thread
                 # of its own that may not end.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
-                end_at_once_after_message()
+                end_at_once_at_exit()
             raise
         finally:
             if group is not None:

@@ -1,5 +1,6 @@
 """What the programs have in common: one-line errors, exit statuses, tables. Imports no torch."""
 
+import atexit
 import contextlib
 import gc
 import io
@@ -80,18 +81,23 @@ def run_program(work: Callable[[], int]) -> int:
         if ends_alone:
             signal.signal(signal.SIGINT, end_at_once)  # for what Python itself does until the process has ended
     if _ends_at_once.is_set():
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(status)
+        atexit.register(_end_at_once, status)  # the caller may have something to note first
     return status
 
 
-def end_at_once_after_message() -> None:
-    """Let `run_program` end the process as soon as its message is printed.
+def end_at_once_at_exit() -> None:
+    """Let the process end at once when it exits, with the status that `run_program` returns.
 
     A thread may wait in C++ for a rank that is out of reach. Python would end it in there, at which C++ aborts the process.
     """
     _ends_at_once.set()
+
+
+def _end_at_once(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _name_mistakes(work: Callable[[], int]) -> int:

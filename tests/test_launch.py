@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import TINY
+from processes import TINY, find_free_port, run_ranks
 from pydantic import ValidationError
 from submitit.core.utils import JobPaths
 
@@ -481,6 +481,37 @@ def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_
     assert controller.wait(10) == -signal.SIGKILL
     psutil.wait_procs([rank], 10)
     assert not rank.is_running()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainInJob:
+    """What a job runs, as work for a rank."""
+
+    run_dir: str
+
+    def __call__(self):
+        Training(
+            self.run_dir, (*TINY, "--learning_rate", "100", "--schedule", "constant", "--momentum", "0.99", "--run_dir", self.run_dir)
+        )()
+
+
+def test_how_a_failed_run_of_several_ranks_ends_is_noted(tmp_path):
+    # slurm/train.sh starts the same as a program.
+    arguments = [*TINY, "--learning_rate", "100", "--schedule", "constant", "--momentum", "0.99", "--run_dir", str(tmp_path / "program")]
+    port = str(find_free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.training", *arguments],
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in "01"
+    ]
+    run_ranks(tmp_path, TrainInJob(str(tmp_path / "submitit")), 2, expect=1)
+    assert [rank.wait(120) for rank in ranks] == [1, 1]
+    for name in ("submitit", "program"):
+        assert json.loads((tmp_path / name / "slurm/end.json").read_text())["status"] == 1
 
 
 def test_a_run_on_this_machine_that_only_starts_is_active(tmp_path):
