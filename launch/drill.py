@@ -223,10 +223,9 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
     back_s = max(_read_time(starts[1]) - _read_time(saved), 0)
     values = {"back_s": round(back_s, 1), "step": step, "bit_equal": is_equal}
     resumed = f"at step {starts[1].get('step')}; {words}"
-    if is_equal is None:
-        return Finding("requeue", "WARN", f"saved at step {step}, went on {resumed}", _ADVICE_ON_UNBROKEN, values)
     if not is_equal:
-        return Finding("requeue", _word_of(words), f"saved at step {step}, went on {resumed}", _ADVICE_ON_BITS, values)
+        word, advice = _judge_bits(is_equal, words)
+        return Finding("requeue", word, f"saved at step {step}, went on {resumed}", advice, values)
     if starts[1].get("step") != step:
         return Finding(
             "requeue", "WRONG", f"saved at step {step}, but went on {resumed}", "is the run folder the same on all nodes?", values
@@ -238,12 +237,12 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
     return Finding("requeue", "ok", f"{by} after {back_s:.0f} s, {resumed}", "", values | {"requeued": True})
 
 
-_ADVICE_ON_UNBROKEN = "see why the run that was to be compared with did not finish: gradients and curve, and the log of the first job"
-_ADVICE_ON_BITS = "compare one kind of node with itself (--constraint); else see gradients: a node that computes differently"
-
-
-def _word_of(words: str) -> str:
-    return "WARN" if "different processors" in words else "WRONG"
+def _judge_bits(is_equal: bool | None, words: str) -> tuple[str, str]:
+    """How bad it is that weights are not the same, as `compare_weights` tells, and what to do now."""
+    if is_equal is None:
+        return "WARN", "see why the run that was to be compared with did not finish: gradients and curve, and the log of the first job"
+    word = "WARN" if "different processors" in words else "WRONG"
+    return word, "compare one kind of node with itself (--constraint); else see gradients: a node that computes differently"
 
 
 def _read_time(row: dict[str, Any]) -> float:
@@ -276,10 +275,9 @@ def judge_kill(folder: Path, size: int, *, log: str, ended_at: float | None, sta
     starts = _read_rows(read_starts, folder / KILLED)
     values |= {"step": starts[-1].get("step") if starts else None, "bit_equal": is_equal}
     measured = f"{who}{others}; the same command went on at step {values['step']}; {words}"
-    if is_equal is None:
-        return Finding("kill", "WARN", measured, _ADVICE_ON_UNBROKEN, values)
     if not is_equal:
-        return Finding("kill", _word_of(words), measured, _ADVICE_ON_BITS, values)
+        word, advice = _judge_bits(is_equal, words)
+        return Finding("kill", word, measured, advice, values)
     if size > 1 and not named:
         return Finding("kill", "WARN", measured, "look at the log kill.log for what the others said instead", values)
     return Finding("kill", "ok", measured, "", values)

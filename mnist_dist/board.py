@@ -160,26 +160,22 @@ class Board:
         silent, seconds = is_timeout(error), self._timeout.total_seconds()
         dead = self._wait_for(store, "alive")
         alive = sorted(set(self._hosts) - dead)
-        stuck: set[int] = set() if dead else self._wait_for(store, "lost")
-        waited = [rank for rank in alive if not dead and rank not in stuck and store.get(f"lost/{rank}") == _SILENCE.encode()]
-        answers = {rank: json.loads(store.get(f"alive/{rank}")) for rank in alive} if waited else {}
-        stuck |= {rank for rank, answer in answers.items() if answer["is_elsewhere"]}  # it has come since
         if dead:
-            text = self._name_lost(dead, silent)
-        elif waited and stuck:
-            silent = True
-            text = "; ".join(
-                f"{self.name([rank])} was silent for {seconds:g} s: it is {answers[rank]['where']}" for rank in sorted(stuck)[:4]
-            )
-        elif waited:
+            return _decide(store, self._name_lost(dead, silent) + (self._mention_stacks() if silent else ""), alive if silent else [])
+        stuck = self._wait_for(store, "lost")
+        waited = [rank for rank in alive if rank not in stuck and store.get(f"lost/{rank}") == _SILENCE.encode()]
+        if not waited:
+            return _decide(store, _describe_broken(error), [])
+        answers = {rank: json.loads(store.get(f"alive/{rank}")) for rank in alive}
+        stuck |= {rank for rank, answer in answers.items() if answer["is_elsewhere"]}  # it has come since
+        if not stuck:
             text = (
                 f"{self.name(waited)} waited {seconds:g} s in vain for another rank, though all answer: do their hosts reach each other "
                 "(python -m mnist_dist.probe exchange), or was one slow (--timeout_s)?"
             )
             return _decide(store, text, [])
-        else:
-            return _decide(store, _describe_broken(error), [])
-        return _decide(store, text + (self._mention_stacks() if silent else ""), alive if silent else [])
+        text = "; ".join(f"{self.name([rank])} was silent for {seconds:g} s: it is {answers[rank]['where']}" for rank in sorted(stuck)[:4])
+        return _decide(store, text + self._mention_stacks(), alive)
 
     def _describe_stillness(self) -> str:
         """That this process has just stood still for longer than the connections allow, in words; empty where it has not."""
@@ -360,15 +356,18 @@ def _find_collective(ident: int) -> str | None:
     """Where a thread may wait for other ranks, and has nothing to save: in torch's own code, or in what calls it."""
     frame = sys._current_frames().get(ident)
     path = frame.f_code.co_filename if frame is not None else ""
-    waits = "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
-    return "a collective" if waits else None
+    return "a collective" if _may_wait(path) else None
+
+
+def _may_wait(path: str) -> bool:
+    """Whether code of this file may wait for other ranks."""
+    return "/torch/distributed/" in path or "/torch/autograd/" in path or path in _WAITING_FILES
 
 
 def _is_elsewhere(ident: int) -> bool:
     """Whether a thread is in no call that may wait for other ranks, and in none that asks why one failed."""
-    waiting = _WAITING_FILES | {__file__}
     paths = {frame.f_code.co_filename for frame in _walk(sys._current_frames().get(ident))}
-    return not any("/torch/distributed/" in path or "/torch/autograd/" in path or path in waiting for path in paths)
+    return __file__ not in paths and not any(map(_may_wait, paths))
 
 
 def _find_stop(ident: int) -> tuple[Any, int] | None:

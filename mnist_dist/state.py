@@ -124,7 +124,8 @@ class TrainingState:
         DDP lays them out anew after the first backward pass of every start, in the order in which the gradients came. Where a number lies
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
         """
-        self._fixed_sums = sum_bits(self._fixed.values()) if self._fixed else None
+        if self._fixed and (self.tree is not None or self.group.size > 1):
+            self._fixed_sums = sum_bits(self._fixed.values())
         # The optimizer is stepped on each rank, and different processors may round it differently.
         self._kinds = self.group.gather(describe_arithmetic(self.group.device))
         if self.model is not self.bare_model:
@@ -306,7 +307,7 @@ class TrainingState:
 
         All ranks call it alike. What was noticed here was done since the last call, and is not to be saved.
         """
-        if self._fixed_sums is not None and (self.tree is not None or self.group.size > 1):
+        if self._fixed_sums is not None:
             same = (sum_bits(self._fixed.values()) == self._fixed_sums).tolist()
             if not all(same):
                 self.unsettle()

@@ -483,6 +483,9 @@ def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_
     assert not rank.is_running()
 
 
+DIVERGING = [*TINY, "--learning_rate", "100", "--schedule", "constant", "--momentum", "0.99"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainInJob:
     """What a job runs, as work for a rank."""
@@ -490,14 +493,12 @@ class TrainInJob:
     run_dir: str
 
     def __call__(self):
-        Training(
-            self.run_dir, (*TINY, "--learning_rate", "100", "--schedule", "constant", "--momentum", "0.99", "--run_dir", self.run_dir)
-        )()
+        Training(self.run_dir, (*DIVERGING, "--run_dir", self.run_dir))()
 
 
 def test_how_a_failed_run_of_several_ranks_ends_is_noted(tmp_path):
     # slurm/train.sh starts the same as a program.
-    arguments = [*TINY, "--learning_rate", "100", "--schedule", "constant", "--momentum", "0.99", "--run_dir", str(tmp_path / "program")]
+    arguments = [*DIVERGING, "--run_dir", str(tmp_path / "program")]
     port = str(find_free_port())
     ranks = [
         subprocess.Popen(
