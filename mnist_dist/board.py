@@ -40,13 +40,14 @@ class Board:
     """One rank's hold of the board, with the thread that answers for it."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...], timeout: timedelta, on_gpu: bool = False) -> None:
-        """`connect` opens a connection to the store: one stays, at which a thread waits; others are opened in need.
+        """`connect` opens a connection to the store: a thread waits at the first, and the second is for what this rank says itself.
 
-        The connection of the process group is not used, since a collective that waits for a peer may hold it.
+        The connection of the process group is not used, since a collective that waits for a peer may hold it. Nor is one opened in need:
+        torch's store asks for the name of each new peer, and where no name server answers in time, nobody is served until it has given up.
         """
         self.folder: Path | None = None  # where the stacks go
         self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
-        self._ear, self._hears = connect(), True  # whether the store is within reach
+        self._ear, self._voice, self._hears = connect(), connect(), True  # whether the store is within reach
         self._tick_s = min(_TICK_S, timeout.total_seconds() / 4)
         self._tick_begun = time.monotonic()
         self._still = (0.0, 0.0)  # for how many seconds this process once stood still, and when it went on
@@ -74,10 +75,9 @@ class Board:
         text = f"{self.name([self._rank])} failed: {type(error).__name__}: {first_line(error)}"
 
         def blame() -> None:
-            store = self._connect()
-            _decide(store, text, [])
-            self._ring(store)
-            self._linger(store, set(self._hosts))
+            _decide(self._voice, text, [])
+            self._ring(self._voice)
+            self._linger(self._voice, set(self._hosts))
 
         _in_time(blame, _REACHING_S + _ANSWERING_S)
 
@@ -85,9 +85,8 @@ class Board:
         """Tell the others that this rank waits in vain, as its collective's `error` says, and let all of them answer."""
 
         def report() -> None:
-            store = self._connect()
-            store.set(f"lost/{self._rank}", _SILENCE if is_timeout(error) else "a connection broke")
-            self._ring(store)
+            self._voice.set(f"lost/{self._rank}", _SILENCE if is_timeout(error) else "a connection broke")
+            self._ring(self._voice)
 
         if not self._told:
             _in_time(report, _REACHING_S)
@@ -136,7 +135,7 @@ class Board:
 
     def _investigate(self, error: Exception, reached: threading.Event, box: list[str]) -> None:
         with contextlib.suppress(RuntimeError):
-            store = self._connect()
+            store = self._voice
             rung = store.compare_set("rung", "", "nobody")
             reached.set()
             if rung == str(self._rank).encode():
@@ -226,8 +225,7 @@ class Board:
             self._closed.wait(1)
 
     def _connect_again(self) -> None:
-        self._ear = self._connect()
-        self._hears = True
+        self._ear, self._voice, self._hears = self._connect(), self._connect(), True
 
     def _answer(self) -> None:
         """Wait for the bell, answer it, and end with the others. Raises RuntimeError where the store cannot be reached."""

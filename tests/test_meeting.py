@@ -694,10 +694,11 @@ CLOSED = "[/source/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10
 @pytest.fixture
 def boards(monkeypatch):
     monkeypatch.setattr(board, "_ANSWERING_S", 0.5)
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    waits = {"wait_for_workers": False, "timeout": timedelta(seconds=30)}  # a name server that is asked too often is silent for 5
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, **waits)
 
     def connect():
-        return torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, **waits)
 
     boards = [board.Board(connect, rank, ("a", "b", "b"), timedelta(seconds=9)) for rank in range(3)]
     yield boards
@@ -814,6 +815,15 @@ def test_a_connection_that_broke_is_told_without_what_gloo_guesses(boards):
     text = boards[0].explain(RuntimeError(CLOSED))
     assert text == "the connection to another rank broke, though all answer: Connection closed by peer [10.0.0.2]:5"
     assert find_kind(text) == "cut off"
+
+
+def test_what_ranks_say_at_a_failure_waits_for_no_name_server(boards):
+    for own in boards:
+        own._connect = lambda: time.sleep(60)  # torch's store serves nobody while it asks for the name of a new peer
+    error = RuntimeError(CLOSED)
+    boards[2].blame_self(ZeroDivisionError("of its own"))
+    boards[0].report_loss(error)
+    assert boards[0].explain(error) == boards[1].explain(error) == "rank 2 on host b failed: ZeroDivisionError: of its own"
 
 
 @pytest.mark.parametrize("most_s", [60, 0.5])
