@@ -491,7 +491,10 @@ COUNTED = []
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+SLOW_FAULTS = {"a rank that never comes"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_FAULTS else name for name in FAULTS])
 def test_a_fault_is_named(check, name):
     only, words, fault = FAULTS[name]
     deadline = ["--deadline_s", "6"] if "never comes" in name else []

@@ -496,6 +496,7 @@ class TrainInJob:
         Training(self.run_dir, (*DIVERGING, "--run_dir", self.run_dir))()
 
 
+@pytest.mark.slow
 def test_how_a_failed_run_of_several_ranks_ends_is_noted(tmp_path):
     # slurm/train.sh starts the same as a program.
     arguments = [*DIVERGING, "--run_dir", str(tmp_path / "program")]
@@ -872,6 +873,7 @@ def test_a_chain_of_which_a_part_is_refused_is_taken_back(fake_slurm, tmp_path, 
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_estimate_of_the_start_never_delays(fake_slurm, tmp_path):
     fake_slurm(squeue=(0, "PENDING N/A"))
     for text in ("PENDING N/A", "RUNNING 2030-01-02T03:04:05", "", "odd"):
