@@ -44,6 +44,7 @@ T = TypeVar("T")
 _CLOSING_S = 1.0
 _NCCL_EXTRA_S = 60.0
 _READING_S = 5.0
+_SLOW_S = 4.0  # of what takes milliseconds: a lookup waits 5 s for a name server that is silent
 _SHOWN_CHOICES = 8
 _FOREVER = timedelta(days=365)
 
@@ -322,7 +323,14 @@ _meetings = itertools.count()  # of this process: a script may train more than o
 
 def _start_group(world: World, config: Config, place: Place, device: str, timeout: timedelta) -> tuple[Any, Board]:
     """Make the process group over a store of its own, and the board beside it."""
+    begun = time.monotonic()
     store = open_store(place, timeout)
+    if world.rank == 0 and (took_s := time.monotonic() - begun) > _SLOW_S:
+        _log.warning(
+            "torch took %.0f s to open its store: it asks the name server for the name of each rank's address, and one that does not "
+            "answer (see /etc/resolv.conf) holds up every start",
+            took_s,
+        )
     _check_devices(store, world, place, device, describe_choice(config, device))
     board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout, on_gpu=device == "cuda")
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.

@@ -1,10 +1,12 @@
 """Runs over several hosts, for which network namespaces stand. On each, its own name is 127.0.1.1, as on many a Debian."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hosts import making_hosts
@@ -100,6 +102,18 @@ def test_a_rank_zero_that_is_not_at_its_address_is_told(hosts, tmp_path):
     assert codes == [1, 1], texts
     assert f"no address of this host is MASTER_ADDR, {hosts.names[1]}, where the others look for rank zero" in texts[0]
     assert "rank zero is not there (Connection refused)" in texts[1]
+
+
+def test_a_name_server_that_is_silent_is_told(tmp_path):
+    with making_hosts(f"mn{os.getpid() % 10_000}", 2) as hosts:
+        for name in hosts.names:
+            (Path("/etc/netns") / name / "resolv.conf").write_text("nameserver 10.213.77.200\n")
+            words = ["neigh", "replace", "10.213.77.200", "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent"]
+            subprocess.run(["ip", "-n", name, *words], check=True, timeout=60)
+        codes, texts = finish(hosts.start_ranks([*TINY, "--run_dir", str(tmp_path / "run")], 29_524))
+        assert codes == [0, 0], texts
+        told = re.search(r"torch took \d+ s to open its store: .*/etc/resolv.conf", texts[0])
+        assert told, texts
 
 
 def probe(hosts, check, *options, port):
