@@ -107,8 +107,8 @@ def has_native_bfloat16() -> bool:
 
 def count_open_files(world: World) -> int:
     """How many files and connections a process of `world` may need at once, generously."""
-    # Of gloo's connections, each of three groups has some for each doubling of the world. Rank zero serves the store to the others: two
-    # connections for each, and for some moments a third when a rank is lost.
+    # Of gloo's connections, each of three groups has some for each doubling of the world. Rank zero serves the store to the others: one
+    # connection to each is the group's, and two are the board's.
     return 256 + 6 * world.size.bit_length() + (3 * world.size if world.rank == 0 else 0)
 
 
