@@ -81,9 +81,10 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     if flaw := describe_flaw(probe):
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
-        names = {*(state := model.state_dict())}
-        kinds = {name: value.dtype for name, value in state.items()}
-        load_weights(task, model, dict(state))  # plain, as it is read from a file
+        state = {name: value.detach().clone() for name, value in model.state_dict().items()}  # plain, as it is read from a file
+        names, kinds = {*state}, {name: value.dtype for name, value in state.items()}
+        kept.spoil(names.union(name for name, parameter in model.named_parameters() if parameter.requires_grad))
+        load_weights(task, model, state)
         if lost := kept.list_changed():
             raise UserError(
                 f"task {task.name}: {lost[0]} of its model is another one once the model has loaded what its state_dict gave, so a resumed "
@@ -442,14 +443,28 @@ class Kept:
         return [name for name, (tensor, value) in self._kept.items() if now.get(name) is not tensor or not is_same(tensor, value)]
 
     @torch.no_grad()
+    def spoil(self, names: Collection[str]) -> None:
+        """Give those of some names other values."""
+        for name, (tensor, value) in self._kept.items():
+            if name in names and _is_writable(tensor):
+                tensor.zero_()
+                if is_same(tensor, value):
+                    tensor.fill_(1)
+
+    @torch.no_grad()
     def put_back(self) -> None:
         """Give them their values back; after a backward pass, if there is one."""
         for name, (tensor, value) in self._kept.items():
-            if all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-                tensor.copy_(value)  # one that is expanded cannot be written to, and so has not been
+            if _is_writable(tensor):
+                tensor.copy_(value)
             owner, _, own_name = name.rpartition(".")
             if own_name in (buffers := self._model.get_submodule(owner)._buffers):
                 buffers[own_name] = tensor  # the pass may have put another in its place
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to, and so may have been: one that is expanded cannot."""
+    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager

@@ -200,6 +200,19 @@ WRONG = [
         2,
     ),
     (
+        "a trained part that is not loaded",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        load = model.load_state_dict\n"
+                "        model.load_state_dict = lambda state: load({n: t for n, t in state.items() if n != '0.bias'}, strict=False)\n"
+                "        return model",
+            )
+        ],
+        ["0.bias of its model is another one once the model has loaded what its state_dict gave"],
+        2,
+    ),
+    (
         "a state in fewer digits",
         [
             (
