@@ -42,7 +42,15 @@ from mnist_dist.exchange import split_shards
 from mnist_dist.machine import on_one_thread
 from mnist_dist.model import is_dense
 from mnist_dist.preemption import STOP_SIGNALS
-from mnist_dist.randomness import can_read_places, derive_seed, read_generators, read_places, seed_generators, seeding_generators
+from mnist_dist.randomness import (
+    can_read_places,
+    derive_seed,
+    keeping_generators,
+    read_generators,
+    read_places,
+    seed_generators,
+    seeding_generators,
+)
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Data, Row, Task
@@ -532,6 +540,7 @@ class Probe:
         self.draw_repeats = drawn is None or (again is not None and is_same(drawn, again))
         self.most = max(_PROBED, min(_PROBED_MOST, config.batch_size))
         self._drawn = None if drawn is None else drawn[: self.most].clone()
+        self._drew_at_first = self._find_drawn()
         self.half = self.take(range(_PROBED // 2))
         self.whole = self.take(range(_PROBED))
         if any(tensor.grad_fn is not None for tensor in list_tensors(self.whole.samples)):
@@ -569,6 +578,24 @@ class Probe:
         count = len(self._kept)
         pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
         return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
+
+    def _find_drawn(self) -> dict[int, bool]:
+        """Of some samples, whether random numbers are drawn when they are read now."""
+        found: dict[int, bool] = {}
+        if isinstance(self._kept, Seeded):
+            with keeping_generators(), contextlib.suppress(Exception, SystemExit):  # what cannot be read is named by who reads it next
+                for index in self._find(range(_PROBED)):
+                    before = read_generators()
+                    self._kept.split[index]
+                    found[index] = read_generators() != before
+        return found
+
+    @cached_property
+    def drawn_once(self) -> list[int]:
+        """Samples that were drawn at random when they were first read, and are kept since. The first of all may have set something up."""
+        now = self._find_drawn()
+        kept = [index for index, drew in [*self._drew_at_first.items()][1:] if drew and not now.get(index, True)]
+        return locate(self._split, "training", kept)[1]
 
     @cached_property
     def is_stored(self) -> bool:

@@ -194,6 +194,11 @@ def is_mixing(task: Task, model: nn.Module, probe: Probe, losses: Tensor) -> boo
 
 def describe_flaw(probe: Probe) -> str:
     """Why no promise can be kept on such data; empty where there is no reason."""
+    if probe.drawn_once:
+        return (
+            f"sample {probe.drawn_once[0]} of the training data is drawn at random when it is first read, and kept: each process, and each "
+            "start, would draw its own; keep what is not random (of a transform, what it is given), or draw it in load"
+        )
     numbers = " or ".join(map(str, dict.fromkeys(probe.changed)))
     return numbers and (
         f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data set "

@@ -383,7 +383,7 @@ VOCABULARY = {}
     ),
     "random samples that are cached": (
         "data",
-        ["of the training data", "differs when the data are loaded again"],
+        ["is drawn at random when it is first read, and kept"],
         """
     def load(self):
         return Data(Cached(), Lazy())

@@ -411,6 +411,16 @@ WRONG = [
         2,
     ),
     (
+        "samples that are drawn once and kept",
+        [
+            ("class Mine", STORED.format("row = self.kept[index] = self.kept[index] if index in self.kept else row + torch.rand(3)")),
+            ("own = torch.Generator()", "kept = {}"),
+            (DATA, "return Data(Stored(), Stored())"),
+        ],
+        ["is drawn at random when it is first read, and kept"],
+        2,
+    ),
+    (
         "samples of a generator of their own",
         [("class Mine", STORED.format("row = row + torch.rand(3, generator=self.own)")), (DATA, "return Data(Stored(), Stored())")],
         ["sample 0 or 1 of the training data differs when it is read again", "of torch, numpy and random alone"],
