@@ -75,9 +75,10 @@ class Board:
         text = f"{self.name([self._rank])} failed: {type(error).__name__}: {first_line(error)}"
 
         def blame() -> None:
-            _decide(self._voice, text, [])
-            self._ring(self._voice)
-            self._linger(self._voice, set(self._hosts))
+            store = self._reach()
+            _decide(store, text, [])
+            self._ring(store)
+            self._linger(store, set(self._hosts))
 
         _in_time(blame, _REACHING_S + _ANSWERING_S)
 
@@ -85,8 +86,9 @@ class Board:
         """Tell the others that this rank waits in vain, as its collective's `error` says, and let all of them answer."""
 
         def report() -> None:
-            self._voice.set(f"lost/{self._rank}", _SILENCE if is_timeout(error) else "a connection broke")
-            self._ring(self._voice)
+            store = self._reach()
+            store.set(f"lost/{self._rank}", _SILENCE if is_timeout(error) else "a connection broke")
+            self._ring(store)
 
         if not self._told:
             _in_time(report, _REACHING_S)
@@ -114,6 +116,14 @@ class Board:
             return self._name_lost([0], silent) + (self._mention_stacks() if silent else "")
         return f"another rank is gone and left no reason, or it is this: {first_line(error)}"
 
+    def _reach(self) -> Any:
+        """The connection for what this rank says itself; a new one where that has broken."""
+        with contextlib.suppress(RuntimeError):
+            self._voice.check(["rung"])
+            return self._voice
+        self._voice = self._connect()
+        return self._voice
+
     def _linger(self, store: Any, expected: set[int]) -> None:
         """Rank zero has the board in its memory: let the others read before it ends."""
         end = time.monotonic() + _ANSWERING_S
@@ -135,7 +145,7 @@ class Board:
 
     def _investigate(self, error: Exception, reached: threading.Event, box: list[str]) -> None:
         with contextlib.suppress(RuntimeError):
-            store = self._voice
+            store = self._reach()
             rung = store.compare_set("rung", "", "nobody")
             reached.set()
             if rung == str(self._rank).encode():
@@ -225,7 +235,7 @@ class Board:
             self._closed.wait(1)
 
     def _connect_again(self) -> None:
-        self._ear, self._voice, self._hears = self._connect(), self._connect(), True
+        self._ear, self._hears = self._connect(), True
 
     def _answer(self) -> None:
         """Wait for the bell, answer it, and end with the others. Raises RuntimeError where the store cannot be reached."""

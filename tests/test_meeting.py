@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -824,6 +825,15 @@ def test_what_ranks_say_at_a_failure_waits_for_no_name_server(boards):
     boards[2].blame_self(ZeroDivisionError("of its own"))
     boards[0].report_loss(error)
     assert boards[0].explain(error) == boards[1].explain(error) == "rank 2 on host b failed: ZeroDivisionError: of its own"
+
+
+def test_a_rank_whose_connection_for_its_own_words_broke_opens_another(boards):
+    def fail(_):
+        raise torch.distributed.DistNetworkError("Broken pipe")
+
+    boards[0]._voice = SimpleNamespace(check=fail)
+    boards[0].blame_self(ZeroDivisionError("of its own"))
+    assert boards[1].explain(RuntimeError(CLOSED)) == "rank 0 on host a failed: ZeroDivisionError: of its own"
 
 
 @pytest.mark.parametrize("most_s", [60, 0.5])
