@@ -21,7 +21,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
@@ -67,6 +67,7 @@ _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
+_READING_SHARE = 0.8
 _READ_S = 1.0  # for samples that are read to be read again
 _PROBED = 4  # samples by which a data set is known, and a model is tried
 _PROBED_MOST = 64  # on which it is tried whether a loss sees other samples
@@ -740,7 +741,8 @@ class Reader:
     def __init__(self, split: Dataset[Any], config: Config, group: Group, what: str, batches: Iterable[Batch]) -> None:
         self.device = group.device
         self.task, self.split, self.what = config.task, split, what
-        self.timeout_s = config.timeout_s
+        # Other ranks wait for this one as long: it says what it waits for before they take it for silent.
+        self.timeout_s = config.timeout_s * (_READING_SHARE if group.size > 1 else 1)
         # Of each worker its process, and the sample that it is at, or -1. Memory that the processes share.
         self.workers = torch.full((0 if is_in_memory(split) else config.workers, 2), -1, dtype=torch.int64)
         several: dict[str, Any] = {}
@@ -748,7 +750,7 @@ class Reader:
         if len(self.workers):
             kept.at = self.workers.share_memory_()  # type: ignore[union-attr, no-untyped-call]
             # Forked: a data set of the user's file need not be pickled, nor be found by a fresh interpreter.
-            several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": config.timeout_s}
+            several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": self.timeout_s}
             several |= {"worker_init_fn": partial(_begin_work, self.workers)}
         pinned = self.device.type == "cuda" and isinstance(kept, Seeded)
         with _allowing_workers():
@@ -793,20 +795,22 @@ class Reader:
         iterator = getattr(self.loader.base_dataloader, "_iterator", None)
         # A worker that dies while its samples are on their way breaks the connection, maybe before torch has seen that it is dead.
         is_cut_off = self._is_waiting and isinstance(error, (OSError, EOFError)) and iterator is not None
+        numbers = set(self.workers[:, 0].tolist())
+        ends = ""
         if iterator is not None:
             is_cut_off = is_cut_off and _has_dead_worker(iterator)
+            ends = _describe_ends(iterator)
+            if error is not None:  # torch would wait for each that hangs
+                _kill_children(numbers)
             iterator._shutdown_workers()
-        numbers = set(self.workers[:, 0].tolist())
-        for process in multiprocessing.active_children():  # not by their numbers: those that have gone may be others' by now
-            if process.pid in numbers:
-                process.kill()
+        _kill_children(numbers)
         if error is None or not (is_cut_off or is_lost_worker(error)):
             return
         what = f"task {self.task.name}: a worker that reads the {locate(self.split, self.what)[0]}"
         if "timed out" in str(error) and self._is_waiting:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
         if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & numbers:
-            raise RunError(f"{what} died: {busy} ({first_line(error).rstrip(' .')}; out of memory?)") from error
+            raise RunError(f"{what} died: {busy} ({ends or first_line(error).rstrip(' .')})") from error
 
     def _describe_workers(self) -> str:
         gone = [
@@ -839,10 +843,10 @@ def _start_workers(make_iterator: Callable[[], Any]) -> Any:
     get = iterator._try_get_data
 
     def look_and_get(timeout_s: float) -> tuple[bool, Any]:
-        end_s = time.monotonic() + timeout_s
-        while True:  # torch looks for dead workers whenever nothing has come
-            found: tuple[bool, Any] = get(max(0.0, min(_LOOK_S, end_s - time.monotonic())))
-            if found[0] or time.monotonic() >= end_s:
+        while True:  # torch looks for dead workers whenever nothing has come; the time for which all stand still does not count
+            found: tuple[bool, Any] = get(min(_LOOK_S, timeout_s))
+            timeout_s -= _LOOK_S
+            if found[0] or timeout_s <= 0:
                 return found
 
     iterator._try_get_data = look_and_get
@@ -855,6 +859,20 @@ def _has_dead_worker(iterator: Any) -> bool:
     while not (is_dead := any(not worker.is_alive() for worker in iterator._workers)) and time.monotonic() < end:
         time.sleep(0.01)
     return is_dead
+
+
+def _describe_ends(iterator: Any) -> str:
+    """How the workers of torch's iterator ended that are dead, in words."""
+    codes = {worker.exitcode for worker in iterator._workers} - {None}
+    words = {code: f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}" for code in sorted(codes)}
+    return ", ".join(words.values()) + "; out of memory?" * (-signal.SIGKILL in words)
+
+
+def _kill_children(numbers: Collection[int]) -> None:
+    """Kill those of this process's children that have these numbers: those that have gone may be others' by now."""
+    for process in multiprocessing.active_children():
+        if process.pid in numbers:
+            process.kill()
 
 
 def _reopen_files() -> None:

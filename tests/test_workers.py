@@ -142,6 +142,42 @@ def test_a_worker_that_dies_or_hangs_is_named(tmp_path, fault, words):
     assert "Traceback" not in rank.text
 
 
+@pytest.mark.slow
+def test_a_worker_that_hangs_on_one_of_two_ranks_is_what_all_of_them_name(tmp_path):
+    # Sample 71 is read by rank zero in one of the two, by the other rank in the other.
+    whose = set()
+    for seed in range(6):
+        folder = tmp_path / str(seed)
+        arguments = [*NOISY, "--workers", "1", "--fault", "hangs", "--fault_at", "71", "--timeout_s", "8", "--seed", str(seed)]
+        ranks = start_ranks(tmp_path / f"ranks{seed}", Train([*arguments, "--run_dir", str(folder)]), 2)
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+        found = [
+            re.search(r"gave no samples for 6.4 s \(see --timeout_s\): worker 0 of 1 \(process \d+\) was at sample 71", rank.text)
+            for rank in ranks
+        ]
+        assert all(found), [rank.text for rank in ranks]
+        whose.add("failed: " in ranks[0].text)
+        why = json.loads((folder / "ends.jsonl").read_text().splitlines()[-1])["why"]
+        assert "was at sample 71" in why
+        if len(whose) == 2:
+            return
+    raise AssertionError(whose)
+
+
+@pytest.mark.slow
+def test_the_time_for_which_a_run_is_suspended_is_not_that_of_its_workers(tmp_path):
+    folder = tmp_path / "run"
+    [rank] = start_ranks(tmp_path, Train([*NOISY, "--workers", "1", "--slow_s", "0.05", "--timeout_s", "3", "--run_dir", str(folder)]))
+    rank.wait_for(lambda: (folder / "metrics.jsonl").exists() and '"step": 2' in (folder / "metrics.jsonl").read_text())
+    processes = [rank.process.pid, *list_children(rank.process.pid)]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+    assert rank.wait(120) == 0, rank.text
+
+
 def test_a_worker_that_dies_while_it_hands_over_its_samples_is_named(monkeypatch):
     # Then the connection breaks, maybe before torch has seen that the worker is dead.
     def lose(iterator, *_, **__):
