@@ -35,7 +35,7 @@ from mnist_dist.machine import (
 )
 from mnist_dist.program import end_at_once_at_exit
 from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
-from mnist_dist.world import World, choose_threads, count_usable_cores
+from mnist_dist.world import MPI_VARIABLES, RANK_VARIABLES, World, choose_threads, count_usable_cores
 
 _log = logging.getLogger(__name__)
 
@@ -443,6 +443,8 @@ def _choose_variables(world: World, device: str, threads: int, place: Place | No
     """What torch, Accelerate and their libraries read from the environment while the group lives."""
     # Launchers leave 1 thread here, whatever the machine has; where there is nothing, Accelerate would set a number of its own.
     variables = {"OMP_NUM_THREADS": str(threads)}
+    # Accelerate fails on a number that is empty, as in a script that sets it to that of a job, and there is none. It takes -1 for none.
+    variables |= {name: "-1" for name in (*RANK_VARIABLES, *MPI_VARIABLES) if os.environ.get(name) == ""}
     if world.size > 1:
         variables |= world.variables()
         # Gloo would connect each rank with every other at once.

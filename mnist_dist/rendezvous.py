@@ -183,7 +183,10 @@ def _listen(world: World, port: int, timeout_s: float) -> socket.socket:
             host = platform.node()
             if error.errno != errno.EADDRINUSE:
                 reason = error.strerror or str(error)
-                raise UserError(f"port {port} on host {host} cannot be used: {reason}; set MASTER_PORT to a free one") from None
+                remedy = "set MASTER_PORT to a free one"
+                if error.errno == errno.EADDRNOTAVAIL:
+                    remedy = f"no network interface has the address {world.address} (of a loopback one: ip link set lo up)"
+                raise UserError(f"port {port} on host {host} cannot be used: {reason}; {remedy}") from None
             if time.monotonic() > end:
                 raise _make_taken_error(world, f"port {port} on host {host} is taken by another program:") from None
         time.sleep(_PAUSE_S)

@@ -17,9 +17,10 @@ from mnist_dist.asked import count_asked, list_ancestors, read_command
 from mnist_dist.errors import UserError
 from mnist_dist.files import read_file
 
-TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own variable: it refuses a GPU that two ranks share unless this is 1
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
+TORCH_VARIABLES = (*RANK_VARIABLES, *_MEETING)
 # Of each kind of MPI: rank, size, and both on this host.
 _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
@@ -55,7 +56,7 @@ class World:
                 f"{self.launcher} says this is rank {self.rank} of {self.size} and local rank {self.local_rank} of {self.local_size}; "
                 "a rank must be below its count: check how the processes are started"
             )
-        if self.size > 1 and not 1 <= self.port < 65_536:
+        if (self.size > 1 or self.port) and not 1 <= self.port < 65_536:
             raise UserError(f"the port at which the processes meet is {self.port}; allowed: 1 to 65535 (see MASTER_PORT)")
 
     def variables(self) -> dict[str, str]:
@@ -71,8 +72,7 @@ def list_inherited(environ: Mapping[str, str]) -> list[str]:
     the ranks of a launcher beside them.
     """
     misleading = _LAUNCHERS + (_OF_A_JOB if environ.get("SLURM_JOB_ID") else ())
-    ranks = [name for name in TORCH_VARIABLES if name not in _MEETING]
-    exact = {*ranks, *MPI_VARIABLES, *(_MEETING if any(map(environ.get, ranks)) else ())}
+    exact = {*RANK_VARIABLES, *MPI_VARIABLES, *(_MEETING if any(map(environ.get, RANK_VARIABLES)) else ())}
     return [name for name in environ if name in exact or (name.startswith(misleading) and name not in _OF_THE_SITE)]
 
 
@@ -119,6 +119,8 @@ def read_world(environ: Mapping[str, str]) -> World:
         world = _read_srun_world(environ)
         _check_whole(world, _count_job(environ), "this Slurm job", "start it with srun, without --preserve-env and --interactive")
     elif world is None:
+        if environ.get("LOCAL_RANK", "") not in ("", "-1"):
+            return _read_torch_world(environ)  # which says what is missing
         world = World()
         _check_whole(world, _count_job(environ), "this Slurm job", "start it with srun (slurm/train.sh does)")
     elif in_step:
@@ -147,9 +149,7 @@ def _read_torch_world(environ: Mapping[str, str]) -> World:
             f"the environment has {', '.join(given)} but not {', '.join(missing)}: "
             "start with torchrun, accelerate launch, mpirun or srun, or unset these variables"
         )
-    rank, size, local_rank, local_size, port = (
-        _read_int(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    )
+    rank, size, local_rank, local_size, port = (_read_int(environ, name) for name in (*RANK_VARIABLES, "MASTER_PORT"))
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environ else "torchrun"
     return World(rank, size, local_rank, local_size, launcher, environ["MASTER_ADDR"], port)
 

@@ -16,7 +16,7 @@ from mnist_dist import distributed, machine
 from mnist_dist.config import configure
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.world import World, choose_threads, count_usable_cores, find_world, first_host, ignore_job
+from mnist_dist.world import MPI_VARIABLES, RANK_VARIABLES, World, choose_threads, count_usable_cores, find_world, first_host, ignore_job
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
 SRUN = {
@@ -141,6 +141,8 @@ def test_the_first_host_of_slurms_compressed_list(nodes, first):
     [
         ({"RANK": "0"}, "RANK but not WORLD_SIZE, LOCAL_RANK"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE but not RANK"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK but not RANK, WORLD_SIZE"),
+        (dict.fromkeys(TORCHRUN, "1") | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "99999"}, "is 99999; allowed: 1 to 65535"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_PORT"}, "but not MASTER_PORT"),
         (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
         (TORCHRUN | {"RANK": "x"}, "RANK is 'x'"),
@@ -156,6 +158,13 @@ def test_the_first_host_of_slurms_compressed_list(nodes, first):
 def test_a_half_set_or_contradictory_environment_is_refused(environ, words):
     with pytest.raises(UserError, match=re.escape(words)):
         find_world(environ)
+
+
+@pytest.mark.parametrize("name", [*RANK_VARIABLES, *MPI_VARIABLES])
+def test_a_variable_that_is_empty_is_none(monkeypatch, name):
+    monkeypatch.setenv(name, "")
+    with join_group(find_world(os.environ), configure()) as group:
+        assert group.size == 1
 
 
 def test_a_batch_script_of_one_task_is_one_process():
