@@ -22,6 +22,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
@@ -65,6 +71,8 @@ _FACTS_BYTES_MAX = 16 << 20  # as text
 _FACT_TOLERANCE, _FACT_NOISE = 1e-4, 1e-8  # processors may round differently, and a mean of nothing but noise altogether
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
+_WRITTEN_OUT = (*_PLAIN_VALUES, bytearray, Decimal, Fraction, Enum, date, time_of_day, timedelta)  # whose `repr` says all
+_AGAIN_MOST = 1_000_000  # containers that are looked at once more
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
 _READING_SHARE = 0.8
@@ -259,6 +267,8 @@ class Seeded:
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
         seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
+        if not self.draws_elsewhere:
+            seed_generators(0)  # of two normal numbers each keeps the second, which is drawn without moving its place
         places = None if self.draws_elsewhere else read_places()
         split: Any = self.split
         samples: list[Any] | str = (read := [])
@@ -308,13 +318,15 @@ def list_tensors(value: Any) -> list[Tensor]:
 
 
 def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
-    """The same tensors; and arrays, and the numbers and texts in containers, as bytes."""
+    """The same tensors; and arrays, pictures, and the numbers and texts in containers and data classes, as bytes."""
     tensors: list[Tensor] = []
     others: list[bytes] = []
-    rest, known = [value], set()
+    rest, known, above, again = [value], set[int](), set[int](), 0
     while rest:
         value = rest.pop()
-        if isinstance(value, Tensor):
+        if isinstance(value, _Left):
+            above.discard(value.number)
+        elif isinstance(value, Tensor):
             if value.is_nested:
                 rest += reversed(value.unbind())
             elif value.layout == torch.strided:
@@ -324,16 +336,36 @@ def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
                 rest += value.values(), value.indices()
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             others.append(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
-        elif isinstance(value, _PLAIN_VALUES):
+        elif isinstance(value, _WRITTEN_OUT):
             others.append(repr(value).encode(errors="replace"))
+        elif isinstance(value, set | frozenset):  # in an order of its own in each process
+            others += sorted(repr(part).encode(errors="replace") for part in value if isinstance(part, _WRITTEN_OUT))
         elif isinstance(value, dict | list | tuple | np.ndarray):
-            rest += reversed([*value.values()] if isinstance(value, dict) else value.ravel() if isinstance(value, np.ndarray) else value)
+            # It may be a part of itself, as a node is of its children, or of so many others that all ways to it would take for ever.
+            again += id(value) in known
+            if id(value) not in above and not (id(value) in known and again > _AGAIN_MOST):
+                known.add(id(value))
+                above.add(id(value))
+                rest.append(_Left(id(value)))
+                held = value.values() if isinstance(value, dict) else value.ravel() if isinstance(value, np.ndarray) else value
+                rest += reversed([*held])
         elif not isinstance(value, type | ModuleType) and id(value) not in known:  # an object, once, for others may refer to it
             known.add(id(value))
             state: Any = object.__getstate__(value) or ()  # of slots as well, it is a pair
-            held = [part for each in (state if isinstance(state, tuple) else [state]) for part in (each or {}).values()]
-            rest += reversed([part for part in held if not isinstance(part, _PLAIN_VALUES)])  # such as a count of uses, or a name
+            own = {name: part for each in (state if isinstance(state, tuple) else [state]) for name, part in (each or {}).items()}
+            # Of what is plain only the fields of a data class: another may be a count of uses, or the name of a file.
+            told = {field.name for field in fields(value) if field.compare} if is_dataclass(value) else ()
+            rest += reversed([part for name, part in own.items() if name in told or not isinstance(part, _PLAIN_VALUES)])
+            if hasattr(type(value), "__array_interface__"):  # a picture of PIL, which may be closed
+                with contextlib.suppress(Exception):
+                    others.append(np.asarray(value).tobytes())
     return tensors, others
+
+
+class _Left(NamedTuple):
+    """That all parts of a container have been looked at."""
+
+    number: int
 
 
 def find_immovable(value: Any) -> str:
@@ -377,7 +409,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
     with on_one_thread(), seeding_generators(_DATA_SEED), explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
     _check_facts(task, facts)
-    return config.with_facts(facts), data
+    return config.with_facts(json.loads(json.dumps(facts))), data  # as any file has them: a float, not numpy's own kind of it
 
 
 def are_facts(facts: Any) -> bool:
@@ -428,6 +460,11 @@ def _count(task: Task, split: Any, what: str) -> int:
         getattr(split, "__getitem__")  # noqa: B009  one that lacks it is named
     if count < 1:
         raise UserError(f"task {task.name}: its {what} data hold no samples")
+    if is_in_memory(split) and hasattr(split, "__getitems__"):
+        raise UserError(
+            f"task {task.name}: its {what} data are a TensorDataset with a method __getitems__, which nobody would call: give it a "
+            "__getitem__, by which each sample is read"
+        )
     for tensor in split.tensors if is_in_memory(split) else ():
         if not is_dense(tensor):
             kind = "nested" if tensor.is_nested else "sparse"
@@ -623,20 +660,20 @@ class Probe:
             if first >= _PROBED and time.monotonic() > end_s:
                 break
             pair = range(first, min(first + 2, self.most))
-            digests[pair] = _digest(self.take(pair).samples)
+            digests[pair] = digest(self.take(pair).samples)
         self._read(self._find(self.half.places), [place + _PROBED_MOST for place in self.half.places])
-        changed = (pair for pair, digest in digests.items() if _digest(self.take(pair).samples) != digest)
+        changed = (pair for pair, before in digests.items() if digest(self.take(pair).samples) != before)
         return locate(self._split, "training", self._find(next(changed, ())))[1]
 
 
-def _digest(samples: Any) -> bytes:
+def digest(samples: Any) -> bytes:
     """A hash of all numbers and texts in samples."""
     tensors, others = _list_parts(samples)
-    digest = hashlib.sha256(b"".join(others))
+    found = hashlib.sha256(b"".join(others))
     for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tensor.shape} ".encode())
-        digest.update(encode_tensor(tensor))
-    return digest.digest()
+        found.update(f"{tensor.dtype} {tensor.shape} ".encode())
+        found.update(encode_tensor(tensor))
+    return found.digest()
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:
@@ -645,9 +682,11 @@ def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunE
         drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
         return None
-    if not isinstance(drawn, Tensor) or not drawn.ndim or len(drawn) != size:
+    if not isinstance(drawn, Tensor) or not is_dense(drawn) or not drawn.ndim or len(drawn) != size:
         shown = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
-        raise UserError(f"task {config.task.name}: draw returned {shown}; expected a tensor of {size} rows, one for each sample, or None")
+        raise UserError(
+            f"task {config.task.name}: draw returned {shown}; expected a dense tensor of {size} rows, one for each sample, or None"
+        )
     return drawn
 
 

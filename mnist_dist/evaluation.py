@@ -12,11 +12,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mnist_dist.config import Config
-from mnist_dist.data import Batch, Reader, deal, keep_split, list_batches, read
+from mnist_dist.data import Batch, Reader, deal, digest, keep_split, list_batches, locate, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
-from mnist_dist.randomness import seed_generators
+from mnist_dist.model import describe_kind
+from mnist_dist.randomness import seed_generators, seeding_generators
 from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
@@ -86,11 +87,8 @@ def evaluate(
     if round(float(sums[0])) != count:
         if (in_all := sum(group.gather(done))) != count:
             raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it correctly")
-        raise RunError(
-            f"task {task.name}: the first of tally's sums counted {sums[0]:.6g} {task.samples} in all, and {count} were evaluated; "
-            "expected the number of samples in each batch"
-        )
-    with explaining(task.name, "in measure"):
+        raise RunError(_describe_count(task, float(sums[0]), count))
+    with explaining(task.name, "in measure"), seeding_generators(0):  # as for an interval that is found by drawing
         measures = task.measure(sums)
     if isinstance(measures, dict):  # one without a value, such as the precision where nothing was found, has none in the record
         measures = {name: value if name in ("loss", task.best) else _replace_unknown(value, None) for name, value in measures.items()}
@@ -130,10 +128,14 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
     """Raise `UserError` for a mistake in the task's code that the first evaluation would find, maybe after hours: on a few samples."""
     task = config.task
     count = min(_REHEARSED, len(split))
-    [piece] = read(keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count)))
+    kept, batch = keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count))
+    [piece] = read(kept, batch)
+    before = digest(piece.samples)
     with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, group, count, "tally"):
         tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
         check_tally(task, tally, count)
+        if round(float(tally.sums[0])) != count:
+            raise UserError(_describe_count(task, float(tally.sums[0]), count))
         with _refusing_mistakes(task, group, count, "measure", IndexError):
             measures = _replace_unknown(task.measure(tally.sums.cpu()), 0.0)
             _check_measures(task, measures)
@@ -141,6 +143,19 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
             task.describe(measures)
         with _refusing_mistakes(task, group, count, "tabulate"):
             task.tabulate(measures)
+    if any(digest(again.samples) != before for again in read(kept, batch)):
+        raise UserError(
+            f"task {task.name}: the first {count} samples of the {locate(split, 'test')[0]} differ when they are read again, after tally "
+            "had them: none of __getitem__, collate and tally may change what the data set stores (clone it first), and draw from the "
+            "generators of torch, numpy and random alone, which are seeded before each sample"
+        )
+
+
+def _describe_count(task: Task, counted: float, count: int) -> str:
+    return (
+        f"task {task.name}: the first of tally's sums counted {counted:.6g} {task.samples} in all, and {count} were evaluated; "
+        "expected the number of samples in each batch"
+    )
 
 
 def describe(task: Task, measures: Row) -> str:
@@ -176,6 +191,8 @@ def check_tally(task: Task, tally: Any, count: int) -> None:
     for name, values in (("scores", tally.scores), ("outputs", tally.outputs)):
         if values is not None and (not isinstance(values, Tensor) or not values.ndim or len(values) != count):
             raise UserError(f"task {task.name}: the {name} of tally must be a tensor of {count} rows, one for each sample of the batch")
+    if tally.scores is not None and tally.scores.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise UserError(f"task {task.name}: the scores of tally are {describe_kind(tally.scores.dtype)}; expected numbers with an order")
     if tally.scores is not None and tally.scores.ndim != 1:
         raise UserError(f"task {task.name}: the scores of tally have shape {list(tally.scores.shape)}; expected one number for each sample")
 

@@ -89,6 +89,18 @@ LATE = """class Net(nn.Module):
 class Mine"""
 
 # What is wrong, the changes that make it so, words of the message, the exit status.
+LISTED = """    def collate(self, samples):
+        return [row for row, _ in samples], torch.tensor([label for _, label in samples])
+
+    def losses(self, model, batch, drawn):
+        return super().losses(model, (torch.stack([*batch[0]]), batch[1]), drawn)
+
+    def tally(self, model, batch):
+        batch[0][0].mul_(0.9)
+        return super().tally(model, (torch.stack([*batch[0]]), batch[1]))
+
+"""
+
 WRONG = [
     (
         "load_ahead fails",
@@ -321,6 +333,57 @@ WRONG = [
         2,
     ),
     (
+        "a tensor data set that reads several samples in a way of its own",
+        [
+            ("class Mine", "class Doubled(TensorDataset):\n    def __getitems__(self, indices):\n        return []\n\n\nclass Mine"),
+            (DATA, DATA.replace("TensorDataset(inputs[", "Doubled(inputs[")),
+        ],
+        ["its test data are a TensorDataset with a method __getitems__, which nobody would call"],
+        2,
+    ),
+    (
+        "draw with sparse rows",
+        [(BUILD, "    def draw(self, seed, step, size):\n        return torch.eye(size).to_sparse()\n\n    def build_model(self):")],
+        ["draw returned [10, 10]; expected a dense tensor"],
+        2,
+    ),
+    (
+        "tally that counts something else",
+        [
+            (
+                BUILD,
+                TALLY.format("found = super().tally(model, batch)\n        return Tally(found.sums.flip(0), found.scores, found.outputs)"),
+            )
+        ],
+        ["the first of tally's sums counted", "expected the number of samples"],
+        2,
+    ),
+    (
+        "scores without an order",
+        [(BUILD, TALLY.format("found = super().tally(model, batch)\n        return Tally(found.sums, found.scores > 0, found.outputs)"))],
+        ["the scores of tally are", "expected numbers with an order"],
+        2,
+    ),
+    (
+        "test samples that are changed as they are read",
+        [
+            ("class Mine", STORED.format("row.add_(1.0)")),
+            (DATA, "return Data(TensorDataset(inputs, (numbers % 2).long()), Stored())"),
+        ],
+        ["the first 4 samples of the test data differ when they are read again"],
+        2,
+    ),
+    (
+        "test samples that tally changes",
+        [
+            ("class Mine", STORED.format("pass")),
+            (DATA, "return Data(Stored(), Stored())"),
+            (BUILD, LISTED + BUILD),
+        ],
+        ["the first 4 samples of the test data differ when they are read again, after tally had them"],
+        2,
+    ),
+    (
         "tally that returns something else",
         [(BUILD, TALLY.format("return torch.zeros(3)"))],
         ["tally returned Tensor", "float64"],
@@ -328,7 +391,7 @@ WRONG = [
     ),
     (
         "tally that counts twice",
-        [(BUILD, TALLY.format("tally = super().tally(model, batch); return Tally(tally.sums * 2)"))],
+        [(BUILD, TALLY.format("tally = super().tally(model, batch); return Tally(tally.sums * (1 + (len(batch[0]) > 4)))"))],
         ["counted 40 samples", "and 20 were evaluated"],
         1,
     ),
@@ -891,6 +954,33 @@ def test_a_run_has_the_same_facts_and_the_same_shapes_on_all_ranks_and_in_all_st
     text = run_ranks(tmp_path / "logs", TrainOnOwnOrder(["--task", wide, "--run_dir", str(tmp_path / "wide"), *SHORT]), 2, expect=2)
     assert "rank zero has another model than rank 1 (0.weight is [8, 3] there, and [9, 3] here)" in text
     assert not (tmp_path / "wide").exists()
+
+
+NUMPY_FACTS = """    def find_facts(self, train):
+        return {"mean": np.mean([1.0, 2.0]), "words": [*np.unique(["b", "a"])], "counts": Counter(["a"])}
+
+    def build_model(self):"""
+
+
+def test_facts_that_are_numpys_own_are_those_that_a_checkpoint_gives_back(tmp_path):
+    more = ("import torch\n", "from collections import Counter\nimport numpy as np\nimport torch\n")
+    name = write(tmp_path / "facts.py", SANE, (BUILD, NUMPY_FACTS), more)
+    arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
+    run_ranks(tmp_path / "logs", Train(arguments))
+    (tmp_path / "run/result.json").unlink()
+    assert "from step 4 of 4" in run_ranks(tmp_path / "logs", Train(arguments))
+    found = json.loads((tmp_path / "run/result.json").read_text())
+    assert (found["mean"], found["words"], found["counts"]) == (1.5, ["a", "b"], {"a": 1})
+
+
+def test_a_measure_that_draws_is_the_same_on_any_number_of_processes(tmp_path):
+    name = write(tmp_path / "drawn.py", SANE, (BUILD, MEASURE.format("'drawn': torch.rand(()).item()")), (DATA, MANY))
+    found = []
+    for size in (1, 2):
+        arguments = ["--task", name, "--shards", "2", "--run_dir", str(tmp_path / str(size)), *SHORT]
+        run_ranks(tmp_path / "logs", Train(arguments), size)
+        found.append(json.loads((tmp_path / str(size) / "result.json").read_text())["test/drawn"])
+    assert found[0] == found[1]
 
 
 class Counting(Task):

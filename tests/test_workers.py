@@ -10,7 +10,9 @@ import re
 import signal
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import Train, run_ranks, start_ranks
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, TensorDataset
@@ -31,6 +34,7 @@ from mnist_dist.data import (
     Probe,
     Reader,
     StepSampler,
+    digest,
     find_immovable,
     keep_split,
     list_tensors,
@@ -299,6 +303,72 @@ def test_the_tensors_of_a_batch_are_found_whatever_it_is():
     for node in nodes:
         node.others = nodes
     assert len(list_tensors(nodes)) == 200
+
+
+@dataclass
+class Pairing:
+    """A sample of a task's own, of which one part is no part of the data."""
+
+    text: str
+    image: torch.Tensor
+    uses: int = field(default=0, compare=False)
+
+
+class Colour(Enum):
+    RED = 1
+    BLUE = 2
+
+
+def test_what_is_in_samples_is_in_their_digest_whatever_holds_it():
+    samples = [
+        Pairing("a", torch.ones(2)),
+        Pairing("b", torch.ones(2)),
+        Image.new("L", (2, 2), 1),
+        Image.new("L", (2, 2), 2),
+        *(datetime(2026, 1, day) for day in (1, 2)),
+        *Colour,
+        {"x", "y", "z"},
+        {"x", "y"},
+        bytearray(b"a"),
+        bytearray(b"b"),
+    ]
+    digests = [digest([sample]) for sample in samples]
+    assert len({*digests}) == len(samples)
+    assert digest([Pairing("a", torch.ones(2), uses=3)]) == digests[0]
+    assert digest([{*"zyx"}]) == digests[8]
+    one = [1]
+    assert digest([one, one]) == digest([one, [1]])  # in one process a cache may hand out the same list
+
+
+def test_samples_that_are_parts_of_themselves_are_looked_at_in_time():
+    parent = {"value": 1, "children": []}
+    parent["children"] += [{"value": number, "parent": parent} for number in range(3)]
+    nodes = [{"value": torch.ones(1)} for _ in range(30)]
+    for node in nodes:
+        node["others"] = [*nodes]
+    assert digest([parent])
+    assert digest([nodes])
+
+
+def test_a_normal_number_that_was_kept_is_not_drawn_by_the_next_sample():
+    class Normal(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return random.gauss(0, 1) if index % 2 else float(np.random.normal())
+
+    config = make_config({"task": TASK, "batch_size": 12})
+    found = set()
+    for number, left in enumerate((0, 1, 2)):
+        random.seed(number)
+        np.random.seed(number)
+        for _ in range(left):  # each keeps a second one
+            random.gauss(0, 1)
+            np.random.normal()
+        kept = keep_split(Normal(), config, "training", torch.device("cpu"))
+        found.add(tuple(float(read(kept, Batch.of([index], [index]))[0].samples) for index in range(4)))
+    assert len(found) == 1
 
 
 def test_what_cannot_go_to_a_gpu_is_known():
