@@ -834,19 +834,20 @@ class Reader:
         iterator = getattr(self.loader.base_dataloader, "_iterator", None)
         # A worker that dies while its samples are on their way breaks the connection, maybe before torch has seen that it is dead.
         is_cut_off = self._is_waiting and isinstance(error, (OSError, EOFError)) and iterator is not None
+        is_silent = self._is_waiting and "timed out" in str(error)
         numbers = set(self.workers[:, 0].tolist())
         ends = ""
         if iterator is not None:
             is_cut_off = is_cut_off and _has_dead_worker(iterator)
             ends = _describe_ends(iterator)
-            if error is not None:  # torch would wait for each that hangs
+            if is_silent:  # torch would wait for each
                 _kill_children(numbers)
             iterator._shutdown_workers()
         _kill_children(numbers)
         if error is None or not (is_cut_off or is_lost_worker(error)):
             return
         what = f"task {self.task.name}: a worker that reads the {locate(self.split, self.what)[0]}"
-        if "timed out" in str(error) and self._is_waiting:
+        if is_silent:
             raise RunError(f"{what} gave no samples for {self.timeout_s:g} s (see --timeout_s): {busy}") from error
         if is_cut_off or {int(pid) for pid in re.findall(r"\d+", str(error))} & numbers:
             raise RunError(f"{what} died: {busy} ({ends or first_line(error).rstrip(' .')})") from error
