@@ -59,6 +59,7 @@ def test_the_pictures_are_told_apart_and_the_run_can_be_asked_everything(tmp_pat
     assert program(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_the_forecast_is_better_than_the_last_value(tmp_path):
     options = ["--task", ROOT / "examples/forecast.py", "--steps", "200", "--batch_size", "64", "--log_every", "50"]
     result, text = finish(tmp_path, *options, measures=("loss", "absolute_error", "skill"), page=("Forecasts",))

@@ -562,6 +562,7 @@ def test_a_comparison_shows_names_as_they_are(run_dir):
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
 
 
+@pytest.mark.slow
 def test_runs_of_different_tasks_are_compared_each_by_its_own_measures(run_dir, tmp_path):
     forecast = str(Path(__file__).parents[1] / "examples/forecast.py")
     other = tmp_path / "forecast"

@@ -999,6 +999,7 @@ def test_a_cached_property_follows_the_facts():
     assert known.with_facts({}).words == task.words == ["word"]
 
 
+@pytest.mark.slow
 def test_a_model_has_its_parts_in_one_order_on_all_ranks_and_in_all_starts(tmp_path):
     """Gradients and the optimizer's state go by the order: those of one part would be another's."""
     ordered = "model = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))\n        turn = int(os.environ.get('ORDER', '0'))\n"
@@ -1191,6 +1192,7 @@ def test_what_gets_no_gradient_from_some_samples_is_trained_alike_with_shards(tm
         assert "or train with --shards, where a missing gradient is zero" in text
 
 
+@pytest.mark.slow
 def test_what_gets_no_gradient_at_first_is_refused_on_several_processes_alone(tmp_path):
     name = write(tmp_path / "unused.py", SANE, (BUILD, LOSSES.format("model[0](batch[0]).sum(1)")))
     text = run_ranks(tmp_path, Train(["--task", name, *SHORT, "--run_dir", str(tmp_path / "two")]), 2, expect=2)
