@@ -23,6 +23,7 @@ from mnist_dist.program import make_printable
 from mnist_dist.record import STACK_NAME, make_timestamp
 from mnist_dist.rendezvous import name_with_hosts
 
+_TRYING_S = 0.5  # until it must have answered by a connection that was open for long
 _REACHING_S = 2.0  # until the store must have answered
 _ANSWERING_S = 3.0  # until each living rank must have
 _VERDICT_S = 2 * _ANSWERING_S + _REACHING_S
@@ -42,8 +43,9 @@ class Board:
     def __init__(self, connect: Callable[[], Any], rank: int, hosts: tuple[str, ...], timeout: timedelta, on_gpu: bool = False) -> None:
         """`connect` opens a connection to the store: a thread waits at the first, and the second is for what this rank says itself.
 
-        The connection of the process group is not used, since a collective that waits for a peer may hold it. Nor is one opened in need:
-        torch's store asks for the name of each new peer, and where no name server answers in time, nobody is served until it has given up.
+        The connection of the process group is not used, since a collective that waits for a peer may hold it. Others are opened only where
+        one of these has broken: torch's store asks for the name of each new peer, and where no name server answers in time, nobody is
+        served until it has given up.
         """
         self.folder: Path | None = None  # where the stacks go
         self._connect, self._rank, self._timeout, self._on_gpu = connect, rank, timeout, on_gpu
@@ -117,11 +119,16 @@ class Board:
         return f"another rank is gone and left no reason, or it is this: {first_line(error)}"
 
     def _reach(self) -> Any:
-        """The connection for what this rank says itself; a new one where that has broken."""
-        with contextlib.suppress(RuntimeError):
+        """The connection for what this rank says itself; a new one where that has broken, or was forgotten by a firewall on the way."""
+        answered = threading.Event()
+
+        def ask() -> None:
             self._voice.check(["rung"])
-            return self._voice
-        self._voice = self._connect()
+            answered.set()
+
+        _in_time(ask, _TRYING_S)
+        if not answered.is_set():
+            self._voice = self._connect()
         return self._voice
 
     def _linger(self, store: Any, expected: set[int]) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -30,6 +31,7 @@ from enum import Enum
 from fractions import Fraction
 from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -71,7 +73,7 @@ _FACTS_BYTES_MAX = 16 << 20  # as text
 _FACT_TOLERANCE, _FACT_NOISE = 1e-4, 1e-8  # processors may round differently, and a mean of nothing but noise altogether
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
-_WRITTEN_OUT = (*_PLAIN_VALUES, bytearray, Decimal, Fraction, Enum, date, time_of_day, timedelta)  # whose `repr` says all
+_WRITTEN_OUT = (*_PLAIN_VALUES, bytearray, Decimal, Fraction, date, time_of_day, timedelta)  # whose `repr` says all
 _AGAIN_MOST = 1_000_000  # containers that are looked at once more
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
@@ -268,7 +270,7 @@ class Seeded:
         """The samples, each under its seed; or why one cannot be read."""
         seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
         if not self.draws_elsewhere:
-            seed_generators(0)  # of two normal numbers each keeps the second, which is drawn without moving its place
+            seed_generators(0)  # numpy and random keep the second of two normal numbers, and hand it out without moving their place
         places = None if self.draws_elsewhere else read_places()
         split: Any = self.split
         samples: list[Any] | str = (read := [])
@@ -338,6 +340,15 @@ def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
             others.append(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
         elif isinstance(value, _WRITTEN_OUT):
             others.append(repr(value).encode(errors="replace"))
+        elif isinstance(value, Enum):
+            others.append(f"{type(value).__qualname__}.{value.name}".encode(errors="replace"))
+        elif isinstance(value, PurePath):  # the same file may lie elsewhere
+            pass
+        elif (pillow := sys.modules.get("PIL.Image")) is not None and isinstance(
+            value, pillow.Image
+        ):  # one that is loaded only now has other attributes afterwards; it may be closed
+            with contextlib.suppress(Exception):
+                others.append(f"{value.mode} {value.size} ".encode() + value.tobytes())
         elif isinstance(value, set | frozenset):  # in an order of its own in each process
             others += sorted(repr(part).encode(errors="replace") for part in value if isinstance(part, _WRITTEN_OUT))
         elif isinstance(value, dict | list | tuple | np.ndarray):
@@ -356,9 +367,6 @@ def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
             # Of what is plain only the fields of a data class: another may be a count of uses, or the name of a file.
             told = {field.name for field in fields(value) if field.compare} if is_dataclass(value) else ()
             rest += reversed([part for name, part in own.items() if name in told or not isinstance(part, _PLAIN_VALUES)])
-            if hasattr(type(value), "__array_interface__"):  # a picture of PIL, which may be closed
-                with contextlib.suppress(Exception):
-                    others.append(np.asarray(value).tobytes())
     return tensors, others
 
 
@@ -617,6 +625,7 @@ class Probe:
         pairs = [(place // 4 * 2 + place % 2, place % 4 < 2) for place in places]
         return [number % count if is_near else int((number + 1) * _GOLDEN_RATIO % 1 * count) for number, is_near in pairs]
 
+    @on_one_thread()  # as in a worker
     def _find_drawn(self) -> dict[int, bool]:
         """Of some samples, whether random numbers are drawn when they are read now."""
         found: dict[int, bool] = {}
@@ -904,7 +913,8 @@ def _has_dead_worker(iterator: Any) -> bool:
 def _describe_ends(iterator: Any) -> str:
     """How the workers of torch's iterator ended that are dead, in words."""
     codes = {worker.exitcode for worker in iterator._workers} - {None}
-    words = {code: f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}" for code in sorted(codes)}
+    names = {number.value: number.name for number in signal.Signals}  # those for real time have none
+    words = {code: f"exit status {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}" for code in sorted(codes)}
     return ", ".join(words.values()) + "; out of memory?" * (-signal.SIGKILL in words)
 
 

@@ -327,8 +327,8 @@ def _start_group(world: World, config: Config, place: Place, device: str, timeou
     store = open_store(place, timeout)
     if world.rank == 0 and (took_s := time.monotonic() - begun) > _SLOW_S:
         _log.warning(
-            "torch took %.0f s to open its store: it asks the name server for the name of each rank's address, and one that does not "
-            "answer (see /etc/resolv.conf) holds up every start",
+            "torch took %.0f s to open its store, perhaps for the name server: it is asked for the name of each rank's address, and one "
+            "that does not answer (see /etc/resolv.conf) holds up every start",
             took_s,
         )
     _check_devices(store, world, place, device, describe_choice(config, device))

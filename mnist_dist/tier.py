@@ -81,15 +81,9 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
     if flaw := describe_flaw(probe):
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
-        state = {name: value.detach().clone() for name, value in model.state_dict().items()}  # plain, as it is read from a file
-        names, kinds = {*state}, {name: value.dtype for name, value in state.items()}
-        kept.spoil(names.union(name for name, parameter in model.named_parameters() if parameter.requires_grad))
-        load_weights(task, model, state)
-        if lost := kept.list_changed():
-            raise UserError(
-                f"task {task.name}: {lost[0]} of its model is another one once the model has loaded what its state_dict gave, so a resumed "
-                "run would be another one, too: let state_dict and load_state_dict hand on each tensor as it is"
-            )
+        kinds = {name: value.dtype for name, value in model.state_dict().items()}
+        names = {*kinds}
+        check_loading(task, model, kept, {name for name, parameter in model.named_parameters() if parameter.requires_grad})
         seed_generators(0)
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
         whole = trace(task, model, probe.whole)
@@ -132,6 +126,8 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         repeats = torch.equal(whole.losses, again.losses)
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
+        if saved := names.intersection(moved):
+            check_loading(task, model, kept, saved)
         if not repeats:
             reason = (
                 "two passes over the same samples with the same weights and seeds have losses that differ in their last digits (numbers "
@@ -157,6 +153,21 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does something clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats, written)
+
+
+def check_loading(task: Task, model: nn.Module, kept: "Kept", spoiled: Collection[str]) -> None:
+    """Raise `UserError` unless the model has its values again, those `spoiled` included, once it has loaded what its state_dict gave.
+
+    A constant may be left out, which `build_model` makes anew: only what changes in a run is spoiled.
+    """
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}  # plain, as it is read from a file
+    kept.spoil(spoiled)
+    load_weights(task, model, state)
+    if lost := kept.list_changed():
+        raise UserError(
+            f"task {task.name}: {lost[0]} of its model is another one once the model has loaded what its state_dict gave, so a resumed "
+            "run would be another one, too: let state_dict and load_state_dict hand on each tensor as it is"
+        )
 
 
 def find_size(probe: Probe, few: Trace) -> int:

@@ -827,11 +827,13 @@ def test_what_ranks_say_at_a_failure_waits_for_no_name_server(boards):
     assert boards[0].explain(error) == boards[1].explain(error) == "rank 2 on host b failed: ZeroDivisionError: of its own"
 
 
-def test_a_rank_whose_connection_for_its_own_words_broke_opens_another(boards):
-    def fail(_):
-        raise torch.distributed.DistNetworkError("Broken pipe")
+def fail(_):
+    raise torch.distributed.DistNetworkError("Broken pipe")
 
-    boards[0]._voice = SimpleNamespace(check=fail)
+
+@pytest.mark.parametrize("check", [fail, lambda _: time.sleep(60)], ids=["broken", "forgotten on the way"])
+def test_a_rank_whose_connection_for_its_own_words_broke_opens_another(boards, check):
+    boards[0]._voice = SimpleNamespace(check=check)
     boards[0].blame_self(ZeroDivisionError("of its own"))
     assert boards[1].explain(RuntimeError(CLOSED)) == "rank 0 on host a failed: ZeroDivisionError: of its own"
 

@@ -225,6 +225,19 @@ WRONG = [
         2,
     ),
     (
+        "an average that is not loaded",
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}.append(nn.BatchNorm1d(2))\n        load = model.load_state_dict\n"
+                "        model.load_state_dict = lambda state: load({n: state[n] for n in state if n != '3.running_mean'}, strict=False)\n"
+                "        return model",
+            )
+        ],
+        ["3.running_mean of its model is another one once the model has loaded what its state_dict gave"],
+        2,
+    ),
+    (
         "a state in fewer digits",
         [
             (
@@ -1271,6 +1284,63 @@ def test_ranks_whose_weights_have_become_different_are_named_and_nothing_is_save
         text = run_ranks(tmp_path, Train([*arguments, "--run_dir", str(tmp_path / str(size))]), size, expect=1)
         assert text.count(f"by step 4 {who} different weights (0.bias first), though all had the same gradients") == size, text
         assert max(path.name for path in (tmp_path / str(size) / "checkpoints").iterdir()) < "step_00000004"
+
+
+KEEPING = """class Row:
+    def __init__(self):
+        self.row = torch.ones(3)
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.row
+
+
+class Rows(Dataset):
+    rows = [Row() for _ in range(60)]
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        return self.rows[index], index % 2
+
+
+class Mine"""
+GIVEN = """    def collate(self, samples):
+        return [row for row, _ in samples], torch.tensor([label for _, label in samples])
+
+    def losses(self, model, batch, drawn):
+        return super().losses(model, (torch.stack([row.row for row in batch[0]]), batch[1]), drawn)
+
+    def tally(self, model, batch):
+        return super().tally(model, (torch.stack([row.twice for row in batch[0]]), batch[1]))
+
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [
+            (
+                f"return {SEQUENTIAL}",
+                f"model = {SEQUENTIAL}\n        model.register_buffer('table', torch.arange(3.0))\n        load = model.load_state_dict\n"
+                "        model.load_state_dict = lambda state: load({n: t for n, t in state.items() if n != 'table'}, strict=False)\n"
+                "        return model",
+            )
+        ],
+        [
+            ("class Mine", KEEPING),
+            ("import torch\n", "import functools\nimport torch\n"),
+            (DATA, "return Data(Rows(), Rows())"),
+            (BUILD, GIVEN + BUILD),
+        ],
+    ],
+    ids=["a constant that is made anew", "stored samples that keep what is found"],
+)
+def test_what_is_odd_and_harmless_is_trained(tmp_path, changes):
+    name = write(tmp_path / "odd.py", SANE, *changes)
+    run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]))
 
 
 @pytest.mark.parametrize(

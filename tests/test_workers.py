@@ -315,8 +315,8 @@ class Pairing:
 
 
 class Colour(Enum):
-    RED = 1
-    BLUE = 2
+    RED = frozenset("xyz")
+    BLUE = object()  # which is written otherwise in each process
 
 
 def test_what_is_in_samples_is_in_their_digest_whatever_holds_it():
@@ -336,8 +336,15 @@ def test_what_is_in_samples_is_in_their_digest_whatever_holds_it():
     assert len({*digests}) == len(samples)
     assert digest([Pairing("a", torch.ones(2), uses=3)]) == digests[0]
     assert digest([{*"zyx"}]) == digests[8]
+    assert digest([Path("/a/1.png")]) == digest([Path("/b/1.png")])
     one = [1]
     assert digest([one, one]) == digest([one, [1]])  # in one process a cache may hand out the same list
+
+
+def test_a_picture_has_the_same_digest_before_and_after_it_is_loaded(tmp_path):
+    Image.new("L", (2, 2), 1).save(tmp_path / "one.png")
+    picture = Image.open(tmp_path / "one.png")
+    assert digest([picture]) == digest([picture])
 
 
 def test_samples_that_are_parts_of_themselves_are_looked_at_in_time():
