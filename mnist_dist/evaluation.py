@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mnist_dist.config import Config
-from mnist_dist.data import Batch, Reader, deal, digest, keep_split, list_batches, locate, read
+from mnist_dist.data import Batch, Reader, Seeded, deal, digest, keep_split, list_batches, locate, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
@@ -142,16 +142,22 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
             task.describe(measures)
         with _refusing_mistakes(task, group, count, "tabulate"):
             task.tabulate(measures)
-    # Once more, for what is stored may have kept something at the first time, as objects do with what they find.
+    if isinstance(kept, Seeded):
+        _check_reading(task, model, group, kept, batch, moved)
+
+
+def _check_reading(task: Task, model: nn.Module, group: Group, kept: Seeded, batch: Batch, moved: Collection[str]) -> None:
+    """Raise `UserError` where samples are others once `tally` has had them, for the second time: an object may keep what it finds."""
     [piece] = read(kept, batch)
     before = digest(piece.samples)
     with torch.no_grad(), keeping(model, moved), contextlib.suppress(Exception):
         task.tally(model.eval(), send_to_device(piece.samples, group.device))
-    if any(digest(again.samples) != before for again in read(kept, batch)):
+    [again] = read(kept, batch)
+    if digest(again.samples) != before:
         raise UserError(
-            f"task {task.name}: the first {count} samples of the {locate(split, 'test')[0]} differ when they are read again, after tally "
-            "had them: none of __getitem__, collate and tally may change what the data set stores (clone it first), and draw from the "
-            "generators of torch, numpy and random alone, which are seeded before each sample"
+            f"task {task.name}: the first {piece.size} samples of the {locate(kept.split, 'test')[0]} differ when they are read again, "
+            "after tally had them: none of __getitem__, collate and tally may change what the data set stores (clone it first), and draw "
+            "from the generators of torch, numpy and random alone, which are seeded before each sample"
         )
 
 
