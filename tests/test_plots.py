@@ -448,7 +448,7 @@ def test_the_report_counts_each_class_and_each_start(run_dir):
     assert [start[:3] for start in starts] == [["early", "0", ""], ["late", "6", "node7"]]
 
 
-@pytest.mark.parametrize(("holdout", "what"), [(0, "Test"), (20, "Held-out")])
+@pytest.mark.parametrize(("holdout", "what"), [pytest.param(0, "Test", marks=pytest.mark.slow), (20, "Held-out")])
 def test_the_report_says_which_images_it_counts(run_dir, holdout, what):
     run = read_run(run_dir)
     config = run.config.replace(holdout=holdout, test_size=None)

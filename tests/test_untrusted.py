@@ -690,7 +690,8 @@ def test_two_threads_that_find_the_lock_removed_take_it_once(tmp_path, monkeypat
     held.release()
 
 
-@pytest.mark.parametrize("end", ["goes", *(pytest.param(end, marks=pytest.mark.slow) for end in ("stays", "a signal"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["goes", "stays", "a signal"])
 def test_a_job_waits_for_a_lock_that_may_be_of_a_lost_node(tmp_path, end):
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "2", "--timeout_s", "4" if end == "stays" else "20", "--run_dir", str(folder)]
