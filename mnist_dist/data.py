@@ -75,6 +75,10 @@ _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, np.generic)
 _WRITTEN_OUT = (*_PLAIN_VALUES, bytearray, Decimal, Fraction, date, time_of_day, timedelta)  # whose `repr` says all
 _AGAIN_MOST = 1_000_000  # containers that are looked at once more
+READING_RULE = (
+    "what the data set stores (clone it first), and draw from the generators of torch, numpy and random alone, which are seeded before "
+    "each sample"
+)
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
 _READING_SHARE = 0.8
@@ -268,10 +272,11 @@ class Seeded:
 
     def _read(self, indices: list[int], seeds: list[int], at: memoryview) -> list[Any] | str:
         """The samples, each under its seed; or why one cannot be read."""
-        seed = seed_generators if self.draws_elsewhere else torch.default_generator.manual_seed
+        seed: Callable[[int], object] = seed_generators
+        places = None
         if not self.draws_elsewhere:
             seed_generators(0)  # numpy and random keep the second of two normal numbers, and hand it out without moving their place
-        places = None if self.draws_elsewhere else read_places()
+            seed, places = torch.default_generator.manual_seed, read_places()
         split: Any = self.split
         samples: list[Any] | str = (read := [])
         index = -1
@@ -344,20 +349,19 @@ def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
             others.append(f"{type(value).__qualname__}.{value.name}".encode(errors="replace"))
         elif isinstance(value, PurePath):  # the same file may lie elsewhere
             pass
-        elif (pillow := sys.modules.get("PIL.Image")) is not None and isinstance(
-            value, pillow.Image
-        ):  # one that is loaded only now has other attributes afterwards; it may be closed
-            with contextlib.suppress(Exception):
+        elif _is_picture(value):  # one that is loaded only now has other attributes afterwards
+            with contextlib.suppress(Exception):  # it may be closed
                 others.append(f"{value.mode} {value.size} ".encode() + value.tobytes())
         elif isinstance(value, set | frozenset):  # in an order of its own in each process
             others += sorted(repr(part).encode(errors="replace") for part in value if isinstance(part, _WRITTEN_OUT))
         elif isinstance(value, dict | list | tuple | np.ndarray):
             # It may be a part of itself, as a node is of its children, or of so many others that all ways to it would take for ever.
-            again += id(value) in known
-            if id(value) not in above and not (id(value) in known and again > _AGAIN_MOST):
-                known.add(id(value))
-                above.add(id(value))
-                rest.append(_Left(id(value)))
+            number = id(value)
+            again += (is_known := number in known)
+            if number not in above and not (is_known and again > _AGAIN_MOST):
+                known.add(number)
+                above.add(number)
+                rest.append(_Left(number))
                 held = value.values() if isinstance(value, dict) else value.ravel() if isinstance(value, np.ndarray) else value
                 rest += reversed([*held])
         elif not isinstance(value, type | ModuleType) and id(value) not in known:  # an object, once, for others may refer to it
@@ -368,6 +372,12 @@ def _list_parts(value: Any) -> tuple[list[Tensor], list[bytes]]:
             told = {field.name for field in fields(value) if field.compare} if is_dataclass(value) else ()
             rest += reversed([part for name, part in own.items() if name in told or not isinstance(part, _PLAIN_VALUES)])
     return tensors, others
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value is one of Pillow's, which need not be imported for that."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
 
 
 class _Left(NamedTuple):
@@ -416,8 +426,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
         )
     with on_one_thread(), seeding_generators(_DATA_SEED), explaining(task.name, "in find_facts"):
         facts = task.find_facts(data.train)
-    _check_facts(task, facts)
-    return config.with_facts(json.loads(json.dumps(facts))), data  # as any file has them: a float, not numpy's own kind of it
+    return config.with_facts(_make_plain(task, facts)), data
 
 
 def are_facts(facts: Any) -> bool:
@@ -427,18 +436,23 @@ def are_facts(facts: Any) -> bool:
     return False
 
 
-def _check_facts(task: Task, facts: Any) -> None:
-    """Raise `UserError` for facts that are no such, or too large; they would fail only once the training is done."""
-    if are_facts(facts):
-        if (length := len(json.dumps(facts))) > _FACTS_BYTES_MAX:
-            raise UserError(
-                f"task {task.name}: find_facts returned {length:,} bytes of text; allowed: {_FACTS_BYTES_MAX:,}, as each result, "
-                "checkpoint and file of weights holds them"
-            )
-        return
-    raise UserError(
-        f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of them"
-    )
+def _make_plain(task: Task, facts: Any) -> Row:
+    """The facts as any file has them: a float, not numpy's own kind of it, which no checkpoint may hold.
+
+    Raises `UserError` for facts that are no such, or too large; they would fail only once the training is done.
+    """
+    if not are_facts(facts):
+        raise UserError(
+            f"task {task.name}: find_facts returned {facts!r:.200}; expected a dictionary of plain values: finite numbers, words, lists of "
+            "them"
+        )
+    if len(text := json.dumps(facts)) > _FACTS_BYTES_MAX:
+        raise UserError(
+            f"task {task.name}: find_facts returned {len(text):,} bytes of text; allowed: {_FACTS_BYTES_MAX:,}, as each result, "
+            "checkpoint and file of weights holds them"
+        )
+    plain: Row = json.loads(text)
+    return plain
 
 
 def find_other_facts(there: Any, here: Any) -> list[str]:

@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mnist_dist.config import Config
-from mnist_dist.data import Batch, Reader, Seeded, deal, digest, keep_split, list_batches, locate, read
+from mnist_dist.data import READING_RULE, Batch, Reader, Seeded, deal, digest, keep_split, list_batches, locate, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
@@ -156,8 +156,7 @@ def _check_reading(task: Task, model: nn.Module, group: Group, kept: Seeded, bat
     if digest(again.samples) != before:
         raise UserError(
             f"task {task.name}: the first {piece.size} samples of the {locate(kept.split, 'test')[0]} differ when they are read again, "
-            "after tally had them: none of __getitem__, collate and tally may change what the data set stores (clone it first), and draw "
-            "from the generators of torch, numpy and random alone, which are seeded before each sample"
+            f"after tally had them: none of __getitem__, collate and tally may change {READING_RULE}"
         )
 
 

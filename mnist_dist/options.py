@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
                 spelt.append(self._spell_out(word))
         known, unknown = super().parse_known_args([*spelt, *words[end:]], namespace)
         for action in self._actions:
-            if action.option_strings and getattr(known, action.dest, None) == []:  # argparse's result for `--option=--`
+            if action.option_strings and getattr(known, action.dest, None) in ([], "--"):  # argparse's results for `--option=--`
                 raise UserError(f"{action.dest} has no value: write --{action.dest} VALUE")
         return known, unknown
 

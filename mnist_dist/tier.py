@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import Piece, Probe, is_same, list_tensors
+from mnist_dist.data import READING_RULE, Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
 from mnist_dist.model import check_finite, describe_kind, is_dense, is_finite, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
@@ -212,8 +212,7 @@ def describe_flaw(probe: Probe) -> str:
         )
     numbers = " or ".join(map(str, dict.fromkeys(probe.changed)))
     return numbers and (
-        f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change what the data set "
-        "stores (clone it first), and draw from the generators of torch, numpy and random alone, which are seeded before each sample"
+        f"sample {numbers} of the training data differs when it is read again: __getitem__ and collate must not change {READING_RULE}"
     )
 
 

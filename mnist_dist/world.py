@@ -56,8 +56,8 @@ class World:
                 f"{self.launcher} says this is rank {self.rank} of {self.size} and local rank {self.local_rank} of {self.local_size}; "
                 "a rank must be below its count: check how the processes are started"
             )
-        if (self.size > 1 or self.port) and not 1 <= self.port < 65_536:
-            raise UserError(f"the port at which the processes meet is {self.port}; allowed: 1 to 65535 (see MASTER_PORT)")
+        if self.size > 1 or self.port:
+            _check_port(self.port)
 
     def variables(self) -> dict[str, str]:
         """The environment variables by which torch and Accelerate find this world."""
@@ -190,9 +190,14 @@ def _find_mpi_proxy() -> int:
 def _read_meeting(environ: Mapping[str, str]) -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT; empty and 0 where nobody chose them: `accelerate launch` then sets ones that suit one run at a time."""
     address, port = environ.get("MASTER_ADDR", ""), _read_int(environ, "MASTER_PORT", 0)
-    if environ.get("MASTER_PORT") and not 1 <= port < 65_536:
-        raise UserError(f"the port at which the processes meet is {port}; allowed: 1 to 65535 (see MASTER_PORT)")
+    if environ.get("MASTER_PORT"):
+        _check_port(port)
     return ("", 0) if "ACCELERATE_MIXED_PRECISION" in environ and (address, port) == ("127.0.0.1", 29_500) else (address, port)
+
+
+def _check_port(port: int) -> None:
+    if not 1 <= port < 65_536:
+        raise UserError(f"the port at which the processes meet is {port}; allowed: 1 to 65535 (see MASTER_PORT)")
 
 
 def _list_unchosen(address: str, port: int) -> tuple[str, ...]:

@@ -44,6 +44,10 @@ class Hosts:
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "delete", self._bridge)
 
+    def lose(self, name: str, address: str) -> None:
+        """Let what a host sends to an address go to a card that is not there, as into a firewall that drops it."""
+        _ip("-n", name, "neigh", "replace", address, "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent")
+
     def start(self, name: str, *command: str, **environ: str) -> "subprocess.Popen[str]":
         """Start a command on one of them."""
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}

@@ -108,8 +108,7 @@ def test_a_name_server_that_is_silent_is_told(tmp_path):
     with making_hosts(f"mn{os.getpid() % 10_000}", 2) as hosts:
         for name in hosts.names:
             (Path("/etc/netns") / name / "resolv.conf").write_text("nameserver 10.213.77.200\n")
-            words = ["neigh", "replace", "10.213.77.200", "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent"]
-            subprocess.run(["ip", "-n", name, *words], check=True, timeout=60)
+            hosts.lose(name, "10.213.77.200")
         codes, texts = finish(hosts.start_ranks([*TINY, "--run_dir", str(tmp_path / "run")], 29_524))
         assert codes == [0, 0], texts
         told = re.search(r"torch took \d+ s to open its store, .*/etc/resolv.conf", texts[0])
@@ -131,9 +130,7 @@ def test_a_port_blocked_between_two_hosts_is_named_with_both_and_without_it_all_
         assert codes == [0, 0, 0], texts
         assert "3 pairs in turn" in read_findings(tmp_path / "well.json")[0].measured
         one, other = hosts.names[1:]
-        # What one sends to the other goes to a card that is not there, as into a firewall that drops it.
-        words = ["neigh", "replace", hosts.addresses[other], "lladdr", "02:00:00:00:00:99", "dev", "eth7", "nud", "permanent"]
-        subprocess.run(["ip", "-n", one, *words], check=True, timeout=60)
+        hosts.lose(one, hosts.addresses[other])
         begun = time.monotonic()
         codes, texts = probe(hosts, "exchange", "--answer", str(tmp_path / "blocked.json"), port=29_521)
         assert time.monotonic() - begun < 100
