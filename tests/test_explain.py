@@ -152,6 +152,7 @@ ENDS = {
 SHORT = {"NaN": "NaN", "full": "disk full", "raises": "rank 1 failed", "lost": "rank 1 gone", "hung": "rank 1 silent", "killed": "killed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_a_real_end_is_explained(ended, name):
     folder, statuses, _ = ended
@@ -168,6 +169,7 @@ def test_a_real_end_is_explained(ended, name):
     assert jobs.main([str(folder), "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_the_first_rank_is_told_from_those_that_followed(ended):
     folder = ended[0]
     for name in ("raises", "lost", "hung"):
@@ -179,6 +181,7 @@ def test_the_first_rank_is_told_from_those_that_followed(ended):
     assert f"{__file__}, line {line}, in hang_in_the_data" in "\n".join(tell(folder / "hung")[0].notes)
 
 
+@pytest.mark.slow
 def test_what_can_be_known_of_a_killed_process_is_told(ended, monkeypatch):
     folder = ended[0]
     _, text = tell(folder / "killed")
@@ -195,6 +198,7 @@ def test_what_can_be_known_of_a_killed_process_is_told(ended, monkeypatch):
     assert f"its host was {HOST}: only the kernel's log there can tell" in tell(folder / "killed")[1]
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_short_form(ended, capsys):
     folder = ended[0]
     assert jobs.main([str(folder), "--json"]) == 0
@@ -207,6 +211,7 @@ def test_the_table_shows_the_short_form(ended, capsys):
     assert max(map(len, text.splitlines())) <= 120, text
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_is_not_said_to_have_ended(ended):
     answer, text = ended[2]
     assert answer.end == "running"
@@ -214,6 +219,7 @@ def test_a_run_that_runs_is_not_said_to_have_ended(ended):
     assert "exit status" not in text
 
 
+@pytest.mark.slow
 def test_the_command_that_is_proposed_resumes_the_run(ended, tmp_path):
     folder = ended[0] / "full"
     program, _, resumed = tell(folder)[0].now[1].partition("   (")

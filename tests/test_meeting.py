@@ -585,6 +585,7 @@ class RankZeroDiesBeforeTheFirstWord(Train):
         return super().__call__()
 
 
+@pytest.mark.slow
 def test_a_rank_zero_that_was_killed_before_its_first_word_is_named_within_seconds(tmp_path):
     ranks = start_ranks(tmp_path, RankZeroDiesBeforeTheFirstWord([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
     assert [rank.wait(100) for rank in ranks] == [-signal.SIGKILL, 1]

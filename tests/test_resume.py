@@ -114,6 +114,7 @@ def test_stopped_at_every_step_and_resumed_gives_the_same_bits(tmp_path, recipe)
         assert_same_run(tmp_path / str(step), tmp_path / "unbroken", exactly=True)
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step_in_turn_and_on_two_ranks(tmp_path, unbroken):
     folder = tmp_path / "run"
     run_ranks(tmp_path, TrainUntil([*TINY, *CALM, "--run_dir", str(folder)], [1] * 9), 1)
@@ -230,7 +231,7 @@ class LoseARankAtAStop(Train):
         return run_program(lambda: train(parse_command_line(self.arguments), StopAt(2)).stop.exit_code)
 
 
-@pytest.mark.parametrize(("place", "status"), [("check", 1), ("save_last", 85)])
+@pytest.mark.parametrize(("place", "status"), [("check", 1), pytest.param("save_last", 85, marks=pytest.mark.slow)])
 def test_a_rank_that_is_lost_amid_a_stop_costs_no_step(tmp_path, place, status):
     arguments = [*TINY, *RARE, "--run_dir", str(tmp_path / "run")]
     main, other = start_ranks(tmp_path, LoseARankAtAStop(arguments, place), 2)

@@ -61,7 +61,8 @@ SENTENCES = {
     for made in ("padded", "packed", "a bag")
 }
 ALL = RECIPES | SENTENCES
-QUICK = [pytest.param(recipe, marks=[] if name in RECIPES else pytest.mark.slow) for name, recipe in ALL.items()]
+QUICK = ("muon in bfloat16", "batch norm, dropout and workers")
+MARKED = [pytest.param(recipe, marks=[] if name in QUICK else pytest.mark.slow) for name, recipe in ALL.items()]
 
 
 def read_bytes(folder):
@@ -78,7 +79,7 @@ def read_measures(folder):
     return {name: value for name, value in json.loads((folder / "result.json").read_text()).items() if name.startswith("test/")}
 
 
-@pytest.mark.parametrize("recipe", QUICK, ids=ALL)
+@pytest.mark.parametrize("recipe", MARKED, ids=ALL)
 def test_shards_give_the_same_bits_in_any_world_and_after_a_change_of_it(tmp_path, recipe):
     arguments = [*COMMON, *recipe, "--shards", "8", "--steps", "3", "--test_size", "30"]
     for world in (1, 3):  # all up to eight are a slow test
@@ -146,9 +147,8 @@ def test_a_start_that_computes_otherwise_is_told_where_bits_are_promised(tmp_pat
     assert "the last start had" not in run_ranks(tmp_path, Train(arguments), 2)
 
 
-@pytest.mark.parametrize(
-    "world", [3, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 5, 6, 7])
 def test_any_number_of_processes_shares_a_batch(tmp_path, world):
     recipe = "--dataset synthetic --batch_size 64 --steps 20 --optimizer sgd --learning_rate 0.001 --momentum 0 --schedule constant"
     arguments = [*recipe.split(), *COMMON[2:], "--precision", "fp32", "--test_size", "101"]

@@ -54,8 +54,8 @@ def saved_steps(folder):
 
 def list_signals(to):
     """Where and which; those that do as another one does are for slow tests, but for one rank alone."""
-    alike = () if to == "alone" else (signal.SIGUSR2, signal.SIGHUP)
-    return [pytest.param(to, number, marks=[pytest.mark.slow] * (number in alike), id=f"{to}-{number.name}") for number in CODES]
+    quick = {"alone": CODES, "one": (signal.SIGTERM,)}.get(to, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    return [pytest.param(to, number, marks=[] if number in quick else pytest.mark.slow, id=f"{to}-{number.name}") for number in CODES]
 
 
 @pytest.mark.parametrize(("to", "number"), [case for to in ("alone", "one", "all") for case in list_signals(to)])
@@ -378,7 +378,7 @@ class SetUpDifferently(Train):
         return super().__call__()
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_weights_that_are_no_numbers_are_neither_saved_nor_a_result(tmp_path, stopped):
     folder = tmp_path / "run"
     arguments = [*TINY, "--run_dir", str(folder), "--learning_rate", "100", "--schedule", "constant", "--log_every", "1000"]
@@ -442,7 +442,7 @@ class FailAt(TrainTask):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["raises", "exits", "killed", "stopped"])
+@pytest.mark.parametrize("how", ["raises", "exits", "killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path, how, rank):
     folder = tmp_path / "run"
     ranks = start_ranks(tmp_path, FailAt([*LONG, "--run_dir", str(folder), "--timeout_s", "3"], how, rank), 3)
@@ -491,6 +491,7 @@ class FailAndCount(FailAt):
         return code
 
 
+@pytest.mark.slow
 def test_nothing_of_ddp_is_freed_when_a_rank_is_lost(tmp_path):
     # To free it, gloo waits for a thread of its own. Where a connection has broken that may be for ever, though seldom.
     arguments = [*LONG, "--run_dir", str(tmp_path / "run"), "--timeout_s", "3"]

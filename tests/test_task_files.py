@@ -949,6 +949,7 @@ FACTS = """    def find_facts(self, train):
     def build_model(self):"""
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_facts_and_the_same_shapes_on_all_ranks_and_in_all_starts(tmp_path, monkeypatch):
     name = write(tmp_path / "facts.py", SANE, (BUILD, FACTS), ("import torch\n", "import os\nimport torch\n"))
     arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
