@@ -653,7 +653,8 @@ class WaitForGpu(Train):
 
 
 # Rank zero has the board in its memory.
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
 def test_that_a_rank_is_gone_is_noticed_while_the_others_wait_for_their_gpus(tmp_path, victim):
     options = [*TINY, "--log_every", "100", "--evaluate_every", "100", "--run_dir", str(tmp_path / "run")]
     ranks = start_ranks(tmp_path, WaitForGpu(options, victim), 3)

@@ -337,7 +337,8 @@ def play_bad_end(mode):
 FAULTS = ("refuse", "hang", "401", "429", "500")
 PLAYS |= {f"{mode} at the start": play_bad_start(mode) for mode in FAULTS}
 PLAYS |= {f"{mode} in the middle": play_bad_end(mode) for mode in FAULTS}
-LONG_PLAYS = {"stop_pressed_on_the_page", "offline_twice_then_uploaded", "mirror_stopped"}  # of slow tests, too, and looked at as all are
+# Of slow tests, too, and looked at as all are.
+LONG_PLAYS = {"stop_pressed_on_the_page", "offline_twice_then_uploaded", "mirror_stopped", "everything_killed_and_started_again"}
 SLOW_FAULTS = ("refuse", "429", "500")  # to wandb they are like a server that hangs
 SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")} | LONG_PLAYS
 mark_faults = pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW_FAULTS else f for f in FAULTS])
@@ -670,9 +671,10 @@ def play_early_death(wait_for_folder):
 
 EARLY_DEATHS = {"before it answers": play_early_death(False), "while it opens the run": play_early_death(True)}
 PLAYS |= {f"helper killed {moment}": act for moment, act in EARLY_DEATHS.items()}
+SLOW_PLAYS |= {"helper killed before it answers"}
 
 
-@pytest.mark.parametrize("moment", EARLY_DEATHS)
+@pytest.mark.parametrize("moment", [pytest.param("before it answers", marks=pytest.mark.slow), "while it opens the run"])
 def test_a_helper_that_dies_while_the_run_is_opened_is_replaced(plays, moment):
     play = plays(f"helper killed {moment}")
     (piece,) = play.pieces
@@ -800,6 +802,7 @@ def test_the_mirror_outlives_a_killed_training_by_as_long_as_it_needs_to_finish(
     assert (piece.steps, piece.ended) == ([*range(1, 21)], True)
 
 
+@pytest.mark.slow
 def test_what_even_the_mirror_could_not_remove_goes_with_the_next_start_and_nothing_else(plays):
     play = plays("everything_killed_and_started_again")
     assert [path.name for path in (play.folder / "run" / "wandb").glob("mirror-tmp-*")] == ["mirror-tmp-link"]
