@@ -33,7 +33,7 @@ from mnist_dist.machine import (
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.program import end_at_once_at_exit
+from mnist_dist.program import end_at_once_at_exit, list_variables
 from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
 from mnist_dist.world import MPI_VARIABLES, RANK_VARIABLES, World, choose_threads, count_usable_cores
 
@@ -407,13 +407,11 @@ def _make_accelerator(device: str, precision: str, timeout: timedelta) -> Accele
     except Exception as error:
         if is_loss(error) or is_device_failure(error):
             raise
-        # Accelerate reads some forty variables, and each fails in its own way on a value that it does not know.
-        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-        if not variables:
+        # It reads some forty variables, and each fails in its own way on a value that it does not know.
+        if not (variables := list_variables("ACCELERATE_")):
             raise
         raise UserError(
-            f"Accelerate cannot start ({first_line(error)}); of its variables the environment has "
-            f"{', '.join(f'{name}={os.environ[name][:40]!r}' for name in variables)}: correct or unset them"
+            f"Accelerate cannot start ({first_line(error)}); of its variables the environment has {variables}: correct or unset them"
         ) from error
 
 

@@ -9,7 +9,9 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_lost_worker
@@ -120,6 +122,26 @@ def _name_mistakes(work: Callable[[], int]) -> int:
         with surviving_stderr():
             print(f"{_find_prefix()}error: there is too little memory to import what is needed (see ulimit -v): {error}", file=sys.stderr)
         return RunError.exit_code
+    except ValueError as error:
+        variables = list_variables("TORCH_", "ACCELERATE_")
+        if not (variables and _is_of_import(error)):
+            raise
+        text = f"torch and Accelerate cannot be imported ({first_line(error)}); of their variables the environment has {variables}"
+        with surviving_stderr():
+            print(f"{_find_prefix()}error: {make_printable(text)}: correct or unset them", file=sys.stderr)
+        return UserError.exit_code
+
+
+def list_variables(*prefixes: str) -> str:
+    """The variables of the environment whose names begin with one of these, each with its value, cut short; without that set above."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes) and name != "TORCH_CPP_LOG_LEVEL"}
+    return ", ".join(f"{name}={value[:40]!r}" for name, value in found.items())
+
+
+def _is_of_import(error: Exception) -> bool:
+    """Whether a module of torch or of Accelerate failed while it was imported, as they do where a variable has a value they do not know."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "<module>" and {"torch", "accelerate"} & set(Path(frame.filename).parts) for frame in frames)
 
 
 def print_answer(work: Callable[[], int]) -> int:

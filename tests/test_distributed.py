@@ -415,3 +415,22 @@ def test_odd_values_of_accelerates_variables_are_named(tmp_path):
     assert "ACCELERATE_DYNAMO_BACKEND is inductor; allowed: no" in lines[-1]
     assert len(lines) == len(ODD) + 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_LOG_LEVEL", "foo"),
+        pytest.param("TORCH_LOGS", "foo", marks=pytest.mark.slow),
+        pytest.param("TORCH_DISTRIBUTED_DEBUG", "foo", marks=pytest.mark.slow),
+    ],
+)
+def test_a_variable_at_which_torch_cannot_be_imported_is_named(tmp_path, name, value):
+    environ = os.environ | {name: value}
+    command = [sys.executable, "-m", "mnist_dist.train", *TINY, "--run_dir", str(tmp_path / "run")]
+    answer = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert answer.returncode == 2
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: torch and Accelerate cannot be imported (")
+    assert line.endswith(f"of their variables the environment has {name}='{value}': correct or unset them")
+    assert not (tmp_path / "run").exists()
