@@ -25,14 +25,7 @@ from launch.account import JOB_NAME, Account, read_account, read_parts
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
 from launch.evidence import RUNS, Facts, find_log, find_runs_of, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.request import list_words
-from launch.runs import (
-    describe_best,
-    find_saved_step,
-    is_run,
-    list_noted_jobs,
-    read_own_note,
-    read_request,
-)
+from launch.runs import describe_best, find_saved_step, is_run, list_noted_jobs, read_own_note, read_request
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import as_argument, check_readable
@@ -40,15 +33,7 @@ from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
 from mnist_dist.program import make_printable, print_answer
-from mnist_dist.record import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    RESULT_FILE,
-    STACKS,
-    count_memory_kills,
-    is_count,
-    is_number,
-)
+from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STACKS, count_memory_kills, is_count, is_number
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import is_named_before
 

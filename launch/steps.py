@@ -111,13 +111,7 @@ class Step:
             self.processes.append(
                 # A session of its own: Ctrl-C on the terminal is for this program, which then ends the ranks.
                 subprocess.Popen(
-                    command,
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    preexec_fn=prepare,
+                    command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare
                 )
             )
         finally:

@@ -399,10 +399,7 @@ def _make_accelerator(device: str, precision: str, timeout: timedelta) -> Accele
         return Accelerator(
             cpu=device == "cpu",
             mixed_precision={"bf16": "bf16", "fp32": "no"}[precision],
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except Exception as error:
         if is_loss(error) or is_device_failure(error):

@@ -46,10 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", type=path_argument, help="a run folder, or a .safetensors file that a run wrote")
     parser.add_argument("--split", choices=("test", "train", "holdout"), default="test", help="the samples to count (default: test)")
     parser.add_argument(
-        "--data_dir",
-        metavar="DIR",
-        type=path_argument,
-        help="folder of a data set that is not embedded (default: the run's)",
+        "--data_dir", metavar="DIR", type=path_argument, help="folder of a data set that is not embedded (default: the run's)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: CUDA where there is a GPU, else the CPU (default: auto)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="(default: as in the run's config, else auto)")

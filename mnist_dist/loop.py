@@ -13,18 +13,7 @@ from torch import Tensor
 from mnist_dist.asked import warn_of_smaller_step
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import (
-    Batch,
-    Piece,
-    Reader,
-    StepSampler,
-    add_drawn,
-    check_same_data,
-    draw,
-    find_other_facts,
-    list_differing,
-    load_data,
-)
+from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, check_same_data, draw, find_other_facts, list_differing, load_data
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import describe, evaluate, open_evaluation, rehearse
