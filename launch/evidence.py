@@ -37,7 +37,6 @@ from mnist_dist.record import (
     RESULT_FILE,
     STACKS,
     STARTS_FILE,
-    Row,
     is_count,
     read_config,
     read_ends,
@@ -46,6 +45,7 @@ from mnist_dist.record import (
     read_rows,
     read_starts,
 )
+from mnist_dist.task import Row
 
 T = TypeVar("T")
 

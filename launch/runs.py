@@ -24,7 +24,6 @@ from mnist_dist.record import (
     METRICS_FILE,
     RESULT_FILE,
     STARTS_FILE,
-    Row,
     find_step,
     is_count,
     is_number,
@@ -37,7 +36,7 @@ from mnist_dist.record import (
     read_starts,
     with_noted_sizes,
 )
-from mnist_dist.task import format_measure
+from mnist_dist.task import Row, format_measure
 
 T = TypeVar("T")
 

@@ -22,11 +22,11 @@ from mnist_dist.machine import find_kind
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, Stopped, StopSignals
-from mnist_dist.record import Row, pick_measures
+from mnist_dist.record import pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
-from mnist_dist.task import Evaluation
+from mnist_dist.task import Evaluation, Row
 from mnist_dist.tier import ANY_WORLD, THIS_WORLD
 from mnist_dist.weights import encode_weights
 from mnist_dist.world import find_world

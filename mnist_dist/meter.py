@@ -10,8 +10,8 @@ from torch import Tensor
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError
-from mnist_dist.record import Row
 from mnist_dist.state import TrainingState
+from mnist_dist.task import Row
 
 _ADVICE = "the run stops here and keeps its last checkpoint (a lower learning_rate or more warmup may help)"
 

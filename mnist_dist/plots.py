@@ -25,9 +25,9 @@ from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, havin
 from mnist_dist.files import read_file, write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
-from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Row, Run, pick_measures, read_config, read_named_config, read_run
+from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Run, pick_measures, read_config, read_named_config, read_run
 from mnist_dist.source import BUILT_IN, Unknown, explaining, make_unknown
-from mnist_dist.task import Data, Panel, Task, format_measure
+from mnist_dist.task import Data, Panel, Row, Task, format_measure
 from mnist_dist.weights import load_model
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
 from mnist_dist.files import check_readable, describe_error, find_final_name, read_file, read_kernel_count, write_atomically
 from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
-from mnist_dist.task import Task, shorten_name
+from mnist_dist.task import Row, Task, shorten_name
 
 # All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
@@ -43,8 +43,6 @@ _DEPTH_MAX = 16  # of lists in a measure
 _NAME_MAX = 1000  # letters of a measure's name: to draw a text takes time
 _LIST_NAME = re.compile(r"(test|holdout)/(?!loss$).*", re.DOTALL)  # of what may be a list of numbers: a measure of a task
 _RESULT_NUMBERS = ("step", "elapsed_s", "images_per_s", "world_size")
-
-Row = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from mnist_dist.record import (
     STARTS_FILE,
     WEIGHTS_FILE,
     Record,
-    Row,
     check_folder,
     count_memory_kills,
     is_count,
@@ -45,7 +44,7 @@ from mnist_dist.record import (
     remove_temporary_files,
 )
 from mnist_dist.source import find_changed, note_named
-from mnist_dist.task import Data, Evaluation, Panel
+from mnist_dist.task import Data, Evaluation, Panel, Row
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from mnist_dist.model import build_model, describe_kind, describe_order, find_ov
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
-from mnist_dist.record import Row, check_same, find_step, is_step_row
+from mnist_dist.record import check_same, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import BUILT_IN, explaining
-from mnist_dist.task import Data
+from mnist_dist.task import Data, Row
 from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked, list_state
 
 _log = logging.getLogger(__name__)
