@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -207,29 +207,20 @@ def check_tally(task: Task, tally: Any, count: int) -> None:
         raise UserError(f"task {task.name}: the scores of tally have shape {list(tally.scores.shape)}; expected one number for each sample")
 
 
-def _check_names(task: Task, measures: Any) -> None:
-    names: Row = measures if isinstance(measures, dict) else {}
-    if missing := [name for name in dict.fromkeys(("loss", task.best, *(task.in_rows or ()))) if name not in names]:
-        _refuse_measures(task, f"it lacks {missing[0]}")
-
-
-def _refuse_measures(task: Task, what: str) -> NoReturn:
-    raise UserError(
-        f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
-        f"with {' and '.join(dict.fromkeys(('loss', task.best)))} among them; {what}"
-    )
-
-
 def _check_measures(task: Task, measures: Any) -> None:
-    _check_names(task, measures)
+    entries, needed = measures if isinstance(measures, dict) else {}, dict.fromkeys(("loss", task.best))
+    flaws = [f"it lacks {name}" for name in dict.fromkeys((*needed, *(task.in_rows or ()))) if name not in entries]
     # What passes here is read back without a complaint.
-    wrong = [
-        name
-        for name, value in measures.items()
-        if not isinstance(name, str) or not is_measure(value, name) or (name in ("loss", task.best) and not is_number(value))
+    flaws += [
+        f"{name} is {value!r:.80}"
+        for name, value in entries.items()
+        if not isinstance(name, str) or not is_measure(value, name) or (name in needed and not is_number(value))
     ]
-    if wrong:
-        _refuse_measures(task, f"{wrong[0]} is {measures[wrong[0]]!r:.80}")
+    if flaws:
+        raise UserError(
+            f"task {task.name}: measure must return numbers (an accuracy is from 0 to 1) or lists of them by their names, "
+            f"with {' and '.join(needed)} among them; {flaws[0]}"
+        )
 
 
 def _replace_unknown(value: Any, by: float | None) -> Any:
