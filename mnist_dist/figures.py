@@ -17,7 +17,6 @@ from mnist_dist.errors import RunError, first_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from torch import Tensor
 
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d8dee4"
@@ -53,20 +52,14 @@ def having_default_style() -> Iterator[None]:
 def make_figure(width: float, height: float) -> "Figure":
     """An empty figure of so many inches, whose parts are laid out when it is drawn."""
     from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=DPI, layout=_make_layout())
-
-
-def _make_layout() -> "ConstrainedLayoutEngine":
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)  # inches
+    return Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
 
 
-def calm(axes: "Axes", title: str = "") -> None:
+def calm(axes: "Axes", title: str) -> None:
     """Leave of the frame and the grid what helps to read the values."""
-    if title:
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(color=LINE, labelcolor=MUTED, labelsize=9)
