@@ -24,24 +24,12 @@ from mnist_dist.data import Piece, Probe, load_data
 from mnist_dist.model import build_model
 from mnist_dist.preemption import deferring_signals
 from mnist_dist.randomness import seed_generators
-from mnist_dist.record import CHECKPOINTS, METRICS_FILE
+from mnist_dist.record import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 from mnist_dist.source import describe_exception
 from mnist_dist.starter import find_free_port
 from mnist_dist.task import Row
 from mnist_dist.tier import Tier, Trace, find_tier, keeping, trace
-from mnist_dist.witness import (
-    CONFIG_FILE,
-    FOUND_FILE,
-    RUN,
-    STATE_FILE,
-    STEPS_BEFORE,
-    build,
-    digest,
-    digest_each,
-    read_batch,
-    take_step,
-    testify,
-)
+from mnist_dist.witness import FOUND_FILE, RUN, STATE_FILE, STEPS_BEFORE, build, digest, digest_each, read_batch, take_step, testify
 from mnist_dist.world import World, list_inherited
 
 STEPS = 5  # of a short run

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -161,8 +161,13 @@ def measure_links(world: World, config: Config) -> tuple[list[Link], dict[int, s
 
 def choose_members(hosts: dict[int, str]) -> list[int]:
     """The ranks that are paired: the first of each host; where there is one host, its first ranks."""
-    first = {host: rank for rank, host in reversed(hosts.items())}
-    return sorted(first.values()) if len(first) > 1 else sorted(hosts)[:_RANKS_OF_ONE_HOST]
+    first = list_first(hosts)
+    return first if len(first) > 1 else sorted(hosts)[:_RANKS_OF_ONE_HOST]
+
+
+def list_first(hosts: Mapping[int, str]) -> list[int]:
+    """The first rank of each host."""
+    return sorted({hosts[rank]: rank for rank in sorted(hosts, reverse=True)}.values())
 
 
 def list_rounds(members: Sequence[int]) -> Iterator[list[RankPair]]:

@@ -29,7 +29,7 @@ from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
 from mnist_dist.machine import choose_device, choose_gpu, explain_no_gpu
 from mnist_dist.model import build_model
-from mnist_dist.network import check_exchange
+from mnist_dist.network import check_exchange, list_first
 from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
@@ -93,11 +93,6 @@ def _conclude(check: str, problems: list[Finding], measured: str, values: dict[s
 
 def _count(number: int, one: str) -> str:
     return f"{number} {one}{'' if number == 1 else 's'}"
-
-
-def _list_first(hosts: Hosts) -> list[int]:
-    """The first rank of each host."""
-    return sorted({hosts[rank]: rank for rank in sorted(hosts, reverse=True)}.values())
 
 
 # joined
@@ -282,7 +277,7 @@ def measure_clocks(group: Group, hosts: Hosts) -> dict[int, tuple[float, float]]
     Of two hosts, the other is compared with rank zero's.
     """
     offsets = {0: (0.0, 0.0)}
-    first = _list_first(hosts)
+    first = list_first(hosts)
     for other in first:
         if other == 0 or group.rank not in (0, other):
             continue
@@ -508,7 +503,7 @@ def wait_for_content(path: Path, content: bytes, seconds: float) -> float | None
 
 def check_lock(group: Group, hosts: Hosts, own: Path, seconds: float) -> list[Finding]:
     """Whether the lock of a run folder that rank zero holds keeps the other hosts out, and lets them in when it is given back."""
-    testers = [rank for rank in _list_first(hosts) if hosts[rank] != hosts[0]] or [group.size - 1]
+    testers = [rank for rank in list_first(hosts) if hosts[rank] != hosts[0]] or [group.size - 1]
 
     def enter() -> str:
         try:

@@ -34,6 +34,7 @@ from typing import Any, Literal
 from mnist_dist.errors import UserError
 from mnist_dist.figures import render
 from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
+from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.task import Panel
 from mnist_dist.world import World, choose_threads
 
@@ -57,7 +58,6 @@ _PATHS = ("run_dir", "images", "image", "model")  # of messages
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
 # The run folder says which run on W&B this is.
 _IDENTITY_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _SECRET_NAME = re.compile(r"(^|_)(key|apikey|token|secret|password|passwd|credentials?)(_|$)", re.IGNORECASE)
 _ID = re.compile(r"[a-z0-9]{8,64}")
 _CREDENTIALS_IN_URL = re.compile(r"//[^/@\s]+@")
@@ -392,7 +392,7 @@ def _start_process() -> subprocess.Popen[bytes]:
     }
     # A signal to all processes of a job, as scancel sends it, must not end the mirror at the very moment it has to finish: blocked
     # here, it stays blocked there. W&B's own helper process dies of it all the same, but the mirror starts it again.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("mirror.py")), f"{_FINISH_S:g}"],

@@ -47,13 +47,13 @@ from mnist_dist.optimization import build_optimizer
 from mnist_dist.options import read_options_file
 from mnist_dist.program import run_program
 from mnist_dist.randomness import derive_seed, seed_generators
-from mnist_dist.record import CHECKPOINTS
+from mnist_dist.record import CHECKPOINTS, CONFIG_FILE
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Data, Row
 from mnist_dist.tier import find_moved
 
-CONFIG_FILE, STATE_FILE, FOUND_FILE = "config.yaml", "state.pt", "found.json"
+STATE_FILE, FOUND_FILE = "state.pt", "found.json"
 RUN = "run"
 STEPS_BEFORE = 2  # that the other process has trained before it saved its state
 _BLOCKS = 4096  # digests of a split in memory

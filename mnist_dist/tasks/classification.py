@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_dist.errors import UserError
+from mnist_dist.record import is_count
 from mnist_dist.task import Data, Evaluation, Panel, Row, Tally, Task, option
 
 if TYPE_CHECKING:
@@ -133,11 +134,11 @@ class Classification(Task):
         if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
             return "accuracy"
         for name in ("errors", self.samples):
-            if not _is_count(measures.get(name)):
+            if not is_count(measures.get(name)):
                 return name
         rows = measures[kept] if isinstance(measures.get(kept), list) else []
         width = classes if kept == "confusion_matrix" else 4
-        if len(rows) != classes or not all(isinstance(row, list) and len(row) == width and all(map(_is_count, row)) for row in rows):
+        if len(rows) != classes or not all(isinstance(row, list) and len(row) == width and all(map(is_count, row)) for row in rows):
             return kept
         if kept == "classes" and not all(row[1] <= row[0] and row[2] < classes for row in rows):
             return kept
@@ -224,7 +225,3 @@ class Classification(Task):
             Panel("Predictions", "incorrect_classification", figure=draw_incorrect(read, predictions, names), caption=caption),
             Panel("Predictions", "correct_classification", figure=draw_correct(read, predictions, names)),
         ]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**53
