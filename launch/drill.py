@@ -4,7 +4,6 @@ Each rank runs `run_part`: to the end, or until a rank is killed, or until a sig
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import read_file, write_atomically
 from mnist_dist.finding import Finding
 from mnist_dist.preemption import Stop, StopSignals
-from mnist_dist.record import CHECKPOINTS, WEIGHTS_FILE, list_newest_first, read_ends, read_note, read_starts
+from mnist_dist.record import CHECKPOINTS, WEIGHTS_FILE, list_newest_first, parse_timestamp, read_ends, read_note, read_starts
 from mnist_dist.world import find_host, find_world
 
 UNBROKEN, KILLED, REQUEUED = "unbroken", "killed", "requeued"  # the parts, and the folders of their runs
@@ -220,7 +219,8 @@ def judge_requeue(folder: Path, *, by: str, is_forbidden: bool = False, state: s
             "requeue", "WRONG", f"saved at step {step} and never came back{state and f' ({state})'}", "look at the log of the job"
         )
     is_equal, words = compare_weights(folder, REQUEUED)
-    back_s = max(_read_time(starts[1]) - _read_time(saved), 0)
+    ended, began = (parse_timestamp(row.get("time")) or 0.0 for row in (saved, starts[1]))
+    back_s = max(began - ended, 0)
     values = {"back_s": round(back_s, 1), "step": step, "bit_equal": is_equal}
     resumed = f"at step {starts[1].get('step')}; {words}"
     if not is_equal:
@@ -243,13 +243,6 @@ def _judge_bits(is_equal: bool | None, words: str) -> tuple[str, str]:
         return "WARN", "see why the run that was to be compared with did not finish: gradients and curve, and the log of the first job"
     word = "WARN" if "different processors" in words else "WRONG"
     return word, "compare one kind of node with itself (--constraint); else see gradients: a node that computes differently"
-
-
-def _read_time(row: dict[str, Any]) -> float:
-    try:
-        return datetime.datetime.fromisoformat(str(row.get("time"))).timestamp()
-    except ValueError:
-        return 0.0
 
 
 def judge_kill(folder: Path, size: int, *, log: str, ended_at: float | None, status: int | None) -> Finding:

@@ -33,7 +33,7 @@ from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop
 from mnist_dist.program import make_printable, print_answer
-from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STACKS, count_memory_kills, is_count, is_number
+from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STACKS, count_memory_kills, is_count, is_number, parse_timestamp
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.source import is_named_before
 
@@ -295,7 +295,7 @@ def _describe_kill(facts: Facts) -> tuple[str, list[str]]:
         return "killed", ["an older version of this program may have recorded none"]
     if host != platform.node():
         return "killed", [f"its host was {host}: only the kernel's log there can tell whether it was killed for its memory"]
-    booted_s, begun_s = read_boot_time(), _parse_time(start.get("time"))
+    booted_s, begun_s = read_boot_time(), parse_timestamp(start.get("time"))
     if booted_s and begun_s and booted_s > begun_s:
         booted = datetime.datetime.fromtimestamp(booted_s, datetime.UTC).isoformat(timespec="seconds")
         return "host restarted", [f"this host was restarted at {booted}, after this start began"]
@@ -313,13 +313,6 @@ def _describe_kill(facts: Facts) -> tuple[str, list[str]]:
 
 def _count(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
-
-
-def _parse_time(text: object) -> float | None:
-    try:
-        return datetime.datetime.fromisoformat(str(text)).timestamp()
-    except (ValueError, OverflowError):
-        return None
 
 
 def _describe_details(facts: Facts, kind: str) -> str:

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 
 import contextlib
-import datetime
 import json
 import shlex
 import shutil
@@ -40,7 +39,7 @@ from mnist_dist.finding import WORDS, Finding, read_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import Stop, ending_as_interrupt
 from mnist_dist.program import print_answer, say
-from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, read_ends
+from mnist_dist.record import RESULT_FILE, is_number, make_timestamp, parse_object, parse_timestamp, read_ends
 
 ORDER = ("joined", "agree", "exchange", "gradients", "curve", "speed", "files", "signal", "requeue", "kill", "W&B")
 _OF_SITE = ("signal", "requeue")  # the checks of the second job
@@ -315,8 +314,7 @@ class Watched:
         self._seen_at, self.state = now, shown.get("JobState", "")
         reason, start = cluster.find_reason(self.state, shown.get("Reason", "")), shown.get("StartTime", "")
         if self.state == "RUNNING" and self.limit_at is None and shown.get("Restarts", "0") == "0":
-            with contextlib.suppress(ValueError):
-                self.limit_at = datetime.datetime.fromisoformat(shown.get("EndTime", "")).timestamp()
+            self.limit_at = parse_timestamp(shown.get("EndTime"))
         line = f"job {self.number} ({self.what}): {self.state.lower()}"
         if self.state == "PENDING":
             line += f" ({reason})" if reason not in ("", "None") else ""

@@ -423,6 +423,14 @@ def make_timestamp() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def parse_timestamp(text: object) -> float | None:
+    """A time as the record and Slurm have it, in seconds since 1970; None where it is no such text."""
+    try:
+        return datetime.datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
 def read_note(path: Path) -> Row:
     """The JSON object in a small file; an empty one where there is none, or where it is damaged."""
     try:
