@@ -98,10 +98,8 @@ class TrainingState:
             self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
             self._reached: set[str] = set()  # by a backward pass
             if group.size > 1:
-                for name, parameter in self.bare_model.named_parameters():
-                    if parameter.requires_grad:
-                        note = partial(_note, self._reached, name)
-                        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+                for name, parameter in self._trained.items():
+                    parameter.register_post_accumulate_grad_hook(partial(_note, self._reached, name))  # type: ignore[no-untyped-call]
         self._hand_out(self.bare_model.buffers(), 0)
         if config.cuda_graph:
             if not self.tier.is_any_world:
@@ -353,7 +351,6 @@ class TrainingState:
                 "each forward pass changes %s, which is in no checkpoint: a resumed run begins with it afresh, and each process has one",
                 lost[0],
             )
-        trained = [name for name in self._moved if self.bare_model.get_parameter(name).requires_grad]
         if not (self.group.size > 1 or self.config.shards):
             return
         if hooked := list_hooked(self.bare_model):
@@ -362,7 +359,7 @@ class TrainingState:
                 "that of all processes or shards is, or not at all: clip with --clip_norm, use register_hook, which is called for each "
                 "part, or train on one process, without shards"
             )
-        if trained:
+        if trained := [name for name in self._moved if name in self._trained]:
             raise UserError(
                 f"task {self.config.task.name}: a forward pass changes {trained[0]} itself, which is trained, too: each process or shard "
                 "would change its own by its own samples; train on one process, without shards"
@@ -436,7 +433,7 @@ class TrainingState:
 
     def count_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.bare_model.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in self.trained)
 
     def count_bytes(self) -> int:
         """The size of the model in memory."""
