@@ -34,15 +34,15 @@ def set_up_logging(rank: int, world_size: int) -> None:
 
 
 class Progress:
-    """The progress of a run, from `step` to `total_steps`. Makes no noise on ranks other than zero."""
+    """The progress of a run, from `step` to its last one. Makes no noise on ranks other than zero."""
 
-    def __init__(self, step: int, total_steps: int, shown: bool, config: Config) -> None:
+    def __init__(self, step: int, shown: bool, config: Config) -> None:
         self._start = (step, time.perf_counter())
-        self._total = total_steps
+        self._total = config.total_steps
         self._shown = shown
         self._config = config
         on_terminal = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=step, unit=" step", dynamic_ncols=True) if on_terminal else None
+        self._bar = tqdm(total=self._total, initial=step, unit=" step", dynamic_ncols=True) if on_terminal else None
 
     def advance(self) -> None:
         """One step is done."""

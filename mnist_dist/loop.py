@@ -108,7 +108,7 @@ def train(
             **config.name_sizes(),
         }
         # The row of an evaluation that is not finished may be there from a start that was killed after it.
-        run.start(state.step, facts | noted, recorded, rows_end=state.step - (state.unfinished is not None))
+        run.start(state.step, facts | noted, recorded, state.step - (state.unfinished is not None))
         _log.info("%s from step %d of %d: %s", run.path, state.step, config.total_steps, ", ".join(f"{k} {v}" for k, v in facts.items()))
         _log.info("%s", state.tier.describe(config.shards))
         run.show_samples(state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size))
@@ -127,7 +127,7 @@ def train(
         with (
             Reader(data.train, config, group, "training", sampler) as batches,
             open_evaluation(data.evaluated, config, group) as evaluated,
-            Progress(state.step, config.total_steps, group.is_main, config) as progress,
+            Progress(state.step, group.is_main, config) as progress,
         ):
 
             def heed_stops() -> None:

@@ -19,7 +19,7 @@ _ADVICE = "the run stops here and keeps its last checkpoint (a lower learning_ra
 class Meter:
     """Collects the loss of each step; reads them all at once, on all ranks together."""
 
-    def __init__(self, config: Config, group: Group, step: int, compare_ranks: bool = True) -> None:
+    def __init__(self, config: Config, group: Group, step: int, compare_ranks: bool) -> None:
         self.config = config
         self.group = group
         self._compares = compare_ranks

@@ -157,12 +157,12 @@ class RunFolder:
                 steps.append(end.get("step"))
         return max(filter(is_count, steps), default=0)
 
-    def start(self, step: int, facts: Row, promised_rows: Sequence[int] = (), *, rows_end: int | None = None) -> None:
-        """Begin or continue at `step`: rows later than `rows_end` (None: than it) go, and the start is noted in starts.jsonl.
+    def start(self, step: int, facts: Row, promised_rows: Sequence[int], rows_end: int) -> None:
+        """Begin or continue at `step`: rows later than `rows_end` go, and the start is noted in starts.jsonl.
 
         `promised_rows`: the steps whose rows the record must have, as the checkpoint says.
         """
-        self.group.on_main(lambda: self._start(step, facts, promised_rows, step if rows_end is None else rows_end))
+        self.group.on_main(lambda: self._start(step, facts, promised_rows, rows_end))
         self.group.keep_stacks_in(Path(self.group.broadcast(str(self.path / STACKS))))  # of verify, each rank has a folder of its own
 
     def _start(self, step: int, facts: Row, promised_rows: Sequence[int], rows_end: int) -> None:
