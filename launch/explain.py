@@ -430,16 +430,13 @@ def _add_status(facts: Facts, answer: Explanation) -> None:
 
 def _advise(facts: Facts, answer: Explanation) -> list[str]:
     run, kind = as_argument(facts.path), answer.end
-    resume, job = _make_command(facts), facts.job
-    jobs = ["python", "-m", "launch.jobs"]
+    resume, jobs = _make_command(facts), ["python", "-m", "launch.jobs"]
     if kind == "finished":
         return [f"nothing; {shlex.join(['python', '-m', 'mnist_dist.evaluate', run])} counts what it gets right"]
-    if kind in ("running", "waiting"):
-        follow = shlex.join([*jobs, "follow", run])
-        if kind == "running":
-            return [f"wait; {follow} {'shows its log' if facts.logs else 'returns when it ends'}"]
-        again = f"ask for what the cluster has: {resume}"
-        return _advise_waiting(job, facts.state.reason, facts.state.is_suspended, again)
+    if kind == "running":
+        return [f"wait; {shlex.join([*jobs, 'follow', run])} {'shows its log' if facts.logs else 'returns when it ends'}"]
+    if kind == "waiting":
+        return _advise_waiting(facts.job, facts.state.reason, facts.state.is_suspended, f"ask for what the cluster has: {resume}")
     if kind == "silent":
         return [f"look whether its processes work; else {shlex.join([*jobs, 'cancel', run])}", resume]
     if kind == "damaged" and facts.why == "finished":  # and its result is gone

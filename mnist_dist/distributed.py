@@ -444,8 +444,7 @@ def _choose_variables(world: World, device: str, threads: int, place: Place | No
         variables |= world.variables()
         # Gloo would connect each rank with every other at once.
         variables["TORCH_GLOO_LAZY_INIT"] = os.environ.get("TORCH_GLOO_LAZY_INIT", "1")
-        interface = find_interface(place.address) if place is not None else None
-        if place is not None and interface is not None:
+        if place is not None and (interface := find_interface(place.address)) is not None:
             # They would offer what this host's name means here, which may be an address that only this host reaches.
             variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or interface
             if device == "cuda" and not place.is_local:

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ class _Guest:
     end: float
     received: bytes = b""
     rank: int | None = None
-    unsent: bytes = field(default=_BANNER)
+    unsent: bytes = _BANNER
 
     @property
     def own_address(self) -> str:

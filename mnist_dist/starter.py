@@ -22,7 +22,7 @@ from mnist_dist.program import surviving_stderr
 from mnist_dist.world import World, find_world, read_world
 
 _GRACE_S = 30.0  # for the other ranks to notice that one is lost, and to leave
-_EXPECTED = {0, *(stop.exit_code for stop in Stop)}
+_EXPECTED = {stop.exit_code for stop in Stop}  # Stop.NONE among them
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
