@@ -225,7 +225,7 @@ def check_folder(run_dir: Path, config: Config) -> None:
         raise UserError(f"run_dir {run_dir} cannot be used: {describe_error(error)}; expected a writable folder") from error
 
 
-def is_run(run_dir: Path) -> bool:
+def has_begun(run_dir: Path) -> bool:
     """Whether a training has begun in a folder. Raises OSError."""
     return os.path.lexists(run_dir / CONFIG_FILE) or bool(list_newest_first(run_dir / CHECKPOINTS))
 
@@ -235,7 +235,7 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
         check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
-    elif is_run(run_dir):
+    elif has_begun(run_dir):
         if os.path.lexists(run_dir / RESULT_FILE):
             raise UserError(
                 f"run_dir {run_dir} holds {RESULT_FILE} but no {CONFIG_FILE}, so nothing tells of which options: restore {CONFIG_FILE}, or "

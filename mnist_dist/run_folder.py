@@ -35,8 +35,8 @@ from mnist_dist.record import (
     Record,
     check_folder,
     count_memory_kills,
+    has_begun,
     is_count,
-    is_run,
     make_timestamp,
     read_ends,
     read_result,
@@ -132,7 +132,7 @@ class RunFolder:
             check_folder(self.path, self.config)  # again: another run may have come first
             if read_result(self.path, self.config) is not None:
                 raise UserError(f"run_dir {self.path} has been finished by another process meanwhile; nothing is left to do")
-            if is_run(self.path):  # in any other folder, such files are somebody else's
+            if has_begun(self.path):  # in any other folder, such files are somebody else's
                 remove_temporary_files(self.path)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             newest = checkpoint.read_newest(self.path / CHECKPOINTS, model_bytes)
