@@ -28,6 +28,16 @@ def build_model(task: Task, seed: int) -> nn.Module:
         raise UserError(
             f"task {task.name}: build_model returned a {type(model).__name__} of torch.jit; expected a module that may hold one"
         )
+    _check_parameters(task, model)
+    _check_buffers(task, model)
+    _check_memory(task, model)
+    _check_state_dict(task, model)
+    check_finite(task, model)
+    return model
+
+
+def _check_parameters(task: Task, model: nn.Module) -> None:
+    """Raise `UserError` unless the parameters are float32 on the CPU; one with gaps in its memory is copied."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(
@@ -40,6 +50,10 @@ def build_model(task: Task, seed: int) -> nn.Module:
             )
         if torch.empty_like(parameter).stride() != parameter.stride():  # a view with gaps, which fused optimizers take for one without
             parameter.data = parameter.data.clone()
+
+
+def _check_buffers(task: Task, model: nn.Module) -> None:
+    """Raise `UserError` unless the buffers are dense; one that cannot be written to is copied."""
     for name, buffer in model.named_buffers():
         if not is_dense(buffer):
             raise UserError(
@@ -48,8 +62,12 @@ def build_model(task: Task, seed: int) -> nn.Module:
             )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if any(not stride and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):  # cannot be written to
+            if not is_writable(buffer):
                 module._buffers[name] = buffer.clone()
+
+
+def _check_memory(task: Task, model: nn.Module) -> None:
+    """Raise `UserError` where a parameter lies in the memory of another, or of a buffer."""
     names = {name for name, _ in model.named_parameters()}
     for one, other in find_overlaps(model):
         if {one, other} & names:
@@ -57,6 +75,10 @@ def build_model(task: Task, seed: int) -> nn.Module:
                 f"task {task.name}: {one} and {other} of its model share memory, and are not one tensor: on a GPU, or on several "
                 "processes, each would get its own; use one Parameter in both places, or give it a copy"
             )
+
+
+def _check_state_dict(task: Task, model: nn.Module) -> None:
+    """Raise `UserError` where the state holds what no file of weights can."""
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"task {task.name}: {name} in the state_dict of its model is {type(value).__name__}; expected tensors alone")
@@ -67,13 +89,16 @@ def build_model(task: Task, seed: int) -> nn.Module:
                 f"task {task.name}: {name} in the state_dict of its model is {value.dtype}, which no .safetensors file holds; keep it in "
                 "another type, or out of the state (register_buffer with persistent=False)"
             ) from error
-    check_finite(task, model)
-    return model
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is neither sparse nor nested: such a one has no strides, or no shape."""
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to, and so may have been: one that is expanded cannot."""
+    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def describe_kind(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import READING_RULE, Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.model import check_finite, describe_kind, is_dense, is_finite, load_weights
+from mnist_dist.model import check_finite, describe_kind, is_dense, is_finite, is_writable, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -461,7 +461,7 @@ class Kept:
     def spoil(self, names: Collection[str]) -> None:
         """Give those of some names other values."""
         for name, (tensor, value) in self._kept.items():
-            if name in names and _is_writable(tensor):
+            if name in names and is_writable(tensor):
                 tensor.zero_()
                 if is_same(tensor, value):
                     tensor.fill_(1)
@@ -470,16 +470,11 @@ class Kept:
     def put_back(self) -> None:
         """Give them their values back; after a backward pass, if there is one."""
         for name, (tensor, value) in self._kept.items():
-            if _is_writable(tensor):
+            if is_writable(tensor):
                 tensor.copy_(value)
             owner, _, own_name = name.rpartition(".")
             if own_name in (buffers := self._model.get_submodule(owner)._buffers):
                 buffers[own_name] = tensor  # the pass may have put another in its place
-
-
-def _is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to, and so may have been: one that is expanded cannot."""
-    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager
