@@ -82,25 +82,13 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         raise UserError(f"task {task.name}: {flaw}")
     with keeping(model) as kept:
         kinds = {name: value.dtype for name, value in model.state_dict().items()}
-        names = {*kinds}
         check_loading(task, model, kept, {name for name, parameter in model.named_parameters() if parameter.requires_grad})
         seed_generators(0)
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
         whole = trace(task, model, probe.whole)
         written = tuple(name for name, parameter in model.named_parameters() if parameter._version != versions.get(name))
         check_losses(task, whole.losses, probe.whole.size, [probe.name(place) for place in probe.whole.places])
-        if other := sorted(names ^ {*model.state_dict()}):
-            raise UserError(
-                f"task {task.name}: the first forward pass {'removes' if other[0] in names else 'adds'} {other[0]} of its model, which no "
-                "optimizer would see, or no weights that are read again would fit: make all of the model in build_model"
-            )
-        for name, value in model.state_dict().items():
-            if value.dtype != kinds[name]:
-                raise UserError(
-                    f"task {task.name}: the first forward pass makes {name} of its model {describe_kind(value.dtype)}, which was "
-                    f"{describe_kind(kinds[name])}, and no checkpoint would fit: change it in place (copy_, mul_, add_), which keeps it"
-                )
-        check_finite(task, model, " after the first forward pass")
+        _check_first_pass(task, model, kinds)
         if whole.wrote and probe.is_stored:
             raise UserError(
                 f"task {task.name}: losses writes into its batch, and collate hands on what the data set stores, which would change with "
@@ -126,7 +114,7 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             )
         repeats = torch.equal(whole.losses, again.losses)
         moved = tuple(dict.fromkeys([*find_moved(task, model, lambda: probe), *changed]))
-        if saved := names.intersection(moved):
+        if saved := kinds.keys() & moved:
             check_loading(task, model, kept, saved)
         if not repeats:
             reason = (
@@ -153,6 +141,22 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
             changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does something clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats, written)
+
+
+def _check_first_pass(task: Task, model: nn.Module, kinds: dict[str, torch.dtype]) -> None:
+    """Raise `UserError` where a pass has made the model's state another one than that of these `kinds`, or not finite."""
+    if other := sorted(kinds.keys() ^ model.state_dict().keys()):
+        raise UserError(
+            f"task {task.name}: the first forward pass {'removes' if other[0] in kinds else 'adds'} {other[0]} of its model, which no "
+            "optimizer would see, or no weights that are read again would fit: make all of the model in build_model"
+        )
+    for name, value in model.state_dict().items():
+        if value.dtype != kinds[name]:
+            raise UserError(
+                f"task {task.name}: the first forward pass makes {name} of its model {describe_kind(value.dtype)}, which was "
+                f"{describe_kind(kinds[name])}, and no checkpoint would fit: change it in place (copy_, mul_, add_), which keeps it"
+            )
+    check_finite(task, model, " after the first forward pass")
 
 
 def check_loading(task: Task, model: nn.Module, kept: "Kept", spoiled: Collection[str]) -> None:
