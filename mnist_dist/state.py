@@ -78,28 +78,10 @@ class TrainingState:
         }
         optimizer = build_optimizer(self.bare_model.parameters(), config, group.precision, group.device)
         self.tree: TreeSum | None = None
-        # Told what is to be placed, Accelerate does not import torch's distributed tensors to find out, which takes half a second.
         if config.shards:
-            # Its gradients are added up along the tree, not by DDP.
-            self.tree = TreeSum(config.shards, group)
-            self.model = group.accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
-            self.optimizer = group.accelerator.prepare_optimizer(optimizer, device_placement=False)
-            moving = {name: _as_real(value) for name, value in self._list_moving().items()}
-            averaged = {name: value for name, value in moving.items() if value.is_floating_point()}
-            self.averaged = list(averaged)
-            self.flat = Flat(self.trained, extra=1)
-            self.flat_averaged = Flat([*averaged.values()], dtype=torch.float64)
-            self._hand_out(self.bare_model.parameters(), 0)  # as DDP does
+            self._prepare_shards(config.shards, optimizer)
         else:
-            # DDP would hand out those of rank zero at each call of the model, and one rank may call it more often than another. Nor does
-            # it know all types.
-            names = [name for name, _ in self.bare_model.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.bare_model, names)  # type: ignore[no-untyped-call]
-            self.model, self.optimizer = group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
-            self._reached: set[str] = set()  # by a backward pass
-            if group.size > 1:
-                for name, parameter in self._trained.items():
-                    parameter.register_post_accumulate_grad_hook(partial(_note, self._reached, name))  # type: ignore[no-untyped-call]
+            self._prepare_ddp(optimizer)
         self._hand_out(self.bare_model.buffers(), 0)
         if config.cuda_graph:
             if not self.tier.is_any_world:
@@ -115,6 +97,33 @@ class TrainingState:
         self.unfinished: Row | None = None  # the row of this step, while what it tells of an evaluation is not known
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
+
+    # Told what is to be placed, Accelerate does not import torch's distributed tensors to find out, which takes half a second.
+
+    def _prepare_shards(self, shards: int, optimizer: torch.optim.Optimizer) -> None:
+        """Let gradients be added up along the tree, not by DDP."""
+        accelerator = self.group.accelerator
+        self.tree = TreeSum(shards, self.group)
+        self.model = accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        moving = {name: _as_real(value) for name, value in self._list_moving().items()}
+        averaged = {name: value for name, value in moving.items() if value.is_floating_point()}
+        self.averaged = list(averaged)
+        self.flat = Flat(self.trained, extra=1)
+        self.flat_averaged = Flat([*averaged.values()], dtype=torch.float64)
+        self._hand_out(self.bare_model.parameters(), 0)  # as DDP does
+
+    def _prepare_ddp(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let DDP average the gradients."""
+        # It would hand out the buffers of rank zero at each call of the model, and one rank may call it more often than another. Nor does
+        # it know all types.
+        names = [name for name, _ in self.bare_model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.bare_model, names)  # type: ignore[no-untyped-call]
+        self.model, self.optimizer = self.group.accelerator.prepare(self.bare_model, optimizer, device_placement=[True, False])
+        self._reached: set[str] = set()  # by a backward pass
+        if self.group.size > 1:
+            for name, parameter in self._trained.items():
+                parameter.register_post_accumulate_grad_hook(partial(_note, self._reached, name))  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Let DDP lay out its buckets for good, by a backward pass on some samples whose gradients are dropped.
