@@ -1,6 +1,5 @@
 """What is known of how a run ended: from its run folder, its logs, Slurm and the kernel. Reads only; imports no torch."""
 
-import contextlib
 import os
 import re
 import subprocess
@@ -28,7 +27,7 @@ from launch.runs import (
 )
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError, first_line
-from mnist_dist.files import is_marked, read_file, read_kernel_count, read_tail
+from mnist_dist.files import is_marked, read_file, read_kernel_count, read_text
 from mnist_dist.lock import LOCK_FILE, read_holder
 from mnist_dist.record import (
     CONFIG_FILE,
@@ -176,8 +175,7 @@ def gather_facts(path: Path, job: str) -> Facts:
 def _find_original(path: Path) -> str:
     """The folder that this one is a copy of, as its notes name it; empty where it is none."""
     marks = [str(read_note(path / f"slurm/{name}.json").get("folder", "")) for name in ("job", "end")]
-    with contextlib.suppress(OSError):
-        marks += read_file(path / LOCK_FILE, _NOTE_BYTES_MAX).decode(errors="replace").split("\n")[1:2]
+    marks += read_text(path / LOCK_FILE, _NOTE_BYTES_MAX).split("\n")[1:2]
     mark = next((mark.strip() for mark in marks if not is_marked(path, mark)), "")
     return mark.partition(" ")[2].strip("'\"")[:300]
 
@@ -197,10 +195,11 @@ def read_logs(path: str) -> tuple[dict[int | None, Log], bool]:
         return {}, True
     match = re.fullmatch(r"(.*)_0_log\.out", path, re.DOTALL)
     if match is None:
-        text = read_tail(path, _LOG_BYTES_MAX)
+        text = read_text(path, _LOG_BYTES_MAX, tail=True)
         is_complete = len(text) < _LOG_BYTES_MAX // 4 and text.count("\n") < LINES_MAX
         return ({None: read_log(text)} if text else {}), is_complete
-    texts = {rank: text for rank in range(_RANKS_READ) if (text := read_tail(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX))}
+    found = {rank: read_text(f"{match[1]}_{rank}_log.out", _RANK_LOG_BYTES_MAX, tail=True) for rank in range(_RANKS_READ)}
+    texts = {rank: text for rank, text in found.items() if text}
     return {rank: read_log(text) for rank, text in texts.items()}, all(len(text) < _RANK_LOG_BYTES_MAX // 4 for text in texts.values())
 
 

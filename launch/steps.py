@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.cluster import run_slurm
 from launch.drill import KILLED, UNBROKEN, judge_kill, judge_tracking, list_words
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import read_tail
+from mnist_dist.files import read_text
 from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.program import make_printable
@@ -180,7 +180,7 @@ def _cancel_steps() -> None:
 
 def read_log(path: Path) -> str:
     """The end of a log; empty where there is none."""
-    return read_tail(path, _LOG_BYTES_MAX)
+    return read_text(path, _LOG_BYTES_MAX, tail=True)
 
 
 def find_last_words(log: str) -> str:

@@ -38,10 +38,10 @@ def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
         return file.read(min(size, bytes_max))
 
 
-def read_tail(path: str | Path, bytes_max: int) -> str:
-    """The end of a file of text, such as a log; empty where it cannot be read."""
+def read_text(path: str | Path, bytes_max: int, *, tail: bool = False) -> str:
+    """The text of a file, or of its end, as of `read_file`; empty where it cannot be read."""
     try:
-        return read_file(path, bytes_max, tail=True).decode(errors="replace")
+        return read_file(path, bytes_max, tail=tail).decode(errors="replace")
     except OSError:
         return ""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.files import is_marked, mark_folder, read_file
+from mnist_dist.files import is_marked, mark_folder, read_file, read_text
 
 LOCK_FILE = "lock"
 
@@ -219,11 +219,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 def read_holder(run_dir: Path) -> Holder | None:
     """Who took the lock of a run folder last, be it alive or not; None where the lock does not tell, or is the copy of another folder's."""
-    try:
-        content = read_file(run_dir / LOCK_FILE, _BYTES_MAX).decode(errors="replace")
-    except OSError:
-        return None
-    text, mark, *_ = [*content.split("\n"), ""]
+    text, mark, *_ = [*read_text(run_dir / LOCK_FILE, _BYTES_MAX).split("\n"), ""]
     match = re.fullmatch(r"process (\d{1,18}) on (.{1,255}?)(?: \(Slurm job (\d{1,18})\))?", text.strip())
     return Holder(int(match[1]), match[2], match[3] or "") if match and is_marked(run_dir, mark) else None
 

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from mnist_dist.errors import UserError
 from mnist_dist.figures import render
-from mnist_dist.files import is_marked, mark_folder, read_file, write_atomically
+from mnist_dist.files import is_marked, mark_folder, read_text, write_atomically
 from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.task import Panel
 from mnist_dist.world import World, choose_threads
@@ -495,7 +495,7 @@ def _find_switch() -> str:
     for path in (Path(".wandb" if os.path.isdir(".wandb") else "wandb", "settings"), Path(os.path.expanduser(home), "settings")):
         parser = configparser.ConfigParser(interpolation=None)
         with contextlib.suppress(configparser.Error):
-            parser.read_string(_read_small(path))
+            parser.read_string(read_text(path, _SMALL_FILE_BYTES))
         switches.append(parser.get("default", "mode", fallback=""))
     return next(filter(None, switches), "")
 
@@ -550,20 +550,12 @@ def _is_locked(descriptor: int) -> bool:
     return False
 
 
-def _read_small(path: Path) -> str:
-    """The text of a small file; nothing where there is none, or something else in its place."""
-    try:
-        return read_file(path, _SMALL_FILE_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def _claim_id(path: Path, run_dir: Path, wanted: str) -> str:
     """The id that the run has on W&B from its first start to its last; a new one, `wanted` if it can be, for a new run or a copy."""
-    found, mark, *_ = [*_read_small(path).splitlines(), "", ""]
+    found, mark, *_ = [*read_text(path, _SMALL_FILE_BYTES).splitlines(), "", ""]
     if not _ID.fullmatch(found.strip()) or not is_marked(run_dir, mark):
         found = wanted if _ID.fullmatch(wanted) else secrets.token_hex(6)
     content = f"{found.strip()}\n{mark_folder(run_dir)}\n"
-    if content != _read_small(path):
+    if content != read_text(path, _SMALL_FILE_BYTES):
         write_atomically(path, content.encode())
     return found.strip()
