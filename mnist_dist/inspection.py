@@ -45,6 +45,7 @@ _WEIGHTS_EVERY = 10  # steps
 _CHUNK = 1 << 20  # numbers of a tensor that are on the CPU at once
 _APART = 30  # times as far off as the others is a rank that went wrong alone: what all share, they show by less unlike amounts
 _SHOWN = 8
+_ADVICE = "this machine or this world does not train right: run it on one process, then on one host, to see where it begins"
 
 
 class Print(NamedTuple):
@@ -269,7 +270,7 @@ class Inspection:
         if not reasons:
             return Finding("curve", "ok", text, "", values)
         if named - {*odd}:  # not by a loader, which is no fault of a host
-            next_steps.append(self._advise(named - {*odd}))
+            next_steps.append(advise(named - {*odd}, self.ranks))
         return Finding("curve", "WRONG", "; ".join(reasons), "; ".join(next_steps) or _ADVICE, values | {"ranks": sorted(named)[:64]})
 
     def _describe_exchange(self) -> str:
@@ -315,15 +316,9 @@ class Inspection:
     def _name(self, ranks: Iterable[int]) -> str:
         return describe_ranks(ranks, self.ranks)
 
-    def _advise(self, ranks: Iterable[int]) -> str:
-        return advise(ranks, self.ranks)
-
 
 def _keep_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-_ADVICE = "this machine or this world does not train right: run it on one process, then on one host, to see where it begins"
 
 
 def describe_ranks(ranks: Iterable[int], known: Sequence[Rank]) -> str:
