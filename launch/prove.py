@@ -28,7 +28,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from launch import cluster
 from launch.drill import HOLD_S, REQUEUED, SIGNAL_DELAY_S, SIGNAL_LIMIT_MIN, Drill, judge_requeue, judge_signal, list_words, read_notes
-from launch.request import Request, check_folder
+from launch.request import Request, place_folder
 from launch.steps import CHECKS, Checks, Ranks, Step, find_last_words, read_log, skip
 from launch.submission import describe_refusal, find_unanswered, list_srun_options, make_slurm_executor, queueing, write_script
 from launch.submit import add_job_options, compare_with_cluster, read_request
@@ -142,7 +142,7 @@ def _prove(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--folder", metavar="DIR", type=path_argument, default="runs/prove", help="keeps the pages (default: runs/prove)")
     parser.add_argument("--json", action="store_true", help="print the page as JSON")
     given = parser.parse(arguments)
-    folder, as_json = check_folder(Path(given.pop("folder"))), given.pop("json")
+    folder, as_json = place_folder(Path(given.pop("folder"))), given.pop("json")
     if refused := [name for name in idle if name in given]:
         raise UserError(f"{refused[0]} has no effect here: the jobs of launch.prove have their own; leave it out")
     request = read_request(given | {"signal_delay_s": 1}, own, idle)

@@ -214,11 +214,11 @@ def place_config(config: Config, request: Request) -> Config:
     """`config` as the job runs it: in absolute folders, and refusing another number of processes. Raises `UserError`."""
     config.check_world(request.world_size)
     data_dir = config.task.data_dir and str(Path(config.task.data_dir).absolute())
-    placed = {"data_dir": data_dir, "world_size": request.world_size, "run_dir": str(check_folder(Path(config.run_dir)))}
+    placed = {"data_dir": data_dir, "world_size": request.world_size, "run_dir": str(place_folder(Path(config.run_dir)))}
     return config.replace(**placed)
 
 
-def check_folder(folder: Path) -> Path:
+def place_folder(folder: Path) -> Path:
     """The absolute path of a run's folder. Raises `UserError` for one that Slurm would read otherwise: it has no quoting for these."""
     path = folder.absolute()
     if not re.fullmatch(r"[\w ./=,+@:~-]+", str(path)):
