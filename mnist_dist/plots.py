@@ -198,14 +198,16 @@ def _describe_curves(config: Config) -> str:
     )
 
 
-def save_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
-    """Write each figure to `folder`/NAME.png, atomically. Raises `RunError` where that fails."""
-    paths = []
+def save_drawing(run: Run, drawing: Drawing) -> list[Path]:
+    """Write each figure to NAME.png in the folder `plots` of a run, atomically, and warn of what is left out. Raises `RunError`."""
+    for sentence in drawing.left_out:
+        _log.warning("left out %s", sentence)
+    folder, paths = run.path / PLOTS, list[Path]()
     try:
         folder.mkdir(exist_ok=True)
         if folder.is_symlink():  # of a run from somebody else, it may lead to one's own pictures
             raise RunError(f"the pictures cannot be written to {folder}: it is a link to {folder.resolve()}; expected a folder")
-        for panel in panels:
+        for panel in drawing.panels:
             if panel.figure is not None:
                 paths.append(folder / f"{panel.name}.png")
                 write_atomically(paths[-1], render(panel.figure))
@@ -223,9 +225,7 @@ def draw_plots(run_dir: Path, task: str | None = None, data_dir: str | None = No
     drawing = draw_run(run)
     if not any(panel.figure is not None for panel in drawing.panels):
         raise UserError("\n".join(f"left out {sentence}" for sentence in drawing.left_out))
-    for sentence in drawing.left_out:
-        _log.warning("left out %s", sentence)
-    return save_figures(drawing.panels, run.path / PLOTS)
+    return save_drawing(run, drawing)
 
 
 def open_run(run_dir: Path, task: str | None = None, data_dir: str | None = None) -> Run:

@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 
 import base64
-import logging
 import os
 import struct
 import sys
@@ -37,13 +36,11 @@ from mnist_dist.plots import (
     name_samples,
     open_run,
     print_written,
-    save_figures,
+    save_drawing,
 )
-from mnist_dist.record import PLOTS, REPORT_FILE, Run, is_number, pick_measures, read_run
+from mnist_dist.record import REPORT_FILE, Run, is_number, pick_measures, read_run
 from mnist_dist.source import Unknown
 from mnist_dist.task import Data, Panel, format_measure
-
-_log = logging.getLogger(__name__)
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -113,9 +110,7 @@ def write_report(
     """
     run = read_run(run_dir, config) if config is not None else open_run(run_dir, task, data_dir)
     drawing = draw_run(run, device, data)
-    for sentence in drawing.left_out:
-        _log.warning("left out %s", sentence)
-    pictures = save_figures(drawing.panels, run.path / PLOTS)
+    pictures = save_drawing(run, drawing)
     path = run.path / REPORT_FILE
     try:
         write_atomically(path, make_page(run, drawing.panels, drawing.left_out).encode(errors="replace"))
