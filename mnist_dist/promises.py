@@ -367,11 +367,9 @@ def _check_cost(subject: Subject) -> Found:
 
         model.eval()
         evaluation_s = _time(evaluate) / len(some) * len(split)  # type: ignore[arg-type]
-        content = checkpoint.encode({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        file = subject.folder / "cost.pt"
-        checkpoint_s = _time(
-            lambda: write_atomically(file, checkpoint.encode({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
-        )
+        state, file = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, subject.folder / "cost.pt"
+        content = checkpoint.encode(state)
+        checkpoint_s = _time(lambda: write_atomically(file, checkpoint.encode(state)))
     finally:
         torch.set_num_threads(1)
     # The signal may come as a step, an evaluation or the writing of a checkpoint begins; the ranks agree on it one step later.
