@@ -324,15 +324,14 @@ class _Host:
             what = ", ".join(name for name in differing if name in self._run) or "what they are"
             self._warn(f"{visitor} came to port {self._port}, belongs to another run ({what} differ) and was refused")
             return {"refused": f"another run meets there ({what} differ)", "own": False}
-        if not 0 < rank < self._world.size:
-            self._warn(f"a second {visitor} came to port {self._port} and was refused")
-            return {"refused": f"{name_with_hosts([0], self._hosts)} is there, and no other rank {rank} is expected", "own": True}
+        if 0 < rank < self._world.size and rank not in self._came:
+            guest.rank = rank
+            self._came[rank], self._hosts[rank] = guest, host
+            return {"accepted": True}
+        self._warn(f"a second {visitor} came to port {self._port} and was refused")
         if rank in self._came:
-            self._warn(f"a second {visitor} came to port {self._port} and was refused")
             return {"refused": f"rank {rank} has come already, from host {self._hosts[rank]}: is this the same command twice?", "own": True}
-        guest.rank = rank
-        self._came[rank], self._hosts[rank] = guest, host
-        return {"accepted": True}
+        return {"refused": f"{name_with_hosts([0], self._hosts)} is there, and no other rank {rank} is expected", "own": True}
 
     @property
     def _port(self) -> int:
