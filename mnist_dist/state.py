@@ -98,12 +98,11 @@ class TrainingState:
         self._gradient_norm: Tensor | None = None  # of the last step, before it was clipped
         self._start_s = time.perf_counter()
 
-    # Told what is to be placed, Accelerate does not import torch's distributed tensors to find out, which takes half a second.
-
     def _prepare_shards(self, shards: int, optimizer: torch.optim.Optimizer) -> None:
         """Let gradients be added up along the tree, not by DDP."""
         accelerator = self.group.accelerator
         self.tree = TreeSum(shards, self.group)
+        # Told what is to be placed, Accelerate does not import torch's distributed tensors to find out, which takes half a second.
         self.model = accelerator.prepare_model(self.bare_model, device_placement=True, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
         moving = {name: _as_real(value) for name, value in self._list_moving().items()}
