@@ -16,7 +16,7 @@ from mnist_dist.data import READING_RULE, Batch, Reader, Seeded, deal, digest, k
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
-from mnist_dist.model import describe_kind
+from mnist_dist.model import describe_dtype
 from mnist_dist.randomness import seed_generators, seeding_generators
 from mnist_dist.record import is_measure, is_number
 from mnist_dist.source import describe_exception, explaining
@@ -202,7 +202,7 @@ def check_tally(task: Task, tally: Any, count: int) -> None:
             raise UserError(f"task {task.name}: the {name} of tally must be a tensor of {count} rows, one for each sample of the batch")
     has_examples = tally.scores is not None and tally.outputs is not None
     if has_examples and (tally.scores.dtype == torch.bool or tally.scores.is_complex()):
-        raise UserError(f"task {task.name}: the scores of tally are {describe_kind(tally.scores.dtype)}; expected numbers with an order")
+        raise UserError(f"task {task.name}: the scores of tally are {describe_dtype(tally.scores.dtype)}; expected numbers with an order")
     if tally.scores is not None and tally.scores.ndim != 1:
         raise UserError(f"task {task.name}: the scores of tally have shape {list(tally.scores.shape)}; expected one number for each sample")
 

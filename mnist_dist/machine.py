@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 def choose_device(config: Config, world: World) -> str:
     """The device of this process: cpu or cuda. Raises `UserError` where it may not have what it asks for."""
-    available = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    available = torch.cuda.is_available() and not _is_kept_on_cpu()
     if config.device == "cuda" and not available:
         raise UserError(f"device is cuda, but torch finds no GPU here that it may use ({explain_no_gpu()}); allowed: auto, cpu")
     if config.device == "auto" and not available and world.gpus:
@@ -61,7 +61,7 @@ def describe_choice(config: Config, device: str) -> str:
 
 def explain_no_gpu() -> str:
     """Why torch may find no GPU, as far as this process can know."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if _is_kept_on_cpu():
         return f"ACCELERATE_USE_CPU is {os.environ['ACCELERATE_USE_CPU']!r}"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for CPUs"
@@ -69,6 +69,11 @@ def explain_no_gpu() -> str:
     return f"torch {torch.__version__}; " + (
         "is its driver new enough? see nvidia-smi" if visible is None else f"CUDA_VISIBLE_DEVICES is {visible!r}"
     )
+
+
+def _is_kept_on_cpu() -> bool:
+    """Whether Accelerate was told to leave the GPUs alone, as by `accelerate launch --cpu`."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def choose_gpu(world: World) -> int:

@@ -101,7 +101,7 @@ def is_writable(tensor: Tensor) -> bool:
     return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def describe_kind(dtype: torch.dtype) -> str:
+def describe_dtype(dtype: torch.dtype) -> str:
     """A type of numbers by its own name, such as `float32`."""
     return str(dtype).removeprefix("torch.")
 

@@ -22,7 +22,7 @@ from mnist_dist.config import Config
 from mnist_dist.distributed import Group, explaining_start, find_place, join_group, open_store
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.finding import Finding
-from mnist_dist.model import describe_kind
+from mnist_dist.model import describe_dtype
 from mnist_dist.rendezvous import Place, name_with_hosts
 from mnist_dist.world import World, find_host
 
@@ -361,7 +361,7 @@ def check_sums(group: Group, hosts: dict[int, str]) -> list[Finding]:
     """A finding for each type whose sums over the ranks come out wrong on some rank."""
     found = []
     for kind in _TYPES:
-        name = describe_kind(kind)
+        name = describe_dtype(kind)
         wrong = ""
         for size in _SIZES:
             places = torch.arange(size) % 11

@@ -20,7 +20,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
 from mnist_dist.machine import describe_arithmetic
-from mnist_dist.model import build_model, describe_kind, describe_order, find_overlaps, find_synchronized, is_finite, sum_bits
+from mnist_dist.model import build_model, describe_dtype, describe_order, find_overlaps, find_synchronized, is_finite, sum_bits
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
@@ -342,8 +342,8 @@ class TrainingState:
             shape, kind = self._forms.get(name, (value.shape, value.dtype))
             if value.dtype != kind:
                 raise UserError(
-                    f"task {self.config.task.name}: in step {self.step + 1} the buffer {name} becomes {describe_kind(value.dtype)}, and "
-                    f"was {describe_kind(kind)}: change it in place (copy_, mul_, add_), which keeps it"
+                    f"task {self.config.task.name}: in step {self.step + 1} the buffer {name} becomes {describe_dtype(value.dtype)}, and "
+                    f"was {describe_dtype(kind)}: change it in place (copy_, mul_, add_), which keeps it"
                 )
             if value.shape != shape:
                 raise UserError(
@@ -572,7 +572,7 @@ class TrainingState:
         for name, tensor in [*state["model"].items(), *slots.items()]:
             kind = kinds.get(name, torch.float32)
             if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype != kind or not is_finite(tensor):
-                raise RunError(f"it is damaged: {name} holds values that are not finite {describe_kind(kind)} numbers")
+                raise RunError(f"it is damaged: {name} holds values that are not finite {describe_dtype(kind)} numbers")
 
 
 def _read_rows(state: dict[str, Any], step: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import READING_RULE, Piece, Probe, is_same, list_tensors
 from mnist_dist.errors import UserError
-from mnist_dist.model import check_finite, describe_kind, is_dense, is_finite, is_writable, load_weights
+from mnist_dist.model import check_finite, describe_dtype, is_dense, is_finite, is_writable, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
@@ -153,8 +153,8 @@ def _check_first_pass(task: Task, model: nn.Module, kinds: dict[str, torch.dtype
     for name, value in model.state_dict().items():
         if value.dtype != kinds[name]:
             raise UserError(
-                f"task {task.name}: the first forward pass makes {name} of its model {describe_kind(value.dtype)}, which was "
-                f"{describe_kind(kinds[name])}, and no checkpoint would fit: change it in place (copy_, mul_, add_), which keeps it"
+                f"task {task.name}: the first forward pass makes {name} of its model {describe_dtype(value.dtype)}, which was "
+                f"{describe_dtype(kinds[name])}, and no checkpoint would fit: change it in place (copy_, mul_, add_), which keeps it"
             )
     check_finite(task, model, " after the first forward pass")
 
@@ -254,7 +254,7 @@ def check_losses(task: Task, losses: Any, count: int, names: Sequence[str] = ())
     """Raise `UserError` unless `losses` are one finite number for each of `count` samples, whose `names` may be known."""
     check_shape(task, losses, count)
     if not losses.is_floating_point():
-        raise UserError(f"task {task.name}: the losses are {describe_kind(losses.dtype)}; expected floating-point numbers")
+        raise UserError(f"task {task.name}: the losses are {describe_dtype(losses.dtype)}; expected floating-point numbers")
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad and names and len(bad) < count:
         raise UserError(f"task {task.name}: the loss of {names[bad[0]]} is {losses[bad[0]]:g}; expected a finite number")

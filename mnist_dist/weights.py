@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import UserError, first_line
 from mnist_dist.files import check_readable
-from mnist_dist.model import build_model, describe_kind, is_finite, load_weights
+from mnist_dist.model import build_model, describe_dtype, is_finite, load_weights
 from mnist_dist.options import trait
 from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_object, read_named_config
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
@@ -77,7 +77,7 @@ def load_model(path: str | Path, task_name: str | None = None) -> TrainedModel:
     for name, tensor in tensors.items():
         kind = expected[name].dtype
         if tensor.dtype != kind or not is_finite(tensor):
-            wanted = describe_kind(kind)
+            wanted = describe_dtype(kind)
             raise UserError(f"{file} holds {name} as {tensor.dtype} or with values that are not finite; expected finite {wanted} values")
     load_weights(config.task, model, tensors)
     return TrainedModel(model.eval(), config)
