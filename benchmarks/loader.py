@@ -20,10 +20,11 @@ from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import common
 from benchmarks.common import Row
+from mnist_dist.batches import StepSampler
 from mnist_dist.config import make_config
-from mnist_dist.data import Reader, StepSampler
 from mnist_dist.distributed import join_group
 from mnist_dist.program import run_program
+from mnist_dist.reader import Reader
 from mnist_dist.task import Data
 from mnist_dist.tasks.classification import Classification
 from mnist_dist.tasks.mnist import DIGITS

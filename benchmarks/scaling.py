@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import common
 from benchmarks.common import Row, Step
+from mnist_dist.batches import Batch
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
-from mnist_dist.data import Batch
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError
 from mnist_dist.exchange import Flat, TreeSum

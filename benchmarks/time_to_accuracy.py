@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks import common, stock
 from benchmarks.common import Row
+from mnist_dist.batches import Batch
 from mnist_dist.config import Config, make_config, read_recipe, resolve_config
-from mnist_dist.data import Batch
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.program import run_program
 from mnist_dist.state import TrainingState

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Row
+from mnist_dist.batches import Batch
 from mnist_dist.config import configure
-from mnist_dist.data import Batch
 from mnist_dist.errors import RunError
 from mnist_dist.program import run_program
 from mnist_dist.starter import find_free_port

@@ -11,14 +11,16 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from mnist_dist.batches import Batch, deal, list_batches
 from mnist_dist.config import Config
-from mnist_dist.data import READING_RULE, Batch, Reader, Seeded, deal, digest, keep_split, list_batches, locate, read
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
 from mnist_dist.model import describe_dtype
 from mnist_dist.randomness import seed_generators, seeding_generators
+from mnist_dist.reader import READING_RULE, Reader, Seeded, keep_split, read
 from mnist_dist.record import is_measure, is_number
+from mnist_dist.samples import digest, locate
 from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Evaluation, Example, Row, Tally, Task
 from mnist_dist.tier import keeping

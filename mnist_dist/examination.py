@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from mnist_dist import checkpoint
+from mnist_dist.batches import Piece
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, load_data
+from mnist_dist.data import Probe, load_data
 from mnist_dist.model import build_model
 from mnist_dist.preemption import deferring_signals
 from mnist_dist.randomness import seed_generators

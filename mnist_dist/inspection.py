@@ -18,8 +18,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from mnist_dist.batches import Batch, StepSampler
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Batch, StepSampler
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.finding import Finding

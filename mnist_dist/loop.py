@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mnist_dist.asked import warn_of_smaller_step
+from mnist_dist.batches import Batch, Piece, StepSampler, add_drawn, draw
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
-from mnist_dist.data import Batch, Piece, Reader, StepSampler, add_drawn, check_same_data, draw, find_other_facts, list_differing, load_data
+from mnist_dist.data import check_same_data, find_other_facts, list_differing, load_data
 from mnist_dist.distributed import Agreement, Group, join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import describe, evaluate, open_evaluation, rehearse
@@ -22,6 +23,7 @@ from mnist_dist.machine import find_kind
 from mnist_dist.meter import Meter
 from mnist_dist.optimization import learning_rate_at, set_learning_rate
 from mnist_dist.preemption import Stop, Stopped, StopSignals
+from mnist_dist.reader import Reader
 from mnist_dist.record import pick_measures
 from mnist_dist.run_folder import RunFolder, describe_versions
 from mnist_dist.source import explaining

@@ -19,12 +19,13 @@ from torch import nn
 
 from mnist_dist.config import Config
 from mnist_dist.console import set_up_logging
-from mnist_dist.data import load_data, read_on
+from mnist_dist.data import load_data
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.figures import BLUE, GREY, MUTED, ORANGE, PNG_START, calm, having_default_style, make_figure, render
 from mnist_dist.files import read_file, write_atomically
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import print_answer
+from mnist_dist.reader import read_on
 from mnist_dist.record import CURVES, PICTURE_NAME, PLOTS, Run, pick_measures, read_config, read_named_config, read_run
 from mnist_dist.source import BUILT_IN, Unknown, explaining, make_unknown
 from mnist_dist.task import Data, Panel, Row, Task, format_measure

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
-from mnist_dist.data import find_immovable, load_data, read_on, take_samples
+from mnist_dist.data import load_data
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.evaluation import check_tally
 from mnist_dist.examination import STEPS, Broken, Ranks, Subject
@@ -23,6 +23,8 @@ from mnist_dist.files import write_atomically
 from mnist_dist.machine import on_one_thread
 from mnist_dist.model import build_model, describe_order
 from mnist_dist.randomness import read_generators
+from mnist_dist.reader import read_on
+from mnist_dist.samples import find_immovable, take_samples
 from mnist_dist.source import describe_exception
 from mnist_dist.task import Row
 from mnist_dist.tier import (

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist import checkpoint
+from mnist_dist.batches import Piece
 from mnist_dist.config import Config
-from mnist_dist.data import Piece, Probe, are_facts, find_immovable, find_other_facts, fingerprint
+from mnist_dist.data import Probe, are_facts, find_other_facts, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
@@ -26,6 +27,7 @@ from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
 from mnist_dist.record import check_same, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
+from mnist_dist.samples import find_immovable
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data, Row
 from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked, list_state

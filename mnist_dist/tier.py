@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.data import READING_RULE, Piece, Probe, is_same, list_tensors
+from mnist_dist.batches import Piece
+from mnist_dist.data import Probe
 from mnist_dist.errors import UserError
 from mnist_dist.model import check_finite, describe_dtype, is_dense, is_finite, is_writable, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
+from mnist_dist.reader import READING_RULE
+from mnist_dist.samples import is_same, list_tensors
 from mnist_dist.source import explaining
 from mnist_dist.task import Task
 

@@ -23,22 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from mnist_dist.batches import Batch, Piece, StepSampler, add_drawn
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import (
-    Batch,
-    Piece,
-    Probe,
-    Seeded,
-    StepSampler,
-    add_drawn,
-    encode_tensor,
-    is_in_memory,
-    keep_split,
-    list_tensors,
-    load_data,
-    name_sample,
-    read,
-)
+from mnist_dist.data import Probe, load_data
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, is_loss
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -47,7 +34,9 @@ from mnist_dist.optimization import build_optimizer
 from mnist_dist.options import read_options_file
 from mnist_dist.program import run_program
 from mnist_dist.randomness import derive_seed, seed_generators
+from mnist_dist.reader import Seeded, keep_split, read
 from mnist_dist.record import CHECKPOINTS, CONFIG_FILE
+from mnist_dist.samples import encode_tensor, is_in_memory, list_tensors, name_sample
 from mnist_dist.source import explaining
 from mnist_dist.state import TrainingState
 from mnist_dist.task import Data, Row

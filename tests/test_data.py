@@ -17,11 +17,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from mnist_dist.batches import StepSampler
 from mnist_dist.config import configure
-from mnist_dist.data import Reader, StepSampler, encode_tensor, find_other_facts, fingerprint, load_data
+from mnist_dist.data import find_other_facts, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.randomness import read_generators, seed_generators
+from mnist_dist.reader import Reader
+from mnist_dist.samples import encode_tensor
 from mnist_dist.tasks.mnist import Mnist, data, embedded
 from mnist_dist.tasks.mnist.augment import Limits, _make_grid, augment, draw_transforms, make_inputs
 from mnist_dist.tasks.mnist.data import measure_pixels

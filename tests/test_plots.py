@@ -22,11 +22,12 @@ from torch.utils.data import TensorDataset
 
 from mnist_dist import plots, report
 from mnist_dist.config import configure
-from mnist_dist.data import load_data, read_on
+from mnist_dist.data import load_data
 from mnist_dist.errors import UserError
 from mnist_dist.figures import calm
 from mnist_dist.figures import render as to_png
 from mnist_dist.plots import draw_comparison, draw_curves, draw_run
+from mnist_dist.reader import read_on
 from mnist_dist.record import read_run
 from mnist_dist.task import Panel, format_measure
 from mnist_dist.tasks.figures import Predictions, draw_confusion, draw_correct, draw_grid, draw_incorrect

@@ -16,7 +16,8 @@ from processes import Programs, Train, find_free_ports, run_ranks
 from test_resume import StopAt
 
 from mnist_dist.config import parse_command_line
-from mnist_dist.data import load_data, read_on
+from mnist_dist.data import load_data
+from mnist_dist.reader import read_on
 from mnist_dist.record import list_newest_first
 from mnist_dist.weights import load_model
 

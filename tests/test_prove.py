@@ -15,15 +15,7 @@ from test_launch import wait_for
 
 from launch import cluster as slurm
 from launch import prove, steps
-from launch.drill import (
-    KILLED,
-    REQUEUED,
-    UNBROKEN,
-    judge_kill,
-    judge_requeue,
-    judge_signal,
-    judge_tracking,
-)
+from launch.drill import KILLED, REQUEUED, UNBROKEN, judge_kill, judge_requeue, judge_signal, judge_tracking
 from launch.prove import ORDER, Page, compare_pages, describe_finding
 from launch.request import Request
 from launch.steps import Check, Checks, Ranks, find_last_words

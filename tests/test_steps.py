@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from mnist_dist import tier
+from mnist_dist.batches import Piece
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
-from mnist_dist.data import Piece, Probe, fingerprint, load_data
+from mnist_dist.data import Probe, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model

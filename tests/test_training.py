@@ -15,10 +15,10 @@ from processes import TINY, Train, TrainTask, run_ranks
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from mnist_dist import data as data_module
-from mnist_dist import optimization
+from mnist_dist import batches, optimization
+from mnist_dist.batches import list_batches
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import InMemory, Reader, list_batches, load_data
+from mnist_dist.data import load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError
 from mnist_dist.evaluation import evaluate, open_evaluation
@@ -26,6 +26,7 @@ from mnist_dist.model import build_model
 from mnist_dist.muon import Muon
 from mnist_dist.optimization import build_optimizer, learning_rate_at
 from mnist_dist.options import read_options_file
+from mnist_dist.reader import InMemory, Reader
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.world import find_world
 
@@ -143,7 +144,7 @@ class Evaluate:
     sizes: tuple[int, ...]
 
     def __call__(self):
-        data_module._EVALUATED_AT_ONCE = 50
+        batches._EVALUATED_AT_ONCE = 50
         config, loaded = load_data(configure(dataset="synthetic", precision="fp32", threads=1))
         with join_group(find_world(os.environ), config) as group:
             model = group.accelerator.prepare(build_model(config.task, 3))
@@ -197,9 +198,9 @@ class ShardTwice(Train):
     def __call__(self):
         from accelerate.data_loader import prepare_data_loader
 
-        from mnist_dist import data
+        from mnist_dist import reader
 
-        data.prepare_data_loader = lambda loader, num_processes, process_index, **rest: prepare_data_loader(loader, **rest)
+        reader.prepare_data_loader = lambda loader, num_processes, process_index, **rest: prepare_data_loader(loader, **rest)
         return super().__call__()
 
 

@@ -57,8 +57,8 @@ def plant(mistake, rank, size):
     """Make the mistake in this process; those of a single rank are on the last one."""
     from accelerate.data_loader import prepare_data_loader
 
-    import mnist_dist.data
-    from mnist_dist.data import Batch, StepSampler
+    import mnist_dist.reader
+    from mnist_dist.batches import Batch, StepSampler
     from mnist_dist.source import find_task
     from mnist_dist.state import TrainingState
 
@@ -105,7 +105,7 @@ def plant(mistake, rank, size):
 
         TrainingState._add_gradients = add_up
     elif mistake == "steps sharded twice":
-        mnist_dist.data.prepare_data_loader = lambda loader, **_: prepare_data_loader(
+        mnist_dist.reader.prepare_data_loader = lambda loader, **_: prepare_data_loader(
             loader, num_processes=size, process_index=rank, put_on_device=False
         )
     elif mistake == "samples sharded twice":

@@ -26,26 +26,15 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mnist_dist import data
+from mnist_dist import batches
+from mnist_dist.batches import Batch, Piece, StepSampler
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import (
-    Batch,
-    Piece,
-    Probe,
-    Reader,
-    StepSampler,
-    digest,
-    find_immovable,
-    keep_split,
-    list_tensors,
-    load_data,
-    read,
-    read_on,
-    take_samples,
-)
+from mnist_dist.data import Probe, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
+from mnist_dist.reader import Reader, keep_split, read, read_on
+from mnist_dist.samples import digest, find_immovable, list_tensors, take_samples
 from mnist_dist.tier import describe_flaw, find_tier
 from mnist_dist.world import World
 
@@ -422,7 +411,7 @@ def test_a_batch_that_cannot_be_sent_is_named(tmp_path, batch, words):
 
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
-    monkeypatch.setattr(data, "pin_memory", lambda samples: f"pinned {samples}")
+    monkeypatch.setattr(batches, "pin_memory", lambda samples: f"pinned {samples}")
     batch = Batch(3, torch.arange(2), ((Piece(range(0, 2, 2), "a"),), (Piece(range(2, 4, 2), "b"),)))
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert pinned.parts == ((Piece(range(0, 2, 2), "pinned a"),), (Piece(range(2, 4, 2), "pinned b"),))
