@@ -15,7 +15,9 @@ LINES_MAX = 40_000  # of a log that are looked at
 _WORDS = (
     ("GPU memory", r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|OutOfMemoryError"),
     ("NaN", r"the (loss|gradient norm) is (nan|-?inf)|are not finite"),
-    ("disk full", r"No space left on device|[Dd]isk quota exceeded|File too large"),
+    ("disk full", r"No space left on device|[Dd]isk quota exceeded"),
+    ("file too large", r"File too large"),
+    ("no threads", r"can't start new thread|Resource temporarily unavailable"),
     ("memory", r"Cannot allocate memory|MemoryError|DefaultCPUAllocator: "),
     ("rank gone", r"(is|are) gone and left no reason"),
     ("suspended", r"stood still for [\d.]+ s"),

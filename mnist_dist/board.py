@@ -98,12 +98,11 @@ class Board:
     def explain(self, error: Exception) -> str:
         """Why a collective has failed with `error`: the same words on every rank."""
         reached, box = threading.Event(), [self._told] if self._told else []
-        work = threading.Thread(target=self._investigate, args=(error, reached, box), daemon=True)
-        work.start()
+        work = _begin(lambda: self._investigate(error, reached, box))
         end = time.monotonic() + _REACHING_S
-        while work.is_alive() and not reached.is_set() and not self._told and self._hears and time.monotonic() < end:
+        while work is not None and work.is_alive() and not reached.is_set() and not self._told and self._hears and time.monotonic() < end:
             time.sleep(0.01)
-        if reached.is_set():
+        if work is not None and reached.is_set():
             work.join(2 * _VERDICT_S)
         if self._told or box:
             return self._told or box[0]
@@ -350,9 +349,19 @@ def _in_time(work: Callable[[], object], seconds: float) -> None:
         with contextlib.suppress(RuntimeError):
             work()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    if (thread := _begin(run)) is not None:
+        thread.join(seconds)
+
+
+def _begin(work: Callable[[], object]) -> threading.Thread | None:
+    """Begin `work` in a thread; where this host starts no more of them, None, and it is done: how a run ends does not hang on that."""
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        work()
+        return None
+    return thread
 
 
 def _walk(frame: FrameType | None) -> Iterable[FrameType]:

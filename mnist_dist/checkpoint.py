@@ -114,6 +114,7 @@ class Writer:
         self.keep = keep
         self._sync_record = sync_record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread.submit(int).result()  # started now: a host that later starts no more threads costs no checkpoint
         self._running: Future[None] | None = None
         self._took_s: float | None = None
 

@@ -165,8 +165,9 @@ class Group:
         self._is_disconnected = True
         # In a thread: what is still on its way to a silent rank would hold it up.
         closing = threading.Thread(target=self._close, daemon=True)
-        closing.start()
-        closing.join(_CLOSING_S)
+        with contextlib.suppress(RuntimeError):  # where this host starts no more threads, they are closed as the process ends
+            closing.start()
+            closing.join(_CLOSING_S)
 
     def _close(self) -> None:
         if self._neighbour is not None:
@@ -267,9 +268,9 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
                 if place is not None:
                     with explaining_start(world, timeout):
                         store, board = _start_group(world, config, place, device, timeout)
-                accelerator = _make_accelerator(device, precision, timeout)
-                _check_world(accelerator, world)
-                with explaining_start(world, timeout):
+                with explaining_start(world, timeout), _telling(board):
+                    accelerator = _make_accelerator(device, precision, timeout)
+                    _check_world(accelerator, world)
                     group = Group(accelerator, precision, board, timeout)
                 with group.sharing_failures():
                     _check_settings(group)
@@ -336,14 +337,21 @@ def _start_group(world: World, config: Config, place: Place, device: str, timeou
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
     longer = timeout + timedelta(seconds=_NCCL_EXTRA_S) if nccl else timeout
-    try:
+    with _telling(board):
         check_interfaces(os.environ)
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=longer)
-    except Exception as error:
-        if not is_loss(error):
-            board.blame_self(error)  # the others wait for this rank in there
-        raise
     return store, board
+
+
+@contextlib.contextmanager
+def _telling(board: Board | None) -> Iterator[None]:
+    """Tell the others why this rank fails before it has joined them: they wait for it."""
+    try:
+        yield
+    except Exception as error:
+        if board is not None and not is_loss(error):
+            board.blame_self(error)
+        raise
 
 
 def _check_devices(store: Any, world: World, place: Place, device: str, choice: str) -> None:

@@ -38,6 +38,16 @@ def is_lost_worker(error: BaseException) -> bool:
     return type(error) is RuntimeError and str(error).startswith("DataLoader ")
 
 
+def describe_shortage(error: BaseException) -> str:
+    """What this host, or a limit of it, has too little of, in words: memory, threads or processes. Empty: `error` is of nothing such."""
+    text = str(error)
+    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator: |Cannot allocate memory|failed to map segment", text):
+        return "there is too little memory (see free, ulimit -v and the limit of the job)"
+    if re.search("can't start new thread|Resource temporarily unavailable", text):
+        return "no more threads or processes can be started (see ulimit -u, and pids.max of the cgroup)"
+    return ""
+
+
 def is_device_failure(error: BaseException) -> bool:
     """Whether `error` is what torch raises when a GPU has no room, or fails."""
     return any(kind.__name__ in ("OutOfMemoryError", "AcceleratorError") for kind in type(error).__mro__)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_lost_worker
+from mnist_dist.errors import RunError, UserError, describe_shortage, first_line, is_device_failure, is_lost_worker
 from mnist_dist.files import describe_error
 from mnist_dist.preemption import end_at_once
 from mnist_dist.world import find_world
@@ -104,32 +104,37 @@ def _end_at_once(status: int) -> None:
 
 def _name_mistakes(work: Callable[[], int]) -> int:
     try:
+        _check_current_folder()
         return work()
     except (UserError, RunError) as error:
         with surviving_stderr():
             print("\n".join(f"{_find_prefix()}error: {make_printable(line)}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
-    except RuntimeError as error:
-        if not (is_lost_worker(error) or is_device_failure(error)):
+    except Exception as error:
+        # What comes from outside of this program: a traceback would say no more.
+        status = RunError.exit_code
+        if is_lost_worker(error):
+            text = f"a worker that reads data is lost: {first_line(error)}"
+        elif is_device_failure(error):
+            text = f"the GPU failed: {first_line(error)}"
+        elif words := describe_shortage(error):
+            text = f"{words}: {first_line(error)}"
+        elif isinstance(error, ValueError) and _is_of_import(error) and (variables := list_variables("TORCH_", "ACCELERATE_")):
+            text = f"torch and Accelerate cannot be imported ({first_line(error)}); of their variables the environment has {variables}"
+            text, status = f"{text}: correct or unset them", UserError.exit_code
+        else:
             raise
-        what = "a worker that reads data is lost" if is_lost_worker(error) else "the GPU failed"
         with surviving_stderr():
-            print(f"{_find_prefix()}error: {what}: {first_line(error)}", file=sys.stderr)
-        return RunError.exit_code
-    except ImportError as error:
-        if "failed to map segment" not in str(error):
-            raise
-        with surviving_stderr():
-            print(f"{_find_prefix()}error: there is too little memory to import what is needed (see ulimit -v): {error}", file=sys.stderr)
-        return RunError.exit_code
-    except ValueError as error:
-        variables = list_variables("TORCH_", "ACCELERATE_")
-        if not (variables and _is_of_import(error)):
-            raise
-        text = f"torch and Accelerate cannot be imported ({first_line(error)}); of their variables the environment has {variables}"
-        with surviving_stderr():
-            print(f"{_find_prefix()}error: {make_printable(text)}: correct or unset them", file=sys.stderr)
-        return UserError.exit_code
+            print(f"{_find_prefix()}error: {make_printable(text)}", file=sys.stderr)
+        return status
+
+
+def _check_current_folder() -> None:
+    """Raise `UserError` where the current folder was removed: torch would not find its own libraries."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder has been removed: go to another (cd)") from error
 
 
 def list_variables(*prefixes: str) -> str:

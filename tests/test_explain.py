@@ -143,13 +143,20 @@ ENDS = {
     "terminated": ("stopped", [143], r"told to end, and saved\n"),
     "interrupted": ("interrupted", [130], r"stopped by Ctrl-C, and saved\n"),
     "NaN": ("NaN", [1, 1], r"the numbers of the training are not finite: the loss is nan at step 7 on rank 1\n"),
-    "full": ("disk full", [1], r"the disk is full: the checkpoint of step 10 could not be written: File too large"),
+    "full": ("file too large", [1], r"a file was larger than a limit allows: the checkpoint of step 10 could not be written: File too"),
     "raises": ("rank failed", [1, 1], rf"raises: rank 1 on host {HOST} failed: RunError: .*the planted fault"),
     "lost": ("rank gone", [1, -9], rf"rank 1 on host {HOST} is gone and left no reason"),
     "hung": ("rank silent", [1, -9], rf"rank 1 on host {HOST} was silent for 3 s: it is at {__file__}, line \d+, in hang_in_the_data"),
     "killed": ("killed", [-9], r"killed: it recorded no end\n"),
 }
-SHORT = {"NaN": "NaN", "full": "disk full", "raises": "rank 1 failed", "lost": "rank 1 gone", "hung": "rank 1 silent", "killed": "killed"}
+SHORT = {
+    "NaN": "NaN",
+    "full": "file too large",
+    "raises": "rank 1 failed",
+    "lost": "rank 1 gone",
+    "hung": "rank 1 silent",
+    "killed": "killed",
+}
 
 
 @pytest.mark.slow
@@ -396,6 +403,9 @@ CASES = {
     ),
     "killed on the host that counts": Case("memory", ["the kernel of n2 killed 2 processes"], f"failed: {GONE}", LOST, kills=("n2", 2)),
     "killed on another host than the one that counts": Case("rank gone", ["on n2: dmesg"], f"failed: {GONE}", LOST, kills=("n1", 2)),
+    "memory, by its own words": Case("memory", ["give it more memory"], "failed: DefaultCPUAllocator: can't allocate memory"),
+    "threads": Case("no threads", ["ulimit -u"], "failed: no more threads or processes can be started (see x): can't start new thread"),
+    "disk": Case("disk full", ["df -i"], "failed: the checkpoint of step 10 could not be written: No space left on device"),
     "memory of a GPU": Case("GPU memory", ["--micro_batch"], "failed: CUDA out of memory. Tried to allocate 2.00 GiB"),
     "node, by sacct": Case("node failed", ["Node failure on n2", "sinfo -R"], log=NODE, sacct=account("NODE_FAIL", code="0:0")),
     "node, by scontrol": Case(

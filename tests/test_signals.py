@@ -32,10 +32,12 @@ from mnist_dist import checkpoint, distributed
 from mnist_dist.config import configure, parse_command_line
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
+from mnist_dist.errors import RunError
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.program import run_program
 from mnist_dist.record import read_ends
 from mnist_dist.run_folder import Record, RunFolder
+from mnist_dist.source import explaining
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.world import World
 
@@ -352,7 +354,11 @@ def test_rows_from_the_loop_and_syncs_from_the_writer_do_not_mix(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("variable", "words"),
-    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "allowed: 1"), ("ACCELERATE_MIXED_PRECISION", "1 of 2 ranks would compute in bf16")],
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "allowed: 1"),
+        ("ACCELERATE_MIXED_PRECISION", "1 of 2 ranks would compute in bf16"),
+        ("ACCELERATE_DEBUG_MODE", " failed: UserError: Accelerate cannot start (invalid truth value 2)"),
+    ],
 )
 def test_ranks_that_were_set_up_differently_are_refused_together(tmp_path, rank, variable, words):
     work = SetUpDifferently([*TINY, "--precision", "auto", "--run_dir", str(tmp_path / "run")], rank, variable)
@@ -440,6 +446,77 @@ class FailAt(TrainTask):
                 return super().draw(seed, step, size)
 
         return Failing
+
+
+@dataclass(frozen=True)
+class StartNoMoreThreads(TrainTask):
+    """Ranks whose host starts no more threads after some steps; then rank one fails, or all are asked to stop, or nothing happens."""
+
+    how: str
+
+    def make_signals(self):
+        return StopAt(6) if self.how == "stop" else super().make_signals()
+
+    def make_task(self):
+        how, rank = self.how, os.environ.get("RANK")
+
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        class Starved(Mnist):
+            def draw(self, seed, step, size):
+                if step == 3:
+                    threading.Thread.start = refuse
+                if step == 4 and how == "fail" and rank == "1":
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+                return super().draw(seed, step, size)
+
+        return Starved
+
+
+@pytest.mark.parametrize(("how", "world", "status"), [("stop", 2, 85), ("fail", 2, 1), ("end", 1, 0)])
+def test_a_host_that_starts_no_more_threads_changes_no_end(tmp_path, how, world, status):
+    work = StartNoMoreThreads([*TINY, "--checkpoint_every", "5", "--run_dir", str(tmp_path / "run")], how)
+    text = run_ranks(tmp_path, work, world, expect=status)
+    assert "Traceback" not in text
+    if how == "fail":
+        words = "task mnist failed in draw for step 5: "
+        assert f"[rank 0] error: rank 1 on host {platform.node()} failed: RunError: {words}" in text
+        assert f"[rank 1] error: {words}" in text
+    else:
+        assert saved_steps(tmp_path / "run") == [6 if how == "stop" else 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "there is too little memory"),
+        (RuntimeError("[enforce fail at x.cpp:1] DefaultCPUAllocator: can't allocate memory"), "there is too little memory"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "there is too little memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "there is too little memory"),
+        (RuntimeError("can't start new thread"), "no more threads or processes can be started"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no more threads or processes can be started"),
+    ],
+)
+def test_what_a_host_lacks_is_told_in_one_line(capsys, error, words):
+    def fail():
+        raise error
+
+    assert run_program(fail) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words} (see ")
+    assert line.endswith(f": {str(error) or 'MemoryError'}")
+    with pytest.raises(RunError, match="task mine failed in load: "), explaining("mine", "in load"):  # nor is it a mistake of the task's
+        fail()
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    program = 'cd gone && rmdir ../gone && exec "$0" -m mnist_dist.train --run_dir "$1"'
+    environ = os.environ | {"PYTHONPATH": str(Path(distributed.__file__).parents[1])}
+    command = ["sh", "-c", program, sys.executable, str(tmp_path / "run")]
+    answer = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
+    assert (answer.returncode, answer.stderr.splitlines()[-1]) == (2, "error: the current folder has been removed: go to another (cd)")
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
