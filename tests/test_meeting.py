@@ -313,6 +313,7 @@ def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):
         other.result(15)
 
 
+@pytest.mark.slow
 def test_a_rank_zero_that_is_held_up_while_a_rank_arrives_is_not_taken_for_another_program(pool, monkeypatch):
     monkeypatch.setattr(rendezvous, "PATIENCE_S", 3)
     monkeypatch.setattr(rendezvous, "_GREETING_S", 3)
@@ -545,7 +546,8 @@ class FailWhereNoConnectionBreaks(Train):
         return super().__call__()
 
 
-@pytest.mark.parametrize("busy_s", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["it waits", "it is busy first"])
+@pytest.mark.slow
+@pytest.mark.parametrize("busy_s", [0, 4], ids=["it waits", "it is busy first"])
 def test_a_rank_that_left_is_noticed_within_seconds_where_no_connection_breaks(tmp_path, busy_s):
     ranks = start_ranks(tmp_path, FailWhereNoConnectionBreaks([*TINY, "--run_dir", str(tmp_path / "run")], busy_s), 2)
     assert ranks[1].wait() == 2
@@ -833,7 +835,9 @@ def fail(_):
     raise torch.distributed.DistNetworkError("Broken pipe")
 
 
-@pytest.mark.parametrize("check", [fail, lambda _: time.sleep(60)], ids=["broken", "forgotten on the way"])
+@pytest.mark.parametrize(
+    "check", [pytest.param(fail, marks=pytest.mark.slow), lambda _: time.sleep(60)], ids=["broken", "forgotten on the way"]
+)
 def test_a_rank_whose_connection_for_its_own_words_broke_opens_another(boards, check):
     boards[0]._voice = SimpleNamespace(check=check)
     boards[0].blame_self(ZeroDivisionError("of its own"))

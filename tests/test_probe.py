@@ -215,6 +215,7 @@ def test_the_rank_that_differs_from_most_is_named_with_its_value_and_a_clock_an_
     assert (clock.word, clock.measured) == ("WRONG", "the clock of host node2 is 3600.0 s behind most others")
 
 
+@pytest.mark.slow
 def test_who_did_not_come_or_is_silent_is_named_in_the_answer(tmp_path):
     alone = start_ranks(tmp_path / "one", Planted("one_core", "joined", tmp_path / "absent.json", timeout_s=12), 1, environ_of_two())
     both = start_ranks(tmp_path / "two", Planted("hang", "joined", tmp_path / "silent.json", timeout_s=16), 2)

@@ -191,7 +191,7 @@ def test_resumed_on_another_number_of_processes_it_goes_on_or_is_refused(story, 
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == before
 
 
-@pytest.mark.parametrize("name", ["forecast", "noisy"])
+@pytest.mark.parametrize("name", [pytest.param("forecast", marks=pytest.mark.slow), "noisy"])
 def test_on_two_processes_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, environ, name):
     # A stop is agreed upon in one step and heeded after the next.
     run_ranks(tmp_path, Story(tmp_path, CASES[name].options, (1, 2, 3), 1, find_free_ports(7)), 2, environ)

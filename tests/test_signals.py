@@ -56,7 +56,7 @@ def saved_steps(folder):
 
 def list_signals(to):
     """Where and which; those that do as another one does are for slow tests, but for one rank alone."""
-    quick = {"alone": CODES, "one": (signal.SIGTERM,)}.get(to, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    quick = {"alone": CODES, "one": (signal.SIGTERM,)}.get(to, (signal.SIGINT, signal.SIGUSR1))
     return [pytest.param(to, number, marks=[] if number in quick else pytest.mark.slow, id=f"{to}-{number.name}") for number in CODES]
 
 
@@ -520,7 +520,9 @@ def test_a_current_folder_that_was_removed_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["raises", "exits", "killed", pytest.param("stopped", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["raises", pytest.param("exits", marks=pytest.mark.slow), "killed", pytest.param("stopped", marks=pytest.mark.slow)]
+)
 def test_when_one_rank_fails_the_others_end_within_seconds_and_say_why(tmp_path, how, rank):
     folder = tmp_path / "run"
     ranks = start_ranks(tmp_path, FailAt([*LONG, "--run_dir", str(folder), "--timeout_s", "3"], how, rank), 3)

@@ -339,7 +339,7 @@ PLAYS |= {f"{mode} at the start": play_bad_start(mode) for mode in FAULTS}
 PLAYS |= {f"{mode} in the middle": play_bad_end(mode) for mode in FAULTS}
 # Of slow tests, too, and looked at as all are.
 LONG_PLAYS = {"stop_pressed_on_the_page", "offline_twice_then_uploaded", "mirror_stopped", "everything_killed_and_started_again"}
-SLOW_FAULTS = ("refuse", "429", "500")  # to wandb they are like a server that hangs
+SLOW_FAULTS = ("refuse", "hang", "429", "500")  # to the training they are all alike
 SLOW_PLAYS = {f"{mode} {when}" for mode in SLOW_FAULTS for when in ("at the start", "in the middle")} | LONG_PLAYS
 mark_faults = pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW_FAULTS else f for f in FAULTS])
 
@@ -1099,6 +1099,7 @@ def test_a_process_started_ahead_mirrors_the_next_run_alone(tmp_path, monkeypatc
         assert read_piece(path).steps == [1]
 
 
+@pytest.mark.slow
 def test_a_process_started_ahead_of_no_run_ends_and_leaves_no_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "choose_threads", lambda _: 2)  # on one core none is started
     monkeypatch.chdir(tmp_path)

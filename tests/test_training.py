@@ -155,6 +155,7 @@ class Evaluate:
                     print(json.dumps([evaluation.measures["confusion_matrix"], round(evaluation.measures["loss"], 5)]))
 
 
+@pytest.mark.slow
 def test_the_evaluation_counts_every_image_once_in_every_world(tmp_path):
     sizes = (1, 3, 49, 50, 51)  # one below, at and above the batch
     lines = {world: run_ranks(tmp_path, Evaluate(sizes), world).strip().splitlines() for world in (1, 2, 3, 4)}
