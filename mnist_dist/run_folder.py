@@ -178,6 +178,7 @@ class RunFolder:
             "source": self.config.task.source,
         }
         start["memory_kills"] = self._memory_kills  # a start that is killed can note nothing more
+        writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
         try:
             # Only now that data and checkpoint have been found to be this config's.
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
@@ -187,7 +188,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written: {describe_error(error)}") from error
         note_named(self.config.task.name)  # by this user, who has started it
-        self._writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
+        self._writer = writer
         if self.config.log_with is not None:
             self._trackers.append(AccelerateTracker(self.config.log_with, self.path, self.config.values(), rows_end))
         split, task = self.config.evaluated_split, self.config.task
