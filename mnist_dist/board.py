@@ -7,6 +7,7 @@ with the Python stack of its main thread. Who does not answer is stopped or gone
 import contextlib
 import json
 import os
+import queue
 import re
 import sys
 import threading
@@ -55,6 +56,10 @@ class Board:
         self._still = (0.0, 0.0)  # for how many seconds this process once stood still, and when it went on
         self._closed = threading.Event()
         threading.Thread(target=self._tick, name="ticks", daemon=True).start()
+        self._for_spare: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._spare_is_free = threading.Event()
+        self._spare_is_free.set()
+        threading.Thread(target=self._serve, name="spare", daemon=True).start()
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
         self._told = ""  # why the run fails, once the thread knows
@@ -69,8 +74,9 @@ class Board:
         """End the thread, by a connection that is no longer used: from here on this rank is gone."""
         self._closed.set()
         if self._watcher.is_alive():
-            _in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
+            self._in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
             self._watcher.join(1.0)
+        self._for_spare.put(None)
 
     def blame_self(self, error: Exception) -> None:
         """Tell the others that this rank fails, and why."""
@@ -82,7 +88,7 @@ class Board:
             self._ring(store)
             self._linger(store, set(self._hosts))
 
-        _in_time(blame, _REACHING_S + _ANSWERING_S)
+        self._in_time(blame, _REACHING_S + _ANSWERING_S)
 
     def report_loss(self, error: Exception) -> None:
         """Tell the others that this rank waits in vain, as its collective's `error` says, and let all of them answer."""
@@ -93,17 +99,17 @@ class Board:
             self._ring(store)
 
         if not self._told:
-            _in_time(report, _REACHING_S)
+            self._in_time(report, _REACHING_S)
 
     def explain(self, error: Exception) -> str:
         """Why a collective has failed with `error`: the same words on every rank."""
         reached, box = threading.Event(), [self._told] if self._told else []
-        work = _begin(lambda: self._investigate(error, reached, box))
+        over = self._begin(lambda: self._investigate(error, reached, box))
         end = time.monotonic() + _REACHING_S
-        while work is not None and work.is_alive() and not reached.is_set() and not self._told and self._hears and time.monotonic() < end:
+        while not over.is_set() and not reached.is_set() and not self._told and self._hears and time.monotonic() < end:
             time.sleep(0.01)
-        if work is not None and reached.is_set():
-            work.join(2 * _VERDICT_S)
+        if reached.is_set():
+            over.wait(2 * _VERDICT_S)
         if self._told or box:
             return self._told or box[0]
         if text := self._describe_stillness():
@@ -125,7 +131,7 @@ class Board:
             self._voice.check(["rung"])
             answered.set()
 
-        _in_time(ask, _TRYING_S)
+        self._in_time(ask, _TRYING_S)
         if not answered.is_set():
             self._voice = self._connect()
         return self._voice
@@ -150,16 +156,15 @@ class Board:
         return missing
 
     def _investigate(self, error: Exception, reached: threading.Event, box: list[str]) -> None:
-        with contextlib.suppress(RuntimeError):
-            store = self._reach()
-            rung = store.compare_set("rung", "", "nobody")
-            reached.set()
-            if rung == str(self._rank).encode():
-                box.append(self._find_verdict(store, error))
-            elif not box:
-                box.append(self._await_verdict(store, _VERDICT_S, error)["text"])
-            alive = {rank for rank in self._hosts if store.check([f"alive/{rank}"])} if self._rank == 0 else set()
-            self._linger(store, alive)
+        store = self._reach()
+        rung = store.compare_set("rung", "", "nobody")
+        reached.set()
+        if rung == str(self._rank).encode():
+            box.append(self._find_verdict(store, error))
+        elif not box:
+            box.append(self._await_verdict(store, _VERDICT_S, error)["text"])
+        alive = {rank for rank in self._hosts if store.check([f"alive/{rank}"])} if self._rank == 0 else set()
+        self._linger(store, alive)
 
     def _await_verdict(self, store: Any, seconds: float, error: Exception) -> dict[str, Any]:
         """The verdict that is put up; where none is in time, since the rank that was to find it is gone as well, this rank's own."""
@@ -217,6 +222,38 @@ class Board:
 
     # The threads.
 
+    def _begin(self, work: Callable[[], object]) -> threading.Event:
+        """Begin `work` in a thread; what comes back is set when it is over.
+
+        Where this host starts no more threads, the spare one does it. Where that is still at something else, it is left: a rank that
+        ends waits for nobody without a limit.
+        """
+        over = threading.Event()
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                work()
+            over.set()
+
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError:
+            if self._spare_is_free.is_set():
+                self._spare_is_free.clear()
+                self._for_spare.put(run)
+            else:
+                over.set()
+        return over
+
+    def _in_time(self, work: Callable[[], object], seconds: float) -> None:
+        """Do `work` in a thread, and wait for it so long: the rank that serves the board may be the one that no longer answers."""
+        self._begin(work).wait(seconds)
+
+    def _serve(self) -> None:
+        while (work := self._for_spare.get()) is not None:
+            work()
+            self._spare_is_free.set()
+
     def _tick(self) -> None:
         """Notice when this process, and so this thread, stands still. Asks nobody: the others may stand still as well."""
         is_closed = False
@@ -234,7 +271,7 @@ class Board:
                 return
             self._hears = False
             if not self._closed.is_set():
-                _in_time(self._connect_again, _VERDICT_S)
+                self._in_time(self._connect_again, _VERDICT_S)
             if not self._hears and self._rank != 0:  # the store is gone, and with it rank zero
                 self._told = self._told or self._name_lost([0], silent=False)
                 self.leave(self._told)
@@ -340,28 +377,6 @@ def _decide(store: Any, text: str, stacks_of: list[int]) -> str:
     """Put up why the run fails, unless that is known already; what is known."""
     verdict = store.compare_set("verdict", "", json.dumps({"text": text, "stacks_of": stacks_of}))
     return str(json.loads(verdict)["text"])
-
-
-def _in_time(work: Callable[[], object], seconds: float) -> None:
-    """Do `work` in a thread, and wait for it so long: the rank that serves the board may be the one that no longer answers."""
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):
-            work()
-
-    if (thread := _begin(run)) is not None:
-        thread.join(seconds)
-
-
-def _begin(work: Callable[[], object]) -> threading.Thread | None:
-    """Begin `work` in a thread; where this host starts no more of them, None, and it is done: how a run ends does not hang on that."""
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        work()
-        return None
-    return thread
 
 
 def _walk(frame: FrameType | None) -> Iterable[FrameType]:

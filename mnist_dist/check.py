@@ -21,7 +21,7 @@ from typing import Any
 from mnist_dist.config import RUN_FOLDER_OPTIONS, Config, add_config_options, find_given_task, resolve_config, take_options
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
-from mnist_dist.program import answering, print_answer
+from mnist_dist.program import answering, importing, print_answer
 from mnist_dist.source import note_named
 from mnist_dist.world import find_world, ignore_job
 
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note_named(config.task.name)
         # Ended by `kill`, too, it leaves no process and no folder.
         signal.signal(signal.SIGTERM, _end)
-        from mnist_dist.promises import examine
+        with importing():
+            from mnist_dist.promises import examine
 
         answers = []
         # Closed whatever happens: its processes end, and its folder goes.

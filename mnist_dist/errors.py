@@ -1,9 +1,12 @@
 """The two kinds of failure that end a run with one message instead of a traceback, and those that come from outside. Imports no torch."""
 
 import re
+import traceback
 
 # How a collective fails when another rank is gone: gloo raises a bare RuntimeError with one of these in it.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
+_NO_MEMORY = r"DefaultCPUAllocator: |Cannot allocate memory|failed to map segment(?!.*not permitted)"
+_STARTING = ("_execute_child", "_launch")  # of subprocess and multiprocessing, where they start a process
 
 
 class UserError(ValueError):
@@ -41,9 +44,12 @@ def is_lost_worker(error: BaseException) -> bool:
 def describe_shortage(error: BaseException) -> str:
     """What this host, or a limit of it, has too little of, in words: memory, threads or processes. Empty: `error` is of nothing such."""
     text = str(error)
-    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator: |Cannot allocate memory|failed to map segment", text):
+    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, text):
         return "there is too little memory (see free, ulimit -v and the limit of the job)"
-    if re.search("can't start new thread|Resource temporarily unavailable", text):
+    # A lock that is taken has the same words.
+    starts = traceback.extract_tb(error.__traceback__)[-1:]
+    is_of_start = type(error) is RuntimeError or any(frame.name in _STARTING for frame in starts)
+    if "can't start new thread" in text or ("Resource temporarily unavailable" in text and is_of_start):
         return "no more threads or processes can be started (see ulimit -u, and pids.max of the cgroup)"
     return ""
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from mnist_dist.config import Config, make_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import answering, make_table, print_answer
+from mnist_dist.program import answering, importing, make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.source import explaining
 from mnist_dist.starter import find_size, start_ranks
@@ -63,11 +63,12 @@ def _evaluate(options: argparse.Namespace, stream: TextIO, is_program: bool) -> 
     if alone:
         return start_ranks(size)
     world = find_world(environ)
-    from mnist_dist.data import Probe, check_same_data, fingerprint, load_data
-    from mnist_dist.distributed import join_group
-    from mnist_dist.evaluation import evaluate, open_evaluation
-    from mnist_dist.tier import find_moved
-    from mnist_dist.weights import load_model
+    with importing():
+        from mnist_dist.data import Probe, check_same_data, fingerprint, load_data
+        from mnist_dist.distributed import join_group
+        from mnist_dist.evaluation import evaluate, open_evaluation
+        from mnist_dist.tier import find_moved
+        from mnist_dist.weights import load_model
 
     trained = load_model(options.run, options.task)
     if os.path.isdir(options.run):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from mnist_dist.config import make_config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import print_answer
+from mnist_dist.program import importing, print_answer
 from mnist_dist.source import BUILT_IN
 from mnist_dist.task import Export, Task
 
@@ -68,12 +68,13 @@ def _export(options: argparse.Namespace) -> int:
     if file.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)} (a .pt2 file needs none)")
 
-    import torch
+    with importing():
+        import torch
 
-    from mnist_dist.data import load_data
-    from mnist_dist.files import write_atomically
-    from mnist_dist.source import explaining
-    from mnist_dist.weights import load_model
+        from mnist_dist.data import load_data
+        from mnist_dist.files import write_atomically
+        from mnist_dist.source import explaining
+        from mnist_dist.weights import load_model
 
     trained = load_model(options.run, options.task)
     task = trained.task

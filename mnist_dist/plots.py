@@ -1,9 +1,15 @@
 """The pictures of a run, made from its folder alone: `python -m mnist_dist.plots runs/NAME`. Its curves; the rest is its task's."""
 
 if __name__ == "__main__":
+    import sys
+
     from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
+
+    from mnist_dist.program import run_module
+
+    sys.exit(run_module("mnist_dist.plots"))
 
 
 import logging
@@ -279,7 +285,3 @@ def print_written(program: str, description: str, arguments: Sequence[str] | Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 drawn, 2 a user's mistake, 1 the rest."""
     return print_written("mnist_dist.plots", "Draw the pictures of runs into their folders.", arguments, draw_all)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_dist.errors import UserError
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_printable, make_table, print_answer
+from mnist_dist.program import importing, make_printable, make_table, print_answer
 from mnist_dist.record import CONFIG_FILE, read_config
 from mnist_dist.source import BUILT_IN
 from mnist_dist.tasks.mnist.digit import FORMATS, prepare_image
@@ -48,10 +48,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    import torch
+    with importing():
+        import torch
 
-    from mnist_dist.tasks.mnist import Mnist
-    from mnist_dist.weights import load_model
+        from mnist_dist.tasks.mnist import Mnist
+        from mnist_dist.weights import load_model
 
     if os.path.isfile(Path(options.run) / CONFIG_FILE) and (name := read_config(Path(options.run)).task.name) != BUILT_IN:
         raise UserError(f"the weights of {options.run} were trained for task {name[:200]}; pictures of digits need those of {BUILT_IN}")

@@ -24,7 +24,7 @@ from mnist_dist.errors import RunError, UserError, first_line
 from mnist_dist.files import check_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.program import make_printable, print_answer
+from mnist_dist.program import importing, make_printable, print_answer
 from mnist_dist.world import World, find_world
 
 CHECKS = ("joined", "agree", "exchange", "speed", "files")
@@ -67,8 +67,9 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
         check_free_name("answer", answer)
     out = Answer(check, answer, world.rank == 0)
     with _deadline(world, timeout_s, out):
-        from mnist_dist.console import set_up_logging
-        from mnist_dist.survey import survey
+        with importing():
+            from mnist_dist.console import set_up_logging
+            from mnist_dist.survey import survey
 
         set_up_logging(world.rank, world.size)
         # The ranks may wait for each other twice, as they meet and later, before the time is over.

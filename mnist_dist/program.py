@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import os
 import re
@@ -11,7 +12,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TextIO
 
 from mnist_dist.errors import RunError, UserError, describe_shortage, first_line, is_device_failure, is_lost_worker
@@ -25,11 +25,15 @@ def importing() -> Iterator[None]:
     """Import torch, and what needs it, without Python's garbage collector.
 
     It would look through all that is imported again and again, and find nothing: a tenth of the time. Nor does it look there later. Where
-    torch is there already, as in a notebook, the collector is left alone.
+    torch is there already, as in a notebook, the collector is left alone. Raises `UserError` where the current folder was removed.
     """
     if "torch" in sys.modules:
         yield
         return
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # in which torch would not find its own libraries
+        raise UserError("the current folder has been removed: go to another (cd)") from error
     gc.disable()
     try:
         yield
@@ -87,6 +91,17 @@ def run_program(work: Callable[[], int]) -> int:
     return status
 
 
+def run_module(name: str) -> int:
+    """Import a module that imports torch at once, and run its program; the exit status."""
+
+    def run() -> int:
+        with importing():
+            module = importlib.import_module(name)
+        return int(module.main())
+
+    return run_program(run)
+
+
 def end_at_once_at_exit() -> None:
     """Let the process end at once when it exits, with the status that `run_program` returns.
 
@@ -104,7 +119,6 @@ def _end_at_once(status: int) -> None:
 
 def _name_mistakes(work: Callable[[], int]) -> int:
     try:
-        _check_current_folder()
         return work()
     except (UserError, RunError) as error:
         with surviving_stderr():
@@ -129,14 +143,6 @@ def _name_mistakes(work: Callable[[], int]) -> int:
         return status
 
 
-def _check_current_folder() -> None:
-    """Raise `UserError` where the current folder was removed: torch would not find its own libraries."""
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("the current folder has been removed: go to another (cd)") from error
-
-
 def list_variables(*prefixes: str) -> str:
     """The variables of the environment whose names begin with one of these, each with its value, cut short; without that set above."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes) and name != "TORCH_CPP_LOG_LEVEL"}
@@ -145,8 +151,8 @@ def list_variables(*prefixes: str) -> str:
 
 def _is_of_import(error: Exception) -> bool:
     """Whether a module of torch or of Accelerate failed while it was imported, as they do where a variable has a value they do not know."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.name == "<module>" and {"torch", "accelerate"} & set(Path(frame.filename).parts) for frame in frames)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    return any(str(frame.f_globals.get("__name__")).partition(".")[0] in ("torch", "accelerate") for frame in frames)
 
 
 def print_answer(work: Callable[[], int]) -> int:

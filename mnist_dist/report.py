@@ -4,9 +4,15 @@ It loads nothing: the pictures are in it. The same run gives the same bytes.
 """
 
 if __name__ == "__main__":
+    import sys
+
     from mnist_dist.preemption import end_on_interrupt
 
     end_on_interrupt()
+
+    from mnist_dist.program import run_module
+
+    sys.exit(run_module("mnist_dist.report"))
 
 
 import base64
@@ -298,7 +304,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 written, 2 a user's mistake, 1 the rest."""
     description = "Write report.html of a run into its folder, at any time; of several runs, compare.html beside the first."
     return print_written("mnist_dist.report", description, arguments, _write)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

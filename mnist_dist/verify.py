@@ -25,7 +25,7 @@ from mnist_dist.files import check_free_name, describe_error
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.preemption import StopSignals
-from mnist_dist.program import print_answer
+from mnist_dist.program import importing, print_answer
 from mnist_dist.record import STACKS
 from mnist_dist.reference import BATCH_OF_MANY, SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
 from mnist_dist.source import note_named
@@ -71,8 +71,9 @@ def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | No
 
 def verify(config: Config, reference: Reference | None = None, record: Path | None = None, answer: Path | None = None) -> int:
     """Train and compare with `reference`, or write the file `record`; the findings go into the file `answer`. The exit status."""
-    from mnist_dist.inspection import Inspection
-    from mnist_dist.loop import train
+    with importing():
+        from mnist_dist.inspection import Inspection
+        from mnist_dist.loop import train
 
     signals = StopSignals().install()
     is_main = find_world(os.environ).rank == 0

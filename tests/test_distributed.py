@@ -418,19 +418,19 @@ def test_odd_values_of_accelerates_variables_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "program"),
     [
-        ("ACCELERATE_LOG_LEVEL", "foo"),
-        pytest.param("TORCH_LOGS", "foo", marks=pytest.mark.slow),
-        pytest.param("TORCH_DISTRIBUTED_DEBUG", "foo", marks=pytest.mark.slow),
+        ("ACCELERATE_LOG_LEVEL", "train --run_dir run"),
+        pytest.param("TORCH_LOGS", "report run", marks=pytest.mark.slow),
+        pytest.param("TORCH_DISTRIBUTED_DEBUG", "plots run", marks=pytest.mark.slow),
     ],
 )
-def test_a_variable_at_which_torch_cannot_be_imported_is_named(tmp_path, name, value):
-    environ = os.environ | {name: value}
-    command = [sys.executable, "-m", "mnist_dist.train", *TINY, "--run_dir", str(tmp_path / "run")]
-    answer = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+def test_a_variable_at_which_torch_cannot_be_imported_is_named(tmp_path, name, program):
+    environ = os.environ | {name: "foo", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", *f"mnist_dist.{program}".split()]
+    answer = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
     assert answer.returncode == 2
     (line,) = answer.stderr.splitlines()
     assert line.startswith("error: torch and Accelerate cannot be imported (")
-    assert line.endswith(f"of their variables the environment has {name}='{value}': correct or unset them")
+    assert line.endswith(f"of their variables the environment has {name}='foo': correct or unset them")
     assert not (tmp_path / "run").exists()

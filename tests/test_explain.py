@@ -159,6 +159,14 @@ SHORT = {
 }
 
 
+def test_a_real_failure_is_explained(tmp_path):
+    work = Faulty([*LONG, "--run_dir", str(tmp_path / "raises")], "raises", 1)
+    assert [rank.wait() for rank in start_ranks(tmp_path / "logs", work, 2)] == ENDS["raises"][1]
+    answer, text = tell(tmp_path / "raises")
+    assert answer.end == ENDS["raises"][0]
+    assert re.search(ENDS["raises"][2], text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_a_real_end_is_explained(ended, name):
@@ -404,6 +412,7 @@ CASES = {
     "killed on the host that counts": Case("memory", ["the kernel of n2 killed 2 processes"], f"failed: {GONE}", LOST, kills=("n2", 2)),
     "killed on another host than the one that counts": Case("rank gone", ["on n2: dmesg"], f"failed: {GONE}", LOST, kills=("n1", 2)),
     "memory, by its own words": Case("memory", ["give it more memory"], "failed: DefaultCPUAllocator: can't allocate memory"),
+    "memory, by words of this program": Case("memory", ["give it more"], "failed: there is too little memory (see x): unable to y"),
     "threads": Case("no threads", ["ulimit -u"], "failed: no more threads or processes can be started (see x): can't start new thread"),
     "disk": Case("disk full", ["df -i"], "failed: the checkpoint of step 10 could not be written: No space left on device"),
     "memory of a GPU": Case("GPU memory", ["--micro_batch"], "failed: CUDA out of memory. Tried to allocate 2.00 GiB"),

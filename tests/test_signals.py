@@ -32,7 +32,7 @@ from mnist_dist import checkpoint, distributed
 from mnist_dist.config import configure, parse_command_line
 from mnist_dist.console import set_up_logging
 from mnist_dist.distributed import join_group
-from mnist_dist.errors import RunError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import Stop, StopSignals
 from mnist_dist.program import run_program
 from mnist_dist.record import read_ends
@@ -450,7 +450,7 @@ class FailAt(TrainTask):
 
 @dataclass(frozen=True)
 class StartNoMoreThreads(TrainTask):
-    """Ranks whose host starts no more threads after some steps; then rank one fails, or all are asked to stop, or nothing happens."""
+    """Ranks whose host starts no more threads after some steps; then one fails or is silent, all are asked to stop, or nothing happens."""
 
     how: str
 
@@ -469,6 +469,8 @@ class StartNoMoreThreads(TrainTask):
                     threading.Thread.start = refuse
                 if step == 4 and how == "fail" and rank == "1":
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+                if step == 4 and how == "hang" and rank == "0":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 return super().draw(seed, step, size)
 
         return Starved
@@ -487,6 +489,17 @@ def test_a_host_that_starts_no_more_threads_changes_no_end(tmp_path, how, world,
         assert saved_steps(tmp_path / "run") == [6 if how == "stop" else 10, 5]
 
 
+@pytest.mark.slow
+def test_a_rank_that_starts_no_more_threads_does_not_wait_for_ever_for_a_silent_one(tmp_path):
+    work = StartNoMoreThreads([*TINY, "--timeout_s", "3", "--run_dir", str(tmp_path / "run")], "hang")
+    silent, other = start_ranks(tmp_path, work, 2)
+    assert other.wait(60) == 1
+    silent.kill(signal.SIGKILL)
+    silent.wait()
+    assert f"[rank 1] error: rank 0 on host {platform.node()} " in other.text
+    assert "Traceback" not in other.text
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -495,19 +508,30 @@ def test_a_host_that_starts_no_more_threads_changes_no_end(tmp_path, how, world,
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "there is too little memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "there is too little memory"),
         (RuntimeError("can't start new thread"), "no more threads or processes can be started"),
+        (RuntimeError(os.strerror(errno.EAGAIN)), "no more threads or processes can be started"),  # of C++
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no more threads or processes can be started"),
     ],
 )
 def test_what_a_host_lacks_is_told_in_one_line(capsys, error, words):
-    def fail():
+    def _execute_child():  # as subprocess calls it
         raise error
 
+    fail = _execute_child
     assert run_program(fail) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {words} (see ")
     assert line.endswith(f": {str(error) or 'MemoryError'}")
     with pytest.raises(RunError, match="task mine failed in load: "), explaining("mine", "in load"):  # nor is it a mistake of the task's
         fail()
+
+
+def test_a_lock_that_is_taken_is_no_lack_of_processes(tmp_path):
+    with open(tmp_path / "file", "w") as one, open(tmp_path / "file") as other:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            run_program(lambda: fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        with pytest.raises(UserError, match="BlockingIOError"), explaining("mine", "in load"):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_current_folder_that_was_removed_is_named(tmp_path):

@@ -67,7 +67,6 @@ def assert_same(one, other):
     assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
 
 
-@pytest.mark.slow
 def test_samples_are_the_same_at_any_number_of_workers_and_after_any_stop(tmp_path):
     runs = {}
     # Two threads in the process that reads for itself: in a worker there is one.
