@@ -26,6 +26,8 @@ def importing() -> Iterator[None]:
 
     It would look through all that is imported again and again, and find nothing: a tenth of the time. Nor does it look there later. Where
     torch is there already, as in a notebook, the collector is left alone. Raises `UserError` where the current folder was removed.
+
+    Ctrl-C ends a program at once meanwhile: numpy, whose import has failed once, would end in a RecursionError.
     """
     if "torch" in sys.modules:
         yield
@@ -35,15 +37,21 @@ def importing() -> Iterator[None]:
     except FileNotFoundError as error:  # in which torch would not find its own libraries
         raise UserError("the current folder has been removed: go to another (cd)") from error
     gc.disable()
+    ends_alone = _ends_alone.is_set()
+    if ends_alone:
+        signal.signal(signal.SIGINT, end_at_once)
     try:
         yield
     finally:
+        if ends_alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.freeze()
         gc.enable()
 
 
 _dropping = threading.Lock()
 _ends_at_once = threading.Event()
+_ends_alone = threading.Event()  # on Ctrl-C: nobody else handles it
 
 
 @contextlib.contextmanager
@@ -76,6 +84,7 @@ def run_program(work: Callable[[], int]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     ends_alone = signal.getsignal(signal.SIGINT) is end_at_once
     if ends_alone:
+        _ends_alone.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = _name_mistakes(work)
@@ -85,6 +94,7 @@ def run_program(work: Callable[[], int]) -> int:
         status = 130
     finally:
         if ends_alone:
+            _ends_alone.clear()
             signal.signal(signal.SIGINT, end_at_once)  # for what Python itself does until the process has ended
     if _ends_at_once.is_set():
         atexit.register(_end_at_once, status)  # the caller may have something to note first
