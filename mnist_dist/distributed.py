@@ -265,13 +265,13 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     with patch_environment(**_choose_variables(world, device, threads, place)), repeating_bits():
         try:
             with _watchdog(world, config.timeout_s):
-                if place is not None:
-                    with explaining_start(world, timeout):
+                with explaining_start(world, timeout):
+                    if place is not None:
                         store, board = _start_group(world, config, place, device, timeout)
-                with explaining_start(world, timeout), _telling(board):
-                    accelerator = _make_accelerator(device, precision, timeout)
-                    _check_world(accelerator, world)
-                    group = Group(accelerator, precision, board, timeout)
+                    with _telling(board):
+                        accelerator = _make_accelerator(device, precision, timeout)
+                        _check_world(accelerator, world)
+                        group = Group(accelerator, precision, board, timeout)
                 with group.sharing_failures():
                     _check_settings(group)
             with group.sharing_failures():

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import base64
 import os
 import struct
-import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

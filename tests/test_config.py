@@ -344,7 +344,8 @@ def test_ctrl_c_at_the_first_import_of_a_program_is_one_line(program):
 
 
 @pytest.mark.parametrize(
-    "words", ["train a", *(pytest.param(words, marks=pytest.mark.slow) for words in ("evaluate a", "report a", "predict a b", "check"))]
+    "words",
+    ["train a", *(pytest.param(words, marks=pytest.mark.slow) for words in ("evaluate a", "report a", "predict a b", "check", "verify"))],
 )
 def test_ctrl_c_while_a_program_is_imported_is_one_line(words):
     # Of its own work, however busy the machine is: before the first 0.05 Python itself is not up, from about 0.3 on it imports torch.
