@@ -5,7 +5,8 @@ import traceback
 
 # How a collective fails when another rank is gone: gloo raises a bare RuntimeError with one of these in it.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|[Tt]imed? ?out|NCCL", re.DOTALL)
-_NO_MEMORY = r"DefaultCPUAllocator: |Cannot allocate memory|failed to map segment(?!.*not permitted)"
+# The third is how oneDNN says it; of an operation that it does not know it says "a primitive descriptor".
+_NO_MEMORY = r"DefaultCPUAllocator: |Cannot allocate memory|could not create a primitive$|failed to map segment(?!.*not permitted)"
 _STARTING = ("_execute_child", "_launch")  # of subprocess and multiprocessing, where they start a process
 
 

@@ -201,8 +201,10 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
         by_user = all(map(_is_users, traceback.extract_tb(error.__traceback__)[-1:]))
         if kind is RunError and (is_lost_worker(error) or (is_loss(error) and not by_user)):
             raise
-        kind = RunError if describe_shortage(error) else kind  # which is no mistake of the task's
-        raise kind(f"task {name} failed {when}: {describe_exception(error)}") from error
+        text = describe_exception(error)
+        if words := describe_shortage(error):  # which is no mistake of the task's
+            kind, text = RunError, f"{words}: {text}"
+        raise kind(f"task {name} failed {when}: {text}") from error
 
 
 def describe_exception(error: BaseException) -> str:
