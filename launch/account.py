@@ -101,7 +101,7 @@ def _read_sacct(job: str) -> Account | None:
     if any(step["State"].startswith("OUT_OF_ME") for step in steps) and state in ("FAILED", "COMPLETED"):
         state = "OUT_OF_MEMORY"
     asked = re.fullmatch(r"([\d.]+[KMGTP]?)([nc]?)", main["ReqMem"])
-    limit_min = _read_float(main["TimelimitRaw"])
+    limit_min = _read_whole(main["TimelimitRaw"])
     used = [size for step in steps if (size := _parse_memory(step["MaxRSS"])) is not None]
     return Account(
         job=job,
@@ -110,7 +110,7 @@ def _read_sacct(job: str) -> Account | None:
         reason="" if main["Reason"] in ("None", "Unknown") else main["Reason"],
         cancelled_by=_name_user(by.strip()),
         exit=_parse_exit(main["ExitCode"]),
-        elapsed_s=_read_float(main["ElapsedRaw"]),
+        elapsed_s=_read_whole(main["ElapsedRaw"]),
         limit_s=None if limit_min is None else limit_min * 60,
         memory_mb=max(used, default=None),
         asked_mb=_parse_memory(asked[1]) if asked else None,
@@ -183,7 +183,7 @@ def _parse_memory(text: str) -> float | None:
     return float(match[1]) * 1024.0 ** " KMGTP".index(match[2] or "M") / 1024**2 if match else None
 
 
-def _read_float(text: str) -> float | None:
+def _read_whole(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d{1,15}", text) else None
 
 

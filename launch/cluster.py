@@ -79,7 +79,7 @@ class Job:
         return is_active_state(self.state)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it has nodes, and works there."""
         return self.state in ("RUNNING", "COMPLETING")
 
@@ -98,7 +98,7 @@ def is_slurm_here() -> bool:
 
 
 def run_slurm(*command: str, timeout_s: float = _ANSWER_TIMEOUT_S, with_errors: bool = False) -> str:
-    """What a command of Slurm prints, and on standard error. Raises `RunError` where it fails."""
+    """What a command of Slurm prints, on standard error as well if `with_errors`. Raises `RunError` where it fails."""
     environ = {name: value for name, value in os.environ.items() if not _OF_COMMANDS.match(name)}
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, errors="replace", env=environ)

@@ -25,7 +25,7 @@ from launch.account import JOB_NAME, Account, read_account, read_parts
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
 from launch.evidence import RUNS, Facts, find_log, find_runs_of, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.request import list_words
-from launch.runs import describe_best, find_saved_step, is_run, list_noted_jobs, read_own_note, read_request
+from launch.runs import describe_best, find_saved_step, is_run, list_noted_jobs, read_own_note, read_noted_request
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import as_argument, check_readable
@@ -503,7 +503,7 @@ def _describe_saved(answer: Explanation) -> str:
 
 def _ask_memory(facts: Facts) -> str:
     asked = facts.account.asked_mb if facts.account else None
-    request = read_request(facts.path)
+    request = read_noted_request(facts.path)
     asked_gb = request.memory_gb if request else None
     if asked_gb is None and asked and facts.account and facts.account.asked_for == "a node":
         asked_gb = asked / 1024
@@ -522,7 +522,7 @@ def _make_command(facts: Facts) -> str:
     rest = ["--config", as_argument(facts.path / CONFIG_FILE), "--run_dir", as_argument(facts.path)]
     size, launcher = facts.world_size, str(start.get("launcher", ""))
     if noted := read_own_note(facts.path, "job"):
-        request, chain = read_request(facts.path), len(list_noted_jobs(noted))
+        request, chain = read_noted_request(facts.path), len(list_noted_jobs(noted))
         if request is None:
             return "the same command as before"
         words = [*list_words(request), *([f"--chain={chain}"] if chain > 1 else [])]

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # How a batch job trains: what srun starts and inherits, and whether the job is requeued. Sourced by slurm/train.sh and by the scripts of
-# launch.submit and launch.sweep. A batch script of your own may use it, too:
+# launch.submit, launch.sweep and launch.prove. A batch script of your own may use it, too:
 #   #SBATCH --signal=USR1@120 --requeue --open-mode=append
 #   source CHECKOUT/launch/policy.sh
 #   run_training python -m mnist_dist.train --config smoke

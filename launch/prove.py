@@ -360,7 +360,7 @@ def _submit(request: Request, executor: SlurmExecutor, work: Callable[[], None],
     return jobs[-1]
 
 
-def _list_srun_options(request: Request) -> tuple[str, ...]:
+def _list_step_options(request: Request) -> tuple[str, ...]:
     options = [f"--nodes={request.nodes}", f"--ntasks={request.world_size}", f"--ntasks-per-node={request.tasks}"]
     options += ["--kill-on-bad-exit=0", "--wait=120", "--export=ALL", "--unbuffered"]
     if request.cpus_per_task is not None:
@@ -371,7 +371,7 @@ def _list_srun_options(request: Request) -> tuple[str, ...]:
 def _prove_on_slurm(page: Page, work: Path) -> str:
     """Submit, wait and judge. Why nothing could be tested; empty where it could."""
     request, jobs = page.request, list[Watched]()
-    checks = Checks(work, Ranks(request.world_size, _list_srun_options(request)), CHECKS)
+    checks = Checks(work, Ranks(request.world_size, _list_step_options(request)), CHECKS)
     limits = {"time": SIGNAL_LIMIT_MIN, "signal_delay_s": SIGNAL_DELAY_S}
     site = make_slurm_executor(request.model_copy(update=limits), work / "slurm")
     drill = Drill(work, REQUEUED, HOLD_S)

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
@@ -16,6 +16,15 @@ from mnist_dist.world import may_share_gpus
 _PLACE = "The job"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _LIMITS = "Time and restarts"
+# What goes into a script, where it is quoted as well: what each may be, and that in words.
+_WORD_ALLOWED = "1 to 100 letters, digits and _ . + -"
+_NODES = (r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]{0,4000}", "names of nodes, of letters, digits and _ . , [ ] -")
+_TEXTS = {
+    **dict.fromkeys(("name", "account", "qos", "reservation", "gpu_type"), (_WORD, _WORD_ALLOWED)),
+    "partition": (rf"{_WORD}(,{_WORD})*", f"{_WORD_ALLOWED}, or several such names with commas between them"),
+    "constraint": (r"[A-Za-z0-9_(\[][A-Za-z0-9_.:&|*,()\[\]-]{0,199}", "1 to 200 letters, digits and _ . : & | * , ( ) [ ] -"),
+    **dict.fromkeys(("exclude", "nodelist"), _NODES),
+}
 # Options of sbatch and srun that the script itself sets, or that it cannot do with; and what to use instead.
 _SAME = ("nodes", "time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation")  # as options of this program
 _OWNED = {name: f"use --{name}" for name in _SAME} | {
@@ -75,33 +84,12 @@ class Request(Options):
         _LIMITS, 20, "restarts, of any kind, after which the run is not requeued again, so that no mistake runs for ever", ge=0, le=10_000
     )
 
-    # These go into a script. They are quoted there, too.
-    @field_validator("name", "account", "qos", "reservation", "gpu_type")
+    @field_validator(*_TEXTS)
     @classmethod
-    def _check_word(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(_WORD, value):
-            raise ValueError("allowed: 1 to 100 letters, digits and _ . + -")
-        return value
-
-    @field_validator("partition")
-    @classmethod
-    def _check_words(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(rf"{_WORD}(,{_WORD})*", value):
-            raise ValueError("allowed: 1 to 100 letters, digits and _ . + -, or several such names with commas between them")
-        return value
-
-    @field_validator("constraint")
-    @classmethod
-    def _check_constraint(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9_(\[][A-Za-z0-9_.:&|*,()\[\]-]{0,199}", value):
-            raise ValueError("allowed: 1 to 200 letters, digits and _ . : & | * , ( ) [ ] -")
-        return value
-
-    @field_validator("exclude", "nodelist")
-    @classmethod
-    def _check_nodes(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]{0,4000}", value):
-            raise ValueError("allowed: names of nodes, of letters, digits and _ . , [ ] -")
+    def _check_text(cls, value: str | None, info: ValidationInfo) -> str | None:
+        pattern, allowed = _TEXTS[str(info.field_name)]
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ValueError(f"allowed: {allowed}")
         return value
 
     @field_validator("sbatch", "srun")

@@ -152,7 +152,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     # An array's job in the lock has Slurm's own number; a job that was submitted later than the one of the lock is the one that counts.
     # Of a chain the one that runs counts, else the first that waits.
     matching = [job for job in jobs if _is_of_note(job, noted) or (number and job.number == number)]
-    job = max(matching, key=lambda job: (job.is_active, job.runs, int(job.number) * (-1 if job.is_active else 1)), default=None)
+    job = max(matching, key=lambda job: (job.is_active, job.is_running, int(job.number) * (-1 if job.is_active else 1)), default=None)
     measured: dict[str, Any] = {}
     for row in rows:
         measured |= row
@@ -178,7 +178,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         return RunState(state=_join("finished", damage), is_finished=True, **values)
     pid = find_process(path, holder)
     if job is not None and job.is_active:
-        waits = not job.runs
+        waits = not job.is_running
         reason = job.reason if waits else ""
         state = describe_state(job.state, reason)
         if job.state == "RUNNING":
@@ -301,7 +301,7 @@ def read_own_note(run_dir: Path, name: str) -> dict[str, Any]:
     return note if is_marked(run_dir, str(note.get("folder", ""))) else {}
 
 
-def read_request(run_dir: Path) -> Request | None:
+def read_noted_request(run_dir: Path) -> Request | None:
     """The request of a run's last job, as its note has it; None where that is not this user's: it may hold options that run programs."""
     try:
         if (run_dir / "slurm/job.json").stat().st_uid != os.getuid():

@@ -17,7 +17,7 @@ from launch.drill import KILLED, UNBROKEN, judge_kill, judge_tracking, list_word
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import read_text
 from mnist_dist.finding import Finding, read_findings, write_findings
-from mnist_dist.preemption import STOP_SIGNALS
+from mnist_dist.preemption import holding_back_signals
 from mnist_dist.program import make_printable
 from mnist_dist.starter import find_free_port, make_die_with_parent
 from mnist_dist.world import World, list_inherited
@@ -99,23 +99,19 @@ class Step:
 
     def _start(self, command: Sequence[str], environ: dict[str, str], output: int) -> None:
         die_with_parent = make_die_with_parent()
-        # A signal waits until the new process is known here: none may be left behind.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
         def prepare() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if not self._is_slurm:
                 die_with_parent()
 
-        try:
+        with holding_back_signals() as before:  # until the new process is known here: none may be left behind
             self.processes.append(
                 # A session of its own: Ctrl-C on the terminal is for this program, which then ends the ranks.
                 subprocess.Popen(
                     command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare
                 )
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> "Step":
         return self

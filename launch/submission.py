@@ -30,7 +30,7 @@ from launch.runs import LOCAL_LOG, RunState, read_own_note, read_state
 from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
-from mnist_dist.preemption import STOP_SIGNALS, Stop, deferring_signals, ending_as_interrupt
+from mnist_dist.preemption import Stop, deferring_signals, ending_as_interrupt, holding_back_signals
 from mnist_dist.record import check_folder, make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
@@ -309,20 +309,19 @@ def queueing(request: Request) -> Iterator[None]:
     Those are what an outer job left, which srun would take for the new job's, and what sbatch heeds before the options in a script.
     Signals to end wait, sbatch's as well: there may be no job of which nobody knows.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     before = dict(os.environ)
     given = [names for option, names in _SBATCH_VARIABLES.items() if getattr(request, option)]
     names = {f"SBATCH_{name}" for names in given for name in names.split()}
     names.add("SBATCH_WAIT")  # sbatch would return when the job has ended
     if "gpu" not in before.get("SBATCH_GRES", ""):  # but of something else, such as a local disk
         names.discard("SBATCH_GRES")
-    for name in names.intersection(before) | {*list_inherited(before)}:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with holding_back_signals():
+        for name in names.intersection(before) | {*list_inherited(before)}:
+            del os.environ[name]
+        try:
+            yield
+        finally:
+            os.environ.update(before)
 
 
 def describe_refusal(error: Exception) -> str:

@@ -34,7 +34,7 @@ class Asked:
 
 
 def count_asked(environ: Mapping[str, str]) -> Asked:
-    """What the `accelerate launch` that started this process was asked for; one process where there is none."""
+    """What the `accelerate launch` that started this process was asked for; one process where no such command did."""
     for pid in list_ancestors():
         words = [os.fsdecode(word) for word in read_command(pid)]
         launch = _LAUNCH.search("\0".join(words[:8]) + "\0")

@@ -22,7 +22,7 @@ _EVALUATED_AT_ONCE = 500  # samples of a batch of an evaluation
 _PLAIN_BYTES = 1 << 18  # from about twice as many on, shared memory is quicker
 
 
-class Piece(NamedTuple):
+class MicroBatch(NamedTuple):
     """Samples that are computed at once: their places in the global batch, themselves once they are read, and what is drawn for them.
 
     The samples are rows of a data set in memory, or whatever the task's `collate` gave.
@@ -39,42 +39,42 @@ class Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one rank takes of one step: int64 `indices` into a split, in parts (one for each of its shards, or one), and these in pieces."""
+    """What one rank takes of one step: int64 `indices` into a split, in parts of micro-batches: a part for each of its shards, or one."""
 
     step: int
     indices: Tensor
-    parts: tuple[tuple[Piece, ...], ...]
+    parts: tuple[tuple[MicroBatch, ...], ...]
 
     @classmethod
     def of(cls, indices: Sequence[int] | Tensor, places: Sequence[int]) -> "Batch":
-        """Samples of step 0 in one piece."""
-        return cls(0, torch.as_tensor(indices), ((Piece(places),),))
+        """Samples of step 0 in one micro-batch."""
+        return cls(0, torch.as_tensor(indices), ((MicroBatch(places),),))
 
     @property
-    def pieces(self) -> list[Piece]:
-        """The pieces of all parts."""
+    def micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches of all parts."""
         return list(itertools.chain(*self.parts))
 
     @property
     def places(self) -> list[int]:
         """The samples' places in the global batch, in the order of `indices`."""
-        return list(itertools.chain(*(piece.places for piece in self.pieces)))
+        return list(itertools.chain(*(micro_batch.places for micro_batch in self.micro_batches)))
 
     def fill(self, samples: Iterable[Any]) -> "Batch":
-        """The same, with the samples of each piece."""
-        return self._map(lambda piece, its_own: piece._replace(samples=its_own), samples)
+        """The same, with the samples of each micro-batch."""
+        return self._map(lambda micro_batch, its_own: micro_batch._replace(samples=its_own), samples)
 
     def fill_drawn(self, drawn: Iterable[Tensor]) -> "Batch":
-        """The same, with what is drawn for each piece."""
-        return self._map(lambda piece, its_own: piece._replace(drawn=its_own), drawn)
+        """The same, with what is drawn for each micro-batch."""
+        return self._map(lambda micro_batch, its_own: micro_batch._replace(drawn=its_own), drawn)
 
-    def _map(self, change: Callable[[Piece, Any], Piece], values: Iterable[Any]) -> "Batch":
+    def _map(self, change: Callable[[MicroBatch, Any], MicroBatch], values: Iterable[Any]) -> "Batch":
         rest = iter(values)
-        return self._replace(parts=tuple(tuple(change(piece, next(rest)) for piece in part) for part in self.parts))
+        return self._replace(parts=tuple(tuple(change(micro_batch, next(rest)) for micro_batch in part) for part in self.parts))
 
     def pin_memory(self) -> "Batch":
         """The same, ready to be sent to a GPU. torch asks for it, and would else make lists of the places."""
-        return self.fill(pin_memory(piece.samples) for piece in self.pieces)  # type: ignore[no-untyped-call]
+        return self.fill(pin_memory(micro_batch.samples) for micro_batch in self.micro_batches)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Sent.of(self).__reduce__()
@@ -124,7 +124,7 @@ class StepSampler(DistributedSampler[Any]):
     Over all ranks, step k of an epoch trains on `permutation[k*B : (k+1)*B]`, where B is the global batch size and the permutation is a
     function of (seed, epoch): the batch does not depend on the number of ranks. What is left of an epoch after its last whole batch is
     left out, the same in every world. The batch is dealt out to the ranks, or to the shards of which each rank has some: two parts differ
-    by at most one sample, where their number does not divide B. `micro_batch` cuts each into pieces.
+    by at most one sample, where their number does not divide B. `micro_batch` cuts each further.
     """
 
     def __init__(self, split: Any, config: Config, rank: int, world_size: int, start_step: int) -> None:
@@ -152,7 +152,7 @@ class StepSampler(DistributedSampler[Any]):
                 indices.append(order[first:end])
                 places = range(part + first * self.dealt_to - batch * size, size, self.dealt_to)
                 at_once = self.config.micro_batch or len(places)
-                parts.append(tuple(Piece(places[start : start + at_once]) for start in range(0, len(places), at_once)))
+                parts.append(tuple(MicroBatch(places[start : start + at_once]) for start in range(0, len(places), at_once)))
             yield Batch(step, indices[0] if len(indices) == 1 else torch.cat(indices), tuple(parts))
 
     def _order(self, part: int) -> Tensor:
@@ -169,18 +169,22 @@ def deal(config: Config, rank: int, world_size: int) -> tuple[int, range]:
 
 
 def list_batches(count: int, dealt_to: int, mine: range, config: Config) -> list[Batch]:
-    """Some parts of a split of `count` samples, in batches of one piece: over all parts, each sample once.
+    """Some parts of a split of `count` samples, in batches of one micro-batch: over all parts, each sample once.
 
-    Twice as many samples are computed at once as a step has, since without gradients that needs no more memory; and 500 at most.
+    As many samples are computed at once as `micro_batch` says; else twice as many as a step has, since without gradients that needs no
+    more memory. 500 at most.
     """
     size = min(_EVALUATED_AT_ONCE, config.micro_batch or 2 * config.batch_size)
-    pieces = [piece for part in mine for piece in torch.split(torch.arange(count)[part::dealt_to], size) if len(piece)]
+    chunks = [chunk for part in mine for chunk in torch.split(torch.arange(count)[part::dealt_to], size) if len(chunk)]
     # A sample's place is its index, of one step: what is random in it is then the same on any number of ranks.
-    return [Batch.of(piece, range(int(piece[0]), int(piece[-1]) + 1, dealt_to)) for piece in pieces]
+    return [Batch.of(chunk, range(int(chunk[0]), int(chunk[-1]) + 1, dealt_to)) for chunk in chunks]
 
 
 def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunError] = RunError) -> Tensor | None:
-    """What the task draws for a batch of `size` samples, a row for each; None: nothing. Raises `kind` where its code fails."""
+    """What the task draws for a batch of `size` samples, a row for each; None: nothing.
+
+    Raises `kind` where its code fails, and `UserError` where it returns anything else.
+    """
     with explaining(config.task.name, f"in draw for step {step + 1}", kind):
         drawn = config.task.draw(config.seed, step, size)
     if drawn is None:
@@ -194,14 +198,16 @@ def draw(config: Config, step: int, size: int, kind: type[UserError] | type[RunE
 
 
 def add_drawn(batch: Batch, config: Config, device: torch.device) -> Batch:
-    """The same, with what the task draws for each piece, on `device`. Raises `RunError` where its code fails."""
+    """The same, with what the task draws for each micro-batch, on `device`. Raises as `draw` does."""
     drawn = draw(config, batch.step, config.batch_size)
     if drawn is None:
         return batch
-    pieces = batch.pieces
+    micro_batches = batch.micro_batches
     # All are sent at once; and each is laid out alike, in memory of its own, however many a rank has.
-    sent = send(torch.cat([drawn[_slice(piece.places)] for piece in pieces]), device)
-    return batch.fill_drawn([sent] if len(pieces) == 1 else [own.clone() for own in torch.split(sent, [piece.size for piece in pieces])])
+    sent = send(torch.cat([drawn[_slice(micro_batch.places)] for micro_batch in micro_batches]), device)
+    if len(micro_batches) == 1:
+        return batch.fill_drawn([sent])
+    return batch.fill_drawn(own.clone() for own in torch.split(sent, [micro_batch.size for micro_batch in micro_batches]))
 
 
 def _slice(places: Sequence[int]) -> slice | list[int]:

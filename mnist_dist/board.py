@@ -90,7 +90,7 @@ class Board:
 
         self._in_time(blame, _REACHING_S + _ANSWERING_S)
 
-    def report_loss(self, error: Exception) -> None:
+    def report_lost_rank(self, error: Exception) -> None:
         """Tell the others that this rank waits in vain, as its collective's `error` says, and let all of them answer."""
 
         def report() -> None:

@@ -126,16 +126,17 @@ class Writer:
         return False
 
     def submit(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write a copy of the state, once the last one is written (`is_free`). A failure is a warning: training goes on.
+        """Begin to write a copy of the state, once the last one is written (`is_free`).
 
-        One that is not finite is not written, with a warning.
+        What the disk refuses, and a state that is not finite, is a warning: training goes on. Raises `RunError` where the last one found
+        that the folder is no longer this run's.
         """
-        self._report()
+        self._raise_failure()
         self._running = self._thread.submit(self._write_if_finite, step, state)
 
     def finish(self, step: int, state: dict[str, Any]) -> Path:
         """Write the last checkpoint and wait until it is on the disk. Raises `RunError` where that fails."""
-        self._report()
+        self._raise_failure()
 
         def write() -> Path:
             if names := _list_infinite(state):
@@ -154,9 +155,9 @@ class Writer:
             self.close()
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, if any. A failure is a warning."""
+        """Wait for the checkpoint that is being written, if any. Raises as `submit` does."""
         self._thread.shutdown(wait=True)
-        self._report()
+        self._raise_failure()
 
     def describe(self) -> dict[str, float]:
         """How long the last checkpoint took to write, under the name that a row has for it; nothing before the first."""
@@ -179,7 +180,7 @@ class Writer:
         self._took_s = time.monotonic() - begun_s
         return path
 
-    def _report(self) -> None:
+    def _raise_failure(self) -> None:
         if self._running is not None:
             error, self._running = self._running.exception(), None
             if error is not None:

@@ -360,13 +360,13 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
     """The config that the options `given` make of those in a `recipe`. Raises `UserError`."""
     config = make_config((recipe or {}) | given)
     fields = config.fields()
-    if len(recipe or {}) > len(fields) // 2:  # the config.yaml of a run, which holds every option
-        given = dict(given) | {decider: None for decider, _ in _ONLY_WITH.values()}
+    is_of_run = len(recipe or {}) > len(fields) // 2  # its config.yaml, which holds every option
     idle = config.find_idle()
     defaults = {name: fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-        if name in given or (idle[name] not in given and getattr(config, name) != default):
+        was_meant = not is_of_run and idle[name] not in given and getattr(config, name) != default
+        if name in given or was_meant:
             decider, wanted = _ONLY_WITH[name]
             raise UserError(
                 f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, IterableDataset
 
-from mnist_dist.batches import Batch, Piece, draw
+from mnist_dist.batches import Batch, MicroBatch, draw
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import UserError
@@ -146,20 +146,20 @@ def fingerprint(split: Dataset[Any], task: Task, what: str = "training") -> str:
 
     Of all that is kept in memory; else of the number of samples and of the first, the last and some in between.
     """
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     if is_in_memory(split):
         for tensor in split.tensors:
-            digest.update(encode_tensor(tensor))
-        return digest.hexdigest()[:16]
+            hashed.update(encode_tensor(tensor))
+        return hashed.hexdigest()[:16]
     count = len(split)  # type: ignore[arg-type]
     places = sorted({place * (count - 1) // (_PROBED - 1) for place in range(_PROBED)})
-    [piece] = read(Seeded(split, task, 0, what), Batch.of(places, range(len(places))))
-    tensors, others = list_parts(piece.samples)
-    digest.update(f"{count} {places}".encode())
+    [micro_batch] = read(Seeded(split, task, 0, what), Batch.of(places, range(len(places))))
+    tensors, others = list_parts(micro_batch.samples)
+    hashed.update(f"{count} {places}".encode())
     for tensor in tensors:
-        digest.update(encode_tensor(tensor))
-    digest.update(b"".join(others))
-    return digest.hexdigest()[:16]
+        hashed.update(encode_tensor(tensor))
+    hashed.update(b"".join(others))
+    return hashed.hexdigest()[:16]
 
 
 def check_same_data(told: Row, group: Group) -> None:
@@ -177,7 +177,7 @@ def list_differing(one: Row, other: Row) -> str:
     return ", ".join(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
-class Probe:
+class SampleProbe:
     """A few samples, on which a model is tried: read on the CPU whenever they are asked for, with what is drawn for them.
 
     Raises `UserError` where a sample cannot be read, or `draw` fails.
@@ -214,14 +214,14 @@ class Probe:
             self._kept.seed_collate(0, self.whole)
             self.collate_draws = read_generators() != after
 
-    def take(self, places: Sequence[int]) -> Piece:
+    def take(self, places: Sequence[int]) -> MicroBatch:
         """A batch of the samples at some places, of which there are `most`; the first ones are those of the whole."""
-        piece = self._read(self._find(places), places)
-        return piece._replace(drawn=None if self._drawn is None else self._drawn[list(places)])
+        micro_batch = self._read(self._find(places), places)
+        return micro_batch._replace(drawn=None if self._drawn is None else self._drawn[list(places)])
 
-    def _read(self, indices: Sequence[int], places: Sequence[int]) -> Piece:
-        [piece] = read(self._kept, Batch.of(indices, places))
-        return piece
+    def _read(self, indices: Sequence[int], places: Sequence[int]) -> MicroBatch:
+        [micro_batch] = read(self._kept, Batch.of(indices, places))
+        return micro_batch
 
     def name(self, place: int) -> str:
         """How messages name the sample at a place."""

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from mnist_dist.board import Board
 from mnist_dist.config import Config
-from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_loss
+from mnist_dist.errors import RunError, UserError, first_line, is_device_failure, is_lost_rank
 from mnist_dist.machine import (
     check_graph,
     choose_device,
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, the only one that writes."""
+        """Whether this is rank zero, which writes the run folder."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
@@ -118,7 +118,7 @@ class Group:
             yield
         except Exception as error:
             assert self._board is not None
-            if is_loss(error):
+            if is_lost_rank(error):
                 raise RunError(self.explain(error)) from None
             self._disconnect()  # the others learn of it when the connections close
             self._board.blame_self(error)
@@ -138,7 +138,7 @@ class Group:
         assert self._board is not None
         with self._explaining:
             if not self._reason:
-                self._board.report_loss(error)
+                self._board.report_lost_rank(error)
             self._disconnect()
             self._reason = self._reason or self._board.explain(error)
         return self._reason
@@ -149,7 +149,7 @@ class Group:
         with self._explaining:
             if not self._reason:
                 # Still connected: if NCCL gave up now, what waits for the GPU would go on, with numbers that are wrong.
-                self._board.report_loss(error)
+                self._board.report_lost_rank(error)
                 self._reason = self._board.explain(error)
         self._board.leave(self._reason)
 
@@ -349,7 +349,7 @@ def _telling(board: Board | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if board is not None and not is_loss(error):
+        if board is not None and not is_lost_rank(error):
             board.blame_self(error)
         raise
 
@@ -394,7 +394,7 @@ def explaining_start(world: World, timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_loss(error):
+        if not is_lost_rank(error):
             raise
         raise RunError(describe_missed_meeting(world, timeout.total_seconds(), first_line(error))) from error
 
@@ -410,7 +410,7 @@ def _make_accelerator(device: str, precision: str, timeout: timedelta) -> Accele
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except Exception as error:
-        if is_loss(error) or is_device_failure(error):
+        if is_lost_rank(error) or is_device_failure(error):
             raise
         # It reads some forty variables, and each fails in its own way on a value that it does not know.
         if not (variables := list_variables("ACCELERATE_")):

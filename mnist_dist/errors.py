@@ -31,7 +31,7 @@ class NotFiniteError(RunError):
     """A number of the training is not finite. It would be so again after a start from the same checkpoint."""
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether `error` is how a collective fails when another rank is gone, or never came."""
     is_torchs_own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return is_torchs_own or (type(error) is RuntimeError and _LOST.search(str(error)) is not None and not is_lost_worker(error))

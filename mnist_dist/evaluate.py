@@ -64,7 +64,7 @@ def _evaluate(options: argparse.Namespace, stream: TextIO, is_program: bool) -> 
         return start_ranks(size)
     world = find_world(environ)
     with importing():
-        from mnist_dist.data import Probe, check_same_data, fingerprint, load_data
+        from mnist_dist.data import SampleProbe, check_same_data, fingerprint, load_data
         from mnist_dist.distributed import join_group
         from mnist_dist.evaluation import evaluate, open_evaluation
         from mnist_dist.tier import find_moved
@@ -76,7 +76,7 @@ def _evaluate(options: argparse.Namespace, stream: TextIO, is_program: bool) -> 
     config, data = load_data(_make_config(options, trained.config))
     config = config.with_facts(trained.task.facts)
     with join_group(world, config) as group:
-        moved = find_moved(config.task, trained.model, lambda: Probe(data.train, config))
+        moved = find_moved(config.task, trained.model, lambda: SampleProbe(data.train, config))
         # evaluation_mode: without DDP, which has no part in this.
         model = group.accelerator.prepare_model(trained.model, device_placement=True, evaluation_mode=True)
         split = {"test": data.test, "train": data.train, "holdout": data.holdout}[options.split]

@@ -65,16 +65,16 @@ def evaluate(
             if batch is None:
                 continue  # another rank has one more
             seed_generators(int(batch.indices[0]), group.device)
-            [piece] = batch.pieces
+            [micro_batch] = batch.micro_batches
             with explaining(task.name, "in tally", RunError):
-                tally = task.tally(model, piece.samples)
-            check_tally(task, tally, piece.size)
+                tally = task.tally(model, micro_batch.samples)
+            check_tally(task, tally, micro_batch.size)
             lengths.add(len(tally.sums))
             if len(lengths) > 1:
                 raise RunError(_describe_lengths(task, lengths))
-            part = piece.places[0] % dealt_to
+            part = micro_batch.places[0] % dealt_to
             sums_of[part] = sums_of.get(part, 0) + tally.sums
-            done += piece.size
+            done += micro_batch.size
             if tally.scores is not None and tally.outputs is not None:
                 best = tally.scores.topk(min(_EXAMPLES, len(tally.scores))).indices
                 indices.append(batch.indices.to(best.device)[best])
@@ -131,9 +131,9 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
     task = config.task
     count = min(_REHEARSED, len(split))
     kept, batch = keep_split(split, config, "test", torch.device("cpu")), Batch.of(range(count), range(count))
-    [piece] = read(kept, batch)
+    [micro_batch] = read(kept, batch)
     with torch.no_grad(), keeping(model, moved), _refusing_mistakes(task, group, count, "tally"):
-        tally = task.tally(model.eval(), send_to_device(piece.samples, group.device))
+        tally = task.tally(model.eval(), send_to_device(micro_batch.samples, group.device))
         check_tally(task, tally, count)
         if abs(float(tally.sums[0]) - count) > 0.5:
             raise UserError(_describe_count(task, float(tally.sums[0]), count))
@@ -150,15 +150,15 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
 
 def _check_reading(task: Task, model: nn.Module, group: Group, kept: Seeded, batch: Batch, moved: Collection[str]) -> None:
     """Raise `UserError` where samples are others once `tally` has had them, for the second time: an object may keep what it finds."""
-    [piece] = read(kept, batch)
-    before = digest(piece.samples)
+    [micro_batch] = read(kept, batch)
+    before = digest(micro_batch.samples)
     with torch.no_grad(), keeping(model, moved), contextlib.suppress(Exception):
-        task.tally(model.eval(), send_to_device(piece.samples, group.device))
+        task.tally(model.eval(), send_to_device(micro_batch.samples, group.device))
     [again] = read(kept, batch)
     if digest(again.samples) != before:
         raise UserError(
-            f"task {task.name}: the first {piece.size} samples of the {locate(kept.split, 'test')[0]} differ when they are read again, "
-            f"after tally had them: none of __getitem__, collate and tally may change {READING_RULE}"
+            f"task {task.name}: the first {micro_batch.size} samples of the {locate(kept.split, 'test')[0]} differ when they are read "
+            f"again, after tally had them: none of __getitem__, collate and tally may change {READING_RULE}"
         )
 
 

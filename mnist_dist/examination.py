@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from mnist_dist import checkpoint
-from mnist_dist.batches import Piece
+from mnist_dist.batches import MicroBatch
 from mnist_dist.config import Config
-from mnist_dist.data import Probe, load_data
+from mnist_dist.data import SampleProbe, load_data
 from mnist_dist.model import build_model
 from mnist_dist.preemption import deferring_signals
 from mnist_dist.randomness import seed_generators
@@ -68,7 +68,7 @@ class Subject:
         self.task = self.config.task
         self.model = build_model(self.task, config.seed)
         self._kept = stack.enter_context(keeping(self.model))
-        self.probe = Probe(self.data.train, self.config)
+        self.probe = SampleProbe(self.data.train, self.config)
         # For steps that are only looked at.
         few = {"batch_size": min(config.batch_size, _ROWS), "micro_batch": None}
         self.small = self.config.model_copy(update=few)
@@ -108,11 +108,11 @@ class Subject:
         witness.wait()
         return json.loads((witness.folder / FOUND_FILE).read_text())
 
-    def trace(self, piece: Piece) -> Trace:
+    def trace(self, micro_batch: MicroBatch) -> Trace:
         """One pass of the losses under a fixed seed, from the initial parameters and buffers."""
         self.put_back()
         seed_generators(0)
-        return trace(self.task, self.model, piece)
+        return trace(self.task, self.model, micro_batch)
 
     def put_back(self) -> None:
         """Give the model its initial parameters and buffers."""
@@ -144,9 +144,9 @@ class Subject:
     @cached_property
     def recipe(self) -> Row:
         """The options of a short run: plain SGD, whose steps move the weights by a few thousandths of their length in all."""
-        [piece] = read_batch(self.small, self.data, 0)
+        [micro_batch] = read_batch(self.small, self.data, 0)
         with keeping(self.model):
-            loss = self.trace(piece).losses.mean()
+            loss = self.trace(micro_batch).losses.mean()
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             gradients = [one for one in torch.autograd.grad(loss, parameters, allow_unused=True) if one is not None]
         length, slope = (float(torch.nn.utils.get_total_norm([one.detach() for one in many])) for many in (parameters, gradients))

@@ -449,10 +449,10 @@ def _perturbing(model: nn.Module) -> Iterator[None]:
 def _compute_gradient(config: Config, state: TrainingState, step: int) -> list[Tensor]:
     """The gradient of a whole batch, computed by this process alone, with the weights as they are; they stay so."""
     task, device = config.task, state.group.device
-    pieces = send_to_device(read_batch(config, state.data, step), device)
+    micro_batches = send_to_device(read_batch(config, state.data, step), device)
     with keeping(state.bare_model), explaining(task.name, "in the gradients of a batch", RunError):
         seed_generators(derive_seed(config.seed, "gradients", step), device)
-        return state.compute_gradients(pieces, config.batch_size)[0]
+        return state.compute_gradients(micro_batches, config.batch_size)[0]
 
 
 def _check_start(reference: Reference, state: TrainingState) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.asked import warn_of_smaller_step
-from mnist_dist.batches import Batch, Piece, StepSampler, add_drawn, draw
+from mnist_dist.batches import Batch, MicroBatch, StepSampler, add_drawn, draw
 from mnist_dist.config import Config
 from mnist_dist.console import Progress, format_duration, set_up_logging
 from mnist_dist.data import check_same_data, find_other_facts, list_differing, load_data
@@ -77,9 +77,8 @@ def train(
     with join_group(world, config) as group, RunFolder(config, group, folder) as run:
         signals.defer(announced=group.is_main)
         # All ranks agree on what is trained, by which code, and after which steps they do more than train.
-        source = {"the source of the task": config.task.source}
-        shared = config.recipe() | {"log_every": config.log_every, "evaluate_every": config.evaluate_every} | source
-        shared |= {"micro_batch": config.micro_batch}
+        shared = config.recipe() | {name: getattr(config, name) for name in ("log_every", "evaluate_every", "micro_batch")}
+        shared |= {"the source of the task": config.task.source}
         if (main := group.broadcast(shared)) != shared:
             raise UserError(
                 f"this rank has other options than rank zero ({list_differing(main, shared)}): start all processes with the same command "
@@ -115,11 +114,11 @@ def train(
         _log.info("%s", state.tier.describe(config.shards))
         run.show_samples(state.step, data, draw(config, min(state.step, config.total_steps - 1), config.batch_size))
 
-        def compute(parts: Sequence[Sequence[Piece]]) -> Tensor:
+        def compute(parts: Sequence[Sequence[MicroBatch]]) -> Tensor:
             with explaining(task.name, f"in step {state.step + 1}", RunError):
                 return state.train_on(parts, meter.note_forward)
 
-        state.settle()
+        state.prepare_first_step()
         train_step = GraphedStep(compute, state.unsettle) if config.cuda_graph else compute
         evaluation: Evaluation | None = None
         agreement = Agreement(group)
@@ -141,17 +140,17 @@ def train(
                 return evaluate(config, state.bare_model, evaluated, group, state.tier.moved, heed_stops)
 
             def record(row: Row, *, evaluate_now: bool) -> Evaluation | None:
-                evaluation: Evaluation | None = None
+                found: Evaluation | None = None
                 if evaluate_now:
                     state.unfinished, state.is_settled = row, True  # what the start after a stop goes on with
-                    evaluation = evaluate_model()
+                    found = evaluate_model()
                     state.unfinished, state.is_settled = None, False
-                    row = row | evaluation.name_values(config.evaluated_split, *(task.in_rows or evaluation.measures))
-                    run.show_evaluation(state.step, data, evaluation)
+                    row = row | found.name_values(config.evaluated_split, *(task.in_rows or found.measures))
+                    run.show_evaluation(state.step, data, found)
                     meter.reset_clock()
                 run.append(row)
                 progress.report(row)
-                return evaluation
+                return found
 
             try:
                 with run.saving_what_is_done(state):

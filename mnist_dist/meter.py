@@ -38,11 +38,11 @@ class Meter:
         self._forward_s += time.perf_counter() - self._begun_s
 
     def add(self, loss: Tensor) -> None:
-        """Note this rank's mean loss of one step, a scalar on the device."""
+        """Note the loss of one step: a scalar on the device, whose mean over the ranks is the global batch's."""
         self._losses.append(loss)
 
     def check(self, state: TrainingState) -> float:
-        """The mean loss over the global batch of the last step; NaN if there was none since the last reading.
+        """The mean loss over the global batch of the last step, NaN if there was none since the last reading; forgets what it has read.
 
         Raises `NotFiniteError` on all ranks if any loss since the last reading was not finite, and as `check_weights` does; then the state
         is not to be saved.

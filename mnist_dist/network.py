@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group, explaining_start, find_place, join_group, open_store
-from mnist_dist.errors import RunError, is_loss
+from mnist_dist.errors import RunError, is_lost_rank
 from mnist_dist.finding import Finding
 from mnist_dist.model import describe_dtype
 from mnist_dist.rendezvous import Place, name_with_hosts
@@ -370,7 +370,7 @@ def check_sums(group: Group, hosts: dict[int, str]) -> list[Finding]:
             try:
                 dist.all_reduce(values)
             except RuntimeError as error:
-                if is_loss(error) or kind != torch.bfloat16:
+                if is_lost_rank(error) or kind != torch.bfloat16:
                     raise
                 break  # older versions of gloo have no such sums, and no rank has begun one
             differing = (values.cpu().double() != expected.double()).nonzero()

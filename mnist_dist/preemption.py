@@ -1,6 +1,6 @@
 """Signals that ask a run to stop. They only set a flag; the loop acts on it after a step, or after a batch of an evaluation.
 
-Imports next to nothing: every program imports this first, and Ctrl-C before it has taken over ends in a traceback.
+Imports next to nothing: the programs import this first, and Ctrl-C before it has taken over ends in a traceback.
 """
 
 import contextlib
@@ -139,6 +139,16 @@ def _keep_from_children() -> None:
 def _say(text: bytes) -> None:
     with contextlib.suppress(OSError):  # nobody may be reading any more
         os.write(2, text)
+
+
+@contextlib.contextmanager
+def holding_back_signals() -> Iterator[set[int]]:
+    """Let signals that ask to stop wait, here and in a process that is started meanwhile; yields those that have been held back before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield {*map(int, before)}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_on_interrupt() -> None:

@@ -25,6 +25,7 @@ from mnist_dist.files import check_free_name
 from mnist_dist.finding import Finding, write_findings
 from mnist_dist.options import Parser, path_argument
 from mnist_dist.program import importing, make_printable, print_answer
+from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.world import World, find_world
 
 CHECKS = ("joined", "agree", "exchange", "speed", "files")
@@ -132,8 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if not 20 <= options.timeout_s <= 86_400:
             raise UserError(f"timeout_s is {options.timeout_s:g}; allowed: a number, at least 20, at most 86400")
-        from mnist_dist.starter import find_size, start_ranks
-
         size, alone = find_size(os.environ, is_program=arguments is None)
         if alone:
             return start_ranks(size)

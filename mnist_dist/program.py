@@ -76,7 +76,10 @@ def surviving_stderr() -> Iterator[None]:
 
 
 def run_program(work: Callable[[], int]) -> int:
-    """Call `work`; its exit status, or 2 for a user's mistake, 130 for Ctrl-C and 1 for the rest, in one line without a traceback."""
+    """Call `work`; its exit status, or in one line without a traceback: 2 for a user's mistake, 130 for Ctrl-C, 1 for what went wrong.
+
+    An exception of none of these kinds is a fault of this package, and is raised on.
+    """
     # When a rank is lost, torch's C++ side would print pages of stack frames before our one line. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("stdout", "stderr"):
@@ -89,8 +92,7 @@ def run_program(work: Callable[[], int]) -> int:
     try:
         status = _name_mistakes(work)
     except KeyboardInterrupt:
-        with surviving_stderr():
-            print("interrupted", file=sys.stderr)
+        say("interrupted")
         status = 130
     finally:
         if ends_alone:
@@ -148,8 +150,7 @@ def _name_mistakes(work: Callable[[], int]) -> int:
             text, status = f"{text}: correct or unset them", UserError.exit_code
         else:
             raise
-        with surviving_stderr():
-            print(f"{_find_prefix()}error: {make_printable(text)}", file=sys.stderr)
+        say(f"{_find_prefix()}error: {text}")
         return status
 
 
@@ -202,7 +203,7 @@ class _UnheardError(Exception):
 
 
 @contextlib.contextmanager
-def _answering() -> Iterator[None]:
+def _marking_unheard() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -223,11 +224,11 @@ class _Printable(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with _answering():
+        with _marking_unheard():
             return self._stream.write(make_printable(text, kept="\n\t"))
 
     def flush(self) -> None:
-        with _answering():
+        with _marking_unheard():
             self._stream.flush()
 
 

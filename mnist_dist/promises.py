@@ -136,7 +136,7 @@ def _check_rows(subject: Subject) -> Found:
         else:
             # The same numbers are drawn only for tensors of the same shapes; samples that are padded to the longest need it among them.
             others = [subject.trace(probe.take([*half, *[place] * len(half)])) for place in probe.whole.places[len(half) :]]
-            others = [other for other in others if _list_shapes(other) == _list_shapes(whole)]
+            others = [other for other in others if _list_forms(other) == _list_forms(whole)]
             if not others:
                 return f"not compared: {whole.drew} draws other random numbers for other samples", {}
             where = None if any(is_close(whole.losses[: len(half)], other.losses[: len(half)]) for other in others) else "the losses"
@@ -150,7 +150,7 @@ def _check_rows(subject: Subject) -> Found:
     return (f"this world: {known[0]} sees the whole batch, nothing else does" if known else "no sample sees another one"), {}
 
 
-def _list_shapes(trace: Trace) -> list[torch.Size]:
+def _list_forms(trace: Trace) -> list[torch.Size]:
     return [output.shape for _, output in trace.outputs]
 
 
@@ -169,9 +169,9 @@ def _check_repeat(subject: Subject) -> Found:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     passes = []
     for _ in range(2):
-        [piece] = read_batch(config, subject.data, 0)
+        [micro_batch] = read_batch(config, subject.data, 0)
         with keeping(model):
-            seen = subject.trace(piece)
+            seen = subject.trace(micro_batch)
             gradients = torch.autograd.grad(seen.losses.sum(), list(trained.values()), allow_unused=True)
         named = [(f"the gradient of {name}", gradient) for name, gradient in zip(trained, gradients, strict=True)]
         passes.append([*seen.outputs, ("the losses", seen.losses), *named])
@@ -187,10 +187,10 @@ def _check_gradients(subject: Subject) -> Found:
     begun_s, tried, seldom = time.monotonic(), 0, set[str]()
     for step in range(_TRIED_STEPS):
         for rank in range(2):
-            [piece] = read_batch(config, subject.data, step, rank, 2)
+            [micro_batch] = read_batch(config, subject.data, step, rank, 2)
             with keeping(model):
-                losses = subject.trace(piece).losses
-                check_losses(subject.task, losses, piece.size)
+                losses = subject.trace(micro_batch).losses
+                check_losses(subject.task, losses, micro_batch.size)
                 unused = list_unused(find_gradients(subject.task, model, losses))
             if unused and config.shards is None:
                 raise Broken(f"on rank {rank} of 2 in step {step + 1}: {describe_unused(subject.task, unused)}")

@@ -28,7 +28,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from mnist_dist.batches import Batch, Piece, Sent, list_batches, send
+from mnist_dist.batches import Batch, MicroBatch, Sent, list_batches, send
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
@@ -68,10 +68,10 @@ class InMemory:
 
     def fill(self, batch: Batch) -> Batch:
         """The batch with its samples."""
-        where = torch.split(send(batch.indices, self.tensors[0].device), [piece.size for piece in batch.pieces])
-        # Whole samples are copied; by tensor[piece] it would be a number at a time, which on a CPU takes six times as long. Each piece has
-        # memory of its own: where a tensor begins in it may decide how its sums are rounded.
-        return batch.fill(tuple(tensor.index_select(0, piece) for tensor in self.tensors) for piece in where)
+        where = torch.split(send(batch.indices, self.tensors[0].device), [micro_batch.size for micro_batch in batch.micro_batches])
+        # Whole samples are copied; by tensor[own] it would be a number at a time, which on a CPU takes six times as long. Each micro-batch
+        # has memory of its own: where a tensor begins in it may decide how its sums are rounded.
+        return batch.fill(tuple(tensor.index_select(0, own) for tensor in self.tensors) for own in where)
 
     __getitems__ = fill  # a DataLoader calls this once for each batch
 
@@ -119,13 +119,13 @@ class Seeded:
                 return self._fail(samples)
             made, done = [], 0
             try:
-                # Each piece by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
-                for piece in batch.pieces:
-                    self.seed_collate(batch.step, piece)
-                    made.append(self.task.collate(samples[done : done + piece.size]))
-                    done += piece.size
+                # Each micro-batch by itself, under a seed of its own: collate may pad to the longest of what it is given, or draw a mask.
+                for micro_batch in batch.micro_batches:
+                    self.seed_collate(batch.step, micro_batch)
+                    made.append(self.task.collate(samples[done : done + micro_batch.size]))
+                    done += micro_batch.size
             except (Exception, SystemExit) as error:
-                data, numbers = locate(self.split, self.what, batch.indices[done : done + batch.pieces[len(made)].size].tolist())
+                data, numbers = locate(self.split, self.what, batch.indices[done : done + batch.micro_batches[len(made)].size].tolist())
                 shown = ", ".join(map(str, numbers[:_SHOWN])) + (f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else "")
                 one = f"sample{'s' * (len(numbers) > 1)} {shown} of the {data}"
                 return self._fail(f"{one} cannot be made a batch: {describe_exception(error)}")
@@ -155,9 +155,9 @@ class Seeded:
             return self._read(indices, seeds, at)
         return samples
 
-    def seed_collate(self, step: int, piece: Piece) -> None:
-        """Seed what `collate` may draw for a piece."""
-        seed_generators(derive_seed(self.seed, f"{self.what} from place {piece.places[0]}", step))
+    def seed_collate(self, step: int, micro_batch: MicroBatch) -> None:
+        """Seed what `collate` may draw for a micro-batch."""
+        seed_generators(derive_seed(self.seed, f"{self.what} from place {micro_batch.places[0]}", step))
 
     def _fail(self, reason: str) -> _Failure:
         return _Failure(f"task {self.task.name}: {reason}")
@@ -168,20 +168,20 @@ def keep_split(split: Dataset[Any], config: Config, what: str, device: torch.dev
     return InMemory(split, device) if is_in_memory(split) else Seeded(split, config.task, config.seed, what)
 
 
-def read(kept: InMemory | Seeded, batch: Batch, kind: type[UserError] | type[RunError] = UserError) -> list[Piece]:
-    """The pieces of a batch with their samples, read by this process. Raises `kind` where one cannot be read."""
+def read(kept: InMemory | Seeded, batch: Batch, kind: type[UserError] | type[RunError] = UserError) -> list[MicroBatch]:
+    """The micro-batches of a batch with their samples, read by this process. Raises `kind` where one cannot be read."""
     filled = kept.fill(batch)
     if isinstance(filled, _Failure):
         raise kind(filled.reason)
-    return filled.pieces
+    return filled.micro_batches
 
 
 def read_on(split: Dataset[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The samples of a split in their order, in batches, read by this process alone onto `device`."""
     kept = keep_split(split, config, "test", device)
     for batch in list_batches(len(kept), 1, range(1), config):
-        [piece] = read(kept, batch, RunError)
-        yield send_to_device(piece.samples, device)
+        [micro_batch] = read(kept, batch, RunError)
+        yield send_to_device(micro_batch.samples, device)
 
 
 class Reader:

@@ -23,7 +23,7 @@ from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Row, Task, shorten_name
 
-# All that the training writes into a run folder. Beside these it makes wandb/ and tensorboard/, the launchers slurm/.
+# What the training leaves in a run folder. Beside these it makes wandb/ and tensorboard/, and while it runs a lock; the launchers slurm/.
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "result.json"
 STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
 WEIGHTS_FILE, REPORT_FILE = "model.safetensors", "report.html"

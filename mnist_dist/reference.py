@@ -41,7 +41,7 @@ class Reference(BaseModel):
     options: dict[_Text, _Text | bool | _Integer | float | None]
     data: str = Field(max_length=64)
     made_on: dict[_Text, _Text | _Integer]  # how the recorded run was started, and on what
-    any_world: bool  # whether a step is the same on any number of processes
+    any_world: bool  # whether a step is the same on any number of processes; noted for whoever reads the file
     rounding: float = Field(ge=0)  # how far a gradient moves, in parts of its norm, where each weight moves by 1e-6 of itself
     gradients: list[Sketch]  # of some small batches
     first_gradient: Sketch  # that the ranks exchanged in step 1

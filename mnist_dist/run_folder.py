@@ -1,4 +1,4 @@
-"""The run folder: the identity of a run and its record. Only rank zero touches it."""
+"""The run folder: the identity of a run and its record. Of the ranks only rank zero writes here, but for the stacks of one that hangs."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ import mnist_dist
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
 from mnist_dist.distributed import Group
-from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line, is_loss
+from mnist_dist.errors import NotFiniteError, RunError, UserError, first_line, is_lost_rank
 from mnist_dist.files import append_line, describe_error, write_atomically
 from mnist_dist.lock import Lock
 from mnist_dist.preemption import Stop, Stopped
@@ -83,8 +83,8 @@ class RunFolder:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if error is not None and is_loss(error) and self.group.size > 1:
-            self.group.explain(error)  # before anything that takes its time: the others wait for this rank's answer
+        if error is not None and is_lost_rank(error) and self.group.size > 1:
+            error = RunError(self.group.explain(error))  # before anything that takes its time: the others wait for this rank's answer
         with contextlib.ExitStack() as last:  # the last line comes first, and each comes whatever the others do
             if self._lock is not None:
                 last.callback(self._lock.release)  # nothing is written after it: another job may take the folder then
@@ -235,8 +235,6 @@ class RunFolder:
         elif self._stop:
             why, status = f"stopped by {self._stop.cause}, saved", self._stop.exit_code
         else:
-            if error is not None and is_loss(error) and self.group.size > 1:
-                error = RunError(self.group.explain(error))
             status = getattr(error, "exit_code", RunError.exit_code)
             why = f"failed: {first_line(error or RunError())[:300]}"
         assert self._lock is not None
@@ -310,7 +308,7 @@ class RunFolder:
         try:
             return self.group.on_main(save)
         except Exception as error:
-            if not (stop and saved and is_loss(error)):
+            if not (stop and saved and is_lost_rank(error)):
                 raise
             _log.warning("the checkpoint is written, but not all ranks lived to hear of it: %s", self.group.explain(error))
             return saved[0]
@@ -335,7 +333,7 @@ class RunFolder:
         except Stopped:
             raise
         except Exception as error:
-            is_cut_off = is_loss(error) and self.group.size > 1
+            is_cut_off = is_lost_rank(error) and self.group.size > 1
             if is_cut_off:
                 self.group.explain(error)  # the others wait for this rank's answer
             can_save = state.is_whole and not (is_cut_off and self.group.device.type != "cpu")  # a GPU may wait for the lost rank for ever
@@ -372,7 +370,7 @@ class RunFolder:
         try:
             self.group.on_main(write)
         except Exception as error:
-            if not (self._is_finished and is_loss(error)):  # publish says it: it finds the other ranks gone, too
+            if not (self._is_finished and is_lost_rank(error)):  # publish says it: it finds the other ranks gone, too
                 raise
 
     def publish(self, result: Row, data: Data, evaluation: Evaluation) -> None:
@@ -399,7 +397,7 @@ class RunFolder:
         try:
             self.group.on_main(publish)
         except Exception as error:
-            if not is_loss(error):
+            if not is_lost_rank(error):
                 raise
             _log.warning("the other ranks did not wait for the report and the mirror of the run, which is finished; see --timeout_s")
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from pydantic import PydanticUserError, ValidationError
 
-from mnist_dist.errors import RunError, UserError, describe_shortage, is_loss, is_lost_worker
+from mnist_dist.errors import RunError, UserError, describe_shortage, is_lost_rank, is_lost_worker
 from mnist_dist.files import append_line, expand_path, read_file
 from mnist_dist.options import Options, describe_kind
 from mnist_dist.task import Task
@@ -199,7 +199,7 @@ def explaining(name: str, when: str, kind: type[UserError] | type[RunError] = Us
     except (Exception, SystemExit) as error:
         # In a step ranks and workers are waited for, by torch's code or ours.
         by_user = all(map(_is_users, traceback.extract_tb(error.__traceback__)[-1:]))
-        if kind is RunError and (is_lost_worker(error) or (is_loss(error) and not by_user)):
+        if kind is RunError and (is_lost_worker(error) or (is_lost_rank(error) and not by_user)):
             raise
         text = describe_exception(error)
         if words := describe_shortage(error):  # which is no mistake of the task's

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 
 from mnist_dist.asked import count_asked
 from mnist_dist.errors import RunError
-from mnist_dist.preemption import STOP_SIGNALS, Stop, StopSignals
-from mnist_dist.program import surviving_stderr
+from mnist_dist.preemption import Stop, StopSignals, holding_back_signals
+from mnist_dist.program import say
 from mnist_dist.world import World, find_world, read_world
 
 _GRACE_S = 30.0  # for the other ranks to notice that one is lost, and to leave
@@ -58,23 +58,19 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
 
     with starting:
         signals.hand_on = hand_on
-        with surviving_stderr():
-            print(f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself", file=sys.stderr)
-        # Signals that come before a rank has its handlers wait for them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        say(f"accelerate launch has started one process of the {size} asked for; it starts all {size} itself")
         try:
-            for rank in range(size):
-                world = World(rank, size, rank, size, port=port)
-                # A session of its own: Ctrl-C on the terminal comes once, from here.
-                ranks.append(
-                    subprocess.Popen(command, env=os.environ | world.variables(), start_new_session=True, preexec_fn=die_with_parent)
-                )
+            with holding_back_signals():  # until a rank has its handlers
+                for rank in range(size):
+                    world = World(rank, size, rank, size, port=port)
+                    # A session of its own: Ctrl-C on the terminal comes once, from here.
+                    ranks.append(
+                        subprocess.Popen(command, env=os.environ | world.variables(), start_new_session=True, preexec_fn=die_with_parent)
+                    )
         except (OSError, subprocess.SubprocessError) as error:
             for started in ranks:
                 started.kill()
             raise RunError(f"rank {len(ranks)} of {size} cannot be started: {error}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _wait(ranks)
 
 

@@ -1,4 +1,4 @@
-"""The state of a training: all that a checkpoint must hold, and nothing that depends on the world."""
+"""The state of a training: all that a checkpoint must hold; of the number of processes only what a task needs."""
 
 import contextlib
 import logging
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist import checkpoint
-from mnist_dist.batches import Piece
+from mnist_dist.batches import MicroBatch
 from mnist_dist.config import Config
-from mnist_dist.data import Probe, are_facts, find_other_facts, fingerprint
+from mnist_dist.data import SampleProbe, are_facts, find_other_facts, fingerprint
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.exchange import Flat, TreeSum
@@ -30,7 +30,7 @@ from mnist_dist.rendezvous import name_ranks
 from mnist_dist.samples import find_immovable
 from mnist_dist.source import BUILT_IN, explaining
 from mnist_dist.task import Data, Row
-from mnist_dist.tier import check_shape, copy_piece, describe_unused, find_tier, keeping, list_hooked, list_state
+from mnist_dist.tier import check_shape, copy_micro_batch, describe_unused, find_tier, keeping, list_hooked, list_state
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _SMALL_NUMBERS = 1 << 18  # in a tensor that is exchanged together with others
 
 
 class TrainingState:
-    """The model and the optimizer as Accelerate prepared them, the steps done, and the time they took."""
+    """The model and the optimizer, as Accelerate prepared them; the steps done, and the time they took."""
 
     def __init__(self, config: Config, data: Data, group: Group) -> None:
         self.config = config
@@ -47,7 +47,7 @@ class TrainingState:
         self.fingerprint = fingerprint(data.train, config.task)
         self.evaluated_fingerprint = fingerprint(data.evaluated, config.task, "test")
         self.bare_model = build_model(config.task, config.seed)
-        self.probe = Probe(data.train, config)
+        self.probe = SampleProbe(data.train, config)
         if group.device.type != "cpu" and (kind := find_immovable(self.probe.whole.samples)):
             raise UserError(f"task {config.task.name}: a batch holds a {kind}, which cannot go to a GPU: give it a method to(device)")
         if group.size > 1 and (name := find_synchronized(self.bare_model)):
@@ -126,24 +126,26 @@ class TrainingState:
             for name, parameter in self._trained.items():
                 parameter.register_post_accumulate_grad_hook(partial(_note, self._reached, name))  # type: ignore[no-untyped-call]
 
-    def settle(self) -> None:
-        """Let DDP lay out its buckets for good, by a backward pass on some samples whose gradients are dropped.
+    def prepare_first_step(self) -> None:
+        """Let DDP lay out its buckets for good, by a backward pass whose gradients are dropped; and note what is to stay the same.
 
         DDP lays them out anew after the first backward pass of every start, in the order in which the gradients came. Where a number lies
         decides in which order three ranks or more add it up, so without this the first step of each start would round differently.
+
+        What stays the same is the frozen weights, and on which kinds of processors the ranks compute: for `check_weights`.
         """
         if self._fixed and (self.tree is not None or self.group.size > 1):
             self._fixed_sums = sum_bits(self._fixed.values())
         # The optimizer is stepped on each rank, and different processors may round it differently.
         self._kinds = self.group.gather(describe_arithmetic(self.group.device))
         if self.model is not self.bare_model:
-            piece = send_to_device(copy_piece(self.probe.whole), self.group.device)
+            micro_batch = send_to_device(copy_micro_batch(self.probe.whole), self.group.device)
             name = self.config.task.name
             with keeping(self.bare_model, self._moved), explaining(name, "in a first pass of several processes", RunError):
-                self._compute_losses(self.model, piece).sum().backward()  # type: ignore[no-untyped-call]
+                self._compute_losses(self.model, micro_batch).sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
 
-    def train_on(self, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
+    def train_on(self, parts: Sequence[Sequence[MicroBatch]], note_forward: Callable[[], None]) -> Tensor:
         """All that the device does in a step, on this rank's parts of the global batch; a loss whose mean over the ranks is the batch's.
 
         The losses of all samples are added up and divided by the size of the global batch, however many samples a rank has, and however
@@ -173,17 +175,17 @@ class TrainingState:
         changing = self._list_moving() | self._frozen | self._trained
         return {name: (id(tensor), tensor._version) for name, tensor in changing.items()}
 
-    def _add_gradients(self, pieces: Sequence[Piece], note_forward: Callable[[], None]) -> Tensor:
+    def _add_gradients(self, micro_batches: Sequence[MicroBatch], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, by DDP's mean over the ranks."""
         accelerator, losses = self.group.accelerator, []
         self.optimizer.zero_grad()
         self._hand_out(self._list_moving().values(), 0)
         self._seed(f"model on rank {self.group.rank}")
-        for number, piece in enumerate(pieces, start=1):
-            # Gradients are exchanged with the last piece, once.
-            with contextlib.nullcontext() if number == len(pieces) else accelerator.no_sync(self.model):
-                loss = self._compute_losses(self.model, piece).sum() * (self.group.size / self.config.batch_size)
-                if number == len(pieces):
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            # Gradients are exchanged with the last micro-batch, once.
+            with contextlib.nullcontext() if number == len(micro_batches) else accelerator.no_sync(self.model):
+                loss = self._compute_losses(self.model, micro_batch).sum() * (self.group.size / self.config.batch_size)
+                if number == len(micro_batches):
                     note_forward()
                 self._reached.clear()
                 if loss.requires_grad:  # else its samples reach no parameter
@@ -199,7 +201,7 @@ class TrainingState:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _check_gradients(self) -> None:
-        """Raise `UserError` where a parameter got no gradient from the last piece: DDP on the other ranks waits for it."""
+        """Raise `UserError` where a parameter got no gradient from the last micro-batch: DDP on the other ranks waits for it."""
         for name, parameter in self.bare_model.named_parameters():
             if parameter.requires_grad and name not in self._reached:
                 samples = f"the {'last ' if self.config.micro_batch else ''}samples of rank {self.group.rank}"
@@ -208,18 +210,18 @@ class TrainingState:
                     "processes wait for it: use it in each step, or train with --shards, where a missing gradient is zero"
                 )
 
-    def _compute_losses(self, model: nn.Module, piece: Piece) -> Tensor:
-        losses = self.config.task.losses(model, piece.samples, piece.drawn)
-        check_shape(self.config.task, losses, piece.size)
+    def _compute_losses(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        losses = self.config.task.losses(model, micro_batch.samples, micro_batch.drawn)
+        check_shape(self.config.task, losses, micro_batch.size)
         self._check_trained()
         return losses if losses.dtype == torch.float64 else losses.float()  # a sum of bfloat16 depends on how many are added
 
-    def compute_gradients(self, pieces: Iterable[Piece], size: int) -> tuple[list[Tensor], Tensor]:
-        """The gradients of the pieces' losses, added up and divided by `size`, for all that is trained; and that loss. No rank waits."""
+    def compute_gradients(self, micro_batches: Iterable[MicroBatch], size: int) -> tuple[list[Tensor], Tensor]:
+        """The gradients of all losses, added up and divided by `size`, for all that is trained; and that loss. No rank waits."""
         gradients: list[Tensor] = []
         losses = []
-        for piece in pieces:
-            loss = self._compute_losses(self.bare_model, piece).sum() / size
+        for micro_batch in micro_batches:
+            loss = self._compute_losses(self.bare_model, micro_batch).sum() / size
             # Of samples that reach no parameter there is nothing to go back through.
             found: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in self.trained]
             if loss.requires_grad:
@@ -229,7 +231,7 @@ class TrainingState:
             losses.append(loss.detach())
         return gradients, torch.stack(losses).sum()
 
-    def _add_up(self, tree: TreeSum, parts: Sequence[Sequence[Piece]], note_forward: Callable[[], None]) -> Tensor:
+    def _add_up(self, tree: TreeSum, parts: Sequence[Sequence[MicroBatch]], note_forward: Callable[[], None]) -> Tensor:
         """Leave the gradients of the global batch, and the mean statistics of its shards, added up along the tree."""
         starts = {name: value.clone() for name, value in self._list_moving().items()}
 

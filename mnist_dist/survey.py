@@ -57,7 +57,7 @@ Hosts = Mapping[int, str]
 
 
 def survey(check: str, world: World, config: Config, folder: Path | None, made: list[Path]) -> list[Finding]:
-    """The findings of a check, the first of many. All ranks call it alike.
+    """The findings of a check; where there are many, the first, and one that counts the others. All ranks call it alike.
 
     `folder`: of the check files. `made` holds the folders that exist for the moment, for whoever ends this early.
     Raises `UserError` and `RunError` as `join_group` does.

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.batches import Piece
-from mnist_dist.data import Probe
+from mnist_dist.batches import MicroBatch
+from mnist_dist.data import SampleProbe
 from mnist_dist.errors import UserError
 from mnist_dist.model import check_finite, describe_dtype, is_dense, is_finite, is_writable, load_weights
 from mnist_dist.randomness import keeping_generators, read_generators, seed_generators
@@ -48,7 +48,7 @@ class Tier(NamedTuple):
 
     @property
     def is_any_world(self) -> bool:
-        """Whether the number of processes may change between two starts."""
+        """Whether the number of processes may change between two starts without shards; with them it may in any case."""
         return self.name == ANY_WORLD
 
     def describe(self, shards: int | None) -> str:
@@ -72,7 +72,7 @@ class Trace(NamedTuple):
     wrote: bool  # into the samples
 
 
-def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
+def find_tier(task: Task, model: nn.Module, probe: SampleProbe) -> Tier:
     """Compute the losses of a few samples, and of a batch and of its half, in training mode; the model stays as it was.
 
     Raises `UserError` where the losses are not one finite number for each sample, no parameter gets a gradient, or `draw` does not repeat.
@@ -139,8 +139,8 @@ def find_tier(task: Task, model: nn.Module, probe: Probe) -> Tier:
         elif is_mixing(task, model, probe, many.losses):
             reason = f"in the losses some of {len(many.losses)} samples see each other"
         else:
-            pieces = (probe.half, probe.take(range(probe.half.size, probe.whole.size)))
-            parts = (part for piece in pieces if (part := find_part(task, model, piece)) is not None)
+            micro_batches = (probe.half, probe.take(range(probe.half.size, probe.whole.size)))
+            parts = (part for micro_batch in micro_batches if (part := find_part(task, model, micro_batch)) is not None)
             changed_in = find_other_gradient(gradients, parts)
             reason = f"the gradient of {changed_in} is not the sum of its samples' (does something clip it?)" if changed_in else ""
     return Tier(THIS_WORLD if reason else ANY_WORLD, reason, moved, unused, repeats, written)
@@ -177,31 +177,31 @@ def check_loading(task: Task, model: nn.Module, kept: "Kept", spoiled: Collectio
         )
 
 
-def find_size(probe: Probe, few: Trace) -> int:
+def find_size(probe: SampleProbe, few: Trace) -> int:
     """How many samples a model is tried on: as a step may have, if the memory bears it by a `few` of them and their outputs."""
     held = [*(output for _, output in few.outputs), *list_tensors(probe.whole.samples)]
     bytes_each = sum(tensor.nbytes for tensor in held) // len(few.losses)
     return max(len(few.losses), min(probe.most, _HELD_BYTES // max(bytes_each, 1)))
 
 
-def compute_many(task: Task, model: nn.Module, probe: Probe, size: int, step: int = 1) -> Trace:
+def compute_many(task: Task, model: nn.Module, probe: SampleProbe, size: int, step: int = 1) -> Trace:
     """The losses of the first, or of every other one, of `size` samples, without gradients where they need none.
 
     Raises `UserError` where one is not finite.
     """
-    piece = probe.take(range(0, size, step))
+    micro_batch = probe.take(range(0, size, step))
     seed_generators(0)
     try:
         with torch.no_grad():
-            found = trace(task, model, piece, keep_outputs=False)
+            found = trace(task, model, micro_batch, keep_outputs=False)
     except UserError:  # as of a penalty for gradients
         seed_generators(0)
-        found = trace(task, model, piece, keep_outputs=False)
-    check_losses(task, found.losses, piece.size, [probe.name(place) for place in piece.places])
+        found = trace(task, model, micro_batch, keep_outputs=False)
+    check_losses(task, found.losses, micro_batch.size, [probe.name(place) for place in micro_batch.places])
     return found._replace(losses=found.losses.detach())
 
 
-def is_mixing(task: Task, model: nn.Module, probe: Probe, losses: Tensor) -> bool:
+def is_mixing(task: Task, model: nn.Module, probe: SampleProbe, losses: Tensor) -> bool:
     """Whether every other sample of a batch has another loss than the given one where the rest is not with it.
 
     A loss may see only some others, such as those of its class, of which there is none among a few samples.
@@ -210,7 +210,7 @@ def is_mixing(task: Task, model: nn.Module, probe: Probe, losses: Tensor) -> boo
     return not is_close(losses[::2], half.losses, _LOSS_TOLERANCE)
 
 
-def describe_flaw(probe: Probe) -> str:
+def describe_flaw(probe: SampleProbe) -> str:
     """Why no promise can be kept on such data; empty where there is no reason."""
     if probe.drawn_once:
         return (
@@ -223,7 +223,7 @@ def describe_flaw(probe: Probe) -> str:
     )
 
 
-def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], Probe]) -> list[str]:
+def find_moved(task: Task, model: nn.Module, make_probe: Callable[[], SampleProbe]) -> list[str]:
     """The parameters that a forward pass changes, as far as one can know before: those that nobody trains, and those with a max_norm.
 
     The model stays as it was.
@@ -305,16 +305,16 @@ def _name_layer(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
-def find_part(task: Task, model: nn.Module, piece: Piece) -> dict[str, Tensor | None] | None:
+def find_part(task: Task, model: nn.Module, micro_batch: MicroBatch) -> dict[str, Tensor | None] | None:
     """The gradients of some samples, found from `_SCALE` times their losses; None where these reach no parameter."""
-    losses = trace(task, model, piece).losses
+    losses = trace(task, model, micro_batch).losses
     if not losses.requires_grad:
         return None
     try:
         gradients = find_gradients(task, model, losses * _SCALE)
         return {name: None if gradient is None else gradient / _SCALE for name, gradient in gradients.items()}
     except UserError:  # of code that looks how large they are
-        return find_gradients(task, model, trace(task, model, piece).losses)
+        return find_gradients(task, model, trace(task, model, micro_batch).losses)
 
 
 def find_other_gradient(whole: dict[str, Tensor | None], parts: Iterable[dict[str, Tensor | None]]) -> str | None:
@@ -348,7 +348,7 @@ def describe_unused(task: Task, unused: Sequence[str]) -> str:
     )
 
 
-def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = True) -> Trace:
+def trace(task: Task, model: nn.Module, micro_batch: MicroBatch, *, keep_outputs: bool = True) -> Trace:
     """The losses of some samples, and what each layer did on the way."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile the hooks as well
     outputs: list[tuple[str, Tensor]] = []
@@ -377,14 +377,14 @@ def trace(task: Task, model: nn.Module, piece: Piece, *, keep_outputs: bool = Tr
             hooks.append(module.register_forward_pre_hook(lambda *_: note_draw(outside)))
             hooks.append(module.register_forward_hook(lambda _module, _inputs, output, what=what: note(what, output)))
     try:
-        own = copy_piece(piece)
+        own = copy_micro_batch(micro_batch)
         with explaining(task.name, "in losses"):
             losses = task.losses(model, own.samples, own.drawn)
     finally:
         for hook in hooks:
             hook.remove()
     note_draw(outside)
-    wrote = not all(map(is_same, list_tensors(piece.samples), list_tensors(own.samples)))
+    wrote = not all(map(is_same, list_tensors(micro_batch.samples), list_tensors(own.samples)))
     return Trace(losses, outputs, drew[0] if drew else None, wrote)
 
 
@@ -397,12 +397,12 @@ def _has_memory(tensor: Tensor) -> bool:
     return True
 
 
-def copy_piece(piece: Piece) -> Piece:
+def copy_micro_batch(micro_batch: MicroBatch) -> MicroBatch:
     """The same samples once more: losses may write into what it is given, and in a training gets no batch twice."""
     try:
-        return copy.deepcopy(piece)
+        return copy.deepcopy(micro_batch)
     except Exception:  # of a user's own kind that cannot be copied, and hardly is written into
-        return piece
+        return micro_batch
 
 
 def find_first_difference(whole: Trace, part: Trace) -> str | None:

@@ -21,7 +21,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from typing import Any, Literal
 from mnist_dist.errors import UserError
 from mnist_dist.figures import render
 from mnist_dist.files import is_marked, mark_folder, read_text, write_atomically
-from mnist_dist.preemption import STOP_SIGNALS
+from mnist_dist.preemption import holding_back_signals
 from mnist_dist.task import Panel
 from mnist_dist.world import World, choose_threads
 
@@ -42,7 +41,6 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 Best = Mapping[str, Literal["min", "max"]]
 
 _DEFAULT_PROJECT = "mnist-dist"
-_BEST: Best = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
 _INIT_S = 5.0  # how long a server may take to accept the run, before the run is kept offline
 _ANSWER_S = 3.0  # how long a server may take to answer what W&B asks before it sends tables and weights
 _UPLOAD_S = 4.0  # how long a server may take for the rest, at the end
@@ -392,8 +390,7 @@ def _start_process() -> subprocess.Popen[bytes]:
     }
     # A signal to all processes of a job, as scancel sends it, must not end the mirror at the very moment it has to finish: blocked
     # here, it stays blocked there. W&B's own helper process dies of it all the same, but the mirror starts it again.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    with holding_back_signals():
         return subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("mirror.py")), f"{_FINISH_S:g}"],
             stdin=subprocess.PIPE,
@@ -403,8 +400,6 @@ def _start_process() -> subprocess.Popen[bytes]:
             bufsize=0,
             start_new_session=True,  # Ctrl-C in a terminal is for the training alone
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
@@ -426,7 +421,7 @@ def open_tracker(
     tags: Sequence[str] = (),
     notes: str | None = None,
     system_metrics: bool = False,
-    best: Best = _BEST,
+    best: Best | None = None,
 ) -> NoTracker:
     """Begin or continue the mirror of the run in `run_dir`. Returns at once and never raises; what happens is logged.
 
@@ -467,7 +462,7 @@ def open_tracker(
             "run": _describe_run(run_id, project, defaults) | ({"sweep_id": sweep} if in_sweep else {}),
             "config": _hide_secrets({**config, **(facts or {})}),
             "system_metrics": system_metrics,
-            "best": dict(best),
+            "best": dict(best or {}),
             "limits_s": {"init": _INIT_S, "answer": _ANSWER_S, "upload": _UPLOAD_S},
         }
         return WandbTracker(start, environ)

@@ -29,6 +29,7 @@ from mnist_dist.program import importing, print_answer
 from mnist_dist.record import STACKS
 from mnist_dist.reference import BATCH_OF_MANY, SAMPLES_MAX, Reference, find_shipped, read_reference, write_reference
 from mnist_dist.source import note_named
+from mnist_dist.starter import find_size, start_ranks
 from mnist_dist.world import find_world
 
 # SGD at a calm learning rate: at a high one, rounding grows tenfold every few steps; and Muon lifts it up to the size of its update.
@@ -138,8 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("record", "answer"):
             if name in files:
                 check_free_name(name, files[name])
-        from mnist_dist.starter import find_size, start_ranks
-
         size, alone = find_size(os.environ, is_program=arguments is None)
         config = make_config(take_options(given, _UNUSED, "verify"), recipe, size)
         reference = None

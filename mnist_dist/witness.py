@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mnist_dist.batches import Batch, Piece, StepSampler, add_drawn
+from mnist_dist.batches import Batch, MicroBatch, StepSampler, add_drawn
 from mnist_dist.config import Config, make_config
-from mnist_dist.data import Probe, load_data
+from mnist_dist.data import SampleProbe, load_data
 from mnist_dist.distributed import Group
-from mnist_dist.errors import RunError, is_loss
+from mnist_dist.errors import RunError, is_lost_rank
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
 from mnist_dist.optimization import build_optimizer
@@ -112,7 +112,7 @@ def _digest_split(split: Dataset[Any], config: Config, what: str, backwards: boo
     return {place: digest(read(kept, Batch.of([place], [place]))[0].samples) for place in order}
 
 
-def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> list[Piece]:
+def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int = 1) -> list[MicroBatch]:
     """What one rank of `size` trains on in a step without shards, on the CPU."""
     own = config.model_copy(update={"shards": None, "steps": step + 1})  # a run on little data may have fewer
     batch = next(iter(StepSampler(data.train, own, rank, size, step)))
@@ -121,13 +121,13 @@ def read_batch(config: Config, data: Data, step: int, rank: int = 0, size: int =
 
 def take_step(config: Config, data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
     """Train on one step as the only process does; its loss."""
-    pieces = read_batch(config, data, step)
+    micro_batches = read_batch(config, data, step)
     seed_generators(derive_seed(config.seed, "model on rank 0", step))
     optimizer.zero_grad()
     with explaining(config.task.name, f"in step {step + 1}", RunError):
         losses = []
-        for piece in pieces:
-            loss = config.task.losses(model, piece.samples, piece.drawn).sum() / config.batch_size
+        for micro_batch in micro_batches:
+            loss = config.task.losses(model, micro_batch.samples, micro_batch.drawn).sum() / config.batch_size
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
     optimizer.step()
@@ -198,10 +198,10 @@ def _evaluate(config: Config, folder: Path, group: Group) -> None:
     try:
         with open_evaluation(data.evaluated, config, group) as reader:
             model = build_model(config.task, config.seed)
-            evaluation = evaluate(config, model, reader, group, find_moved(config.task, model, lambda: Probe(data.train, config)))
+            evaluation = evaluate(config, model, reader, group, find_moved(config.task, model, lambda: SampleProbe(data.train, config)))
         answer = {"sums": evaluation.sums, "measures": evaluation.measures, "samples": evaluation.samples}
     except Exception as error:
-        answer = {} if is_loss(error) else {"error": str(error)}
+        answer = {} if is_lost_rank(error) else {"error": str(error)}
     (folder / f"evaluation-{group.rank}.json").write_text(json.dumps(answer))
     if "sums" not in answer:
         os._exit(0)  # the other rank may wait for this one

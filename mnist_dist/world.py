@@ -163,8 +163,7 @@ def _read_mpi_world(environ: Mapping[str, str]) -> World | None:
         rank, size, local_rank, local_size = (_read_int(environ, name) for name in names)
         if size == 1:
             return World(launcher="mpirun")
-        address, port = _read_meeting(environ)
-        unchosen = _list_unchosen(address, port)
+        address, port, unchosen = _read_meeting(environ)
         job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid", "")
         if local_size != size:
             missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port or job)) if not value]
@@ -187,21 +186,22 @@ def _find_mpi_proxy() -> int:
     return os.getppid()
 
 
-def _read_meeting(environ: Mapping[str, str]) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT; empty and 0 where nobody chose them: `accelerate launch` then sets ones that suit one run at a time."""
+def _read_meeting(environ: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]]:
+    """MASTER_ADDR and MASTER_PORT, and the names of those that nobody chose, which are empty and 0.
+
+    `accelerate launch` sets both where nobody does, to values that suit one run at a time.
+    """
     address, port = environ.get("MASTER_ADDR", ""), _read_int(environ, "MASTER_PORT", 0)
     if environ.get("MASTER_PORT"):
         _check_port(port)
-    return ("", 0) if "ACCELERATE_MIXED_PRECISION" in environ and (address, port) == ("127.0.0.1", 29_500) else (address, port)
+    if "ACCELERATE_MIXED_PRECISION" in environ and (address, port) == ("127.0.0.1", 29_500):
+        address, port = "", 0
+    return address, port, tuple(name for name, value in zip(_MEETING, (address, port), strict=True) if not value)
 
 
 def _check_port(port: int) -> None:
     if not 1 <= port < 65_536:
         raise UserError(f"the port at which the processes meet is {port}; allowed: 1 to 65535 (see MASTER_PORT)")
-
-
-def _list_unchosen(address: str, port: int) -> tuple[str, ...]:
-    return tuple(name for name, value in zip(_MEETING, (address, port), strict=True) if not value)
 
 
 def _is_in_step(environ: Mapping[str, str]) -> bool:
@@ -230,8 +230,7 @@ def _read_srun_world(environ: Mapping[str, str]) -> World:
         )
     node = _read_int(environ, "SLURM_NODEID", 0)
     local_size = _read_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), node, size)
-    address, port = _read_meeting(environ)
-    unchosen = _list_unchosen(address, port)
+    address, port, unchosen = _read_meeting(environ)
     if not address:
         address = "127.0.0.1" if local_size == size else _find_host_of_rank_zero(environ, rank, node)
     if not port:

@@ -95,7 +95,7 @@ def test_a_damaged_embedded_file_is_refused(tmp_path, damage):
         raw[100] ^= 1
         file.write_bytes(lzma.compress(raw))
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.xz is .*install the package again"):
-        data._load_embedded_mnist(tmp_path)
+        embedded.read_files(tmp_path)
 
 
 @pytest.mark.slow
@@ -331,8 +331,8 @@ def test_the_loader_gives_the_samplers_shares_through_accelerate():
     assert [batch.step for batch in batches] == list(range(4, 9))
     for batch, share in zip(batches, expected, strict=True):
         assert torch.equal(batch.indices, share.indices)
-        [piece] = batch.pieces
-        for own, whole in zip(piece.samples, loaded.train.tensors, strict=True):
+        [micro_batch] = batch.micro_batches
+        for own, whole in zip(micro_batch.samples, loaded.train.tensors, strict=True):
             assert torch.equal(own, whole[share.indices])
 
 

@@ -599,7 +599,7 @@ class DieWithTheVerdict(Train):
     """One rank is killed, and so is the one that noticed first and was to tell the others."""
 
     def __call__(self):
-        begin_step, report_loss, rank, steps = Meter.begin_step, board.Board.report_loss, os.environ["RANK"], itertools.count(1)
+        begin_step, report_lost_rank, rank, steps = Meter.begin_step, board.Board.report_lost_rank, os.environ["RANK"], itertools.count(1)
 
         def begin(meter):
             if next(steps) == 4:
@@ -609,11 +609,11 @@ class DieWithTheVerdict(Train):
             begin_step(meter)
 
         def report(own, error):
-            report_loss(own, error)
+            report_lost_rank(own, error)
             if rank == "2":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Meter.begin_step, board.Board.report_loss = begin, report
+        Meter.begin_step, board.Board.report_lost_rank = begin, report
         return super().__call__()
 
 
@@ -715,7 +715,7 @@ def boards(monkeypatch):
 def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
     error = torch.distributed.DistBackendError("NCCL error: invalid usage\nmore")
     for own in boards:
-        own.report_loss(error)
+        own.report_lost_rank(error)
     assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
 
 
@@ -734,8 +734,8 @@ def test_the_first_reason_is_everybodys(boards, pool):
     server = boards[0]._connect()
     boards[1].close(server)
     error = RuntimeError(CLOSED)
-    boards[2].report_loss(error)
-    boards[0].report_loss(error)
+    boards[2].report_lost_rank(error)
+    boards[0].report_lost_rank(error)
     texts = list(pool.map(lambda own: own.explain(error), (boards[0], boards[2])))
     assert set(texts) == {"rank 1 on host b is gone and left no reason (killed, or the node went down)"}
     boards[0].blame_self(ZeroDivisionError("too late"))
@@ -808,7 +808,7 @@ def test_who_waited_in_vain_is_told_from_who_was_slow(boards, pool, monkeypatch,
     silence = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete")
     errors = [RuntimeError(CLOSED), silence, RuntimeError(CLOSED)]
     for own, error in zip(boards, errors, strict=True):
-        own.report_loss(error)
+        own.report_lost_rank(error)
     texts = {*pool.map(lambda own, error: own.explain(error), boards, errors)}
     assert len(texts) == 1
     assert texts.pop().startswith(words)
@@ -816,7 +816,7 @@ def test_who_waited_in_vain_is_told_from_who_was_slow(boards, pool, monkeypatch,
 
 def test_a_connection_that_broke_is_told_without_what_gloo_guesses(boards):
     for own in boards:
-        own.report_loss(RuntimeError(CLOSED))
+        own.report_lost_rank(RuntimeError(CLOSED))
     text = boards[0].explain(RuntimeError(CLOSED))
     assert text == "the connection to another rank broke, though all answer: Connection closed by peer [10.0.0.2]:5"
     assert find_kind(text) == "cut off"
@@ -827,7 +827,7 @@ def test_what_ranks_say_at_a_failure_waits_for_no_name_server(boards):
         own._connect = lambda: time.sleep(60)  # torch's store serves nobody while it asks for the name of a new peer
     error = RuntimeError(CLOSED)
     boards[2].blame_self(ZeroDivisionError("of its own"))
-    boards[0].report_loss(error)
+    boards[0].report_lost_rank(error)
     assert boards[0].explain(error) == boards[1].explain(error) == "rank 2 on host b failed: ZeroDivisionError: of its own"
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from mnist_dist import tier
-from mnist_dist.batches import Piece
+from mnist_dist.batches import MicroBatch
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
-from mnist_dist.data import Probe, fingerprint, load_data
+from mnist_dist.data import SampleProbe, fingerprint, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model
@@ -72,8 +72,8 @@ def test_the_loss_of_a_step_holds_no_gradients():
         config = make_config({**options, "device": "cpu", "precision": "fp32"})
         with join_group(World(), config) as group:
             state, data = make_state(group, config)
-            pieces = read_batch(state.config, data, 3)
-            loss = state.train_on([pieces] if shards is None else [[piece] for piece in pieces], lambda: None)
+            micro_batches = read_batch(state.config, data, 3)
+            loss = state.train_on([micro_batches] if shards is None else [[micro_batch] for micro_batch in micro_batches], lambda: None)
         assert loss.untyped_storage().nbytes() == 4
 
 
@@ -196,9 +196,9 @@ def test_losses_of_few_digits_are_added_up_in_float32(monkeypatch):
     config = make_config({"dataset": "synthetic", "batch_size": 64, "device": "cpu", "precision": "fp32"})
     with join_group(World(), config) as group:
         state, data = make_state(group, config)
-        pieces = read_batch(state.config, data, 3)
-        _, loss = state.compute_gradients(pieces, 64)
-        single = state.config.task.losses(state.bare_model, pieces[0].samples, pieces[0].drawn)
+        micro_batches = read_batch(state.config, data, 3)
+        _, loss = state.compute_gradients(micro_batches, 64)
+        single = state.config.task.losses(state.bare_model, micro_batches[0].samples, micro_batches[0].drawn)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(single.detach().double().mean().item(), rel=1e-6)
 
@@ -211,9 +211,9 @@ def test_the_pieces_of_a_batch_of_any_kind_have_the_gradients_of_the_whole(made)
         config = make_config({**options, "device": "cpu", "precision": "fp32"})
         with join_group(World(), config) as group:
             state, data = make_state(group, config)
-            pieces = read_batch(state.config, data, 3)
-            gradients, loss = state.compute_gradients(pieces, 12)
-        assert [piece.size for piece in pieces] == ([5, 5, 2] if micro_batch else [12])
+            micro_batches = read_batch(state.config, data, 3)
+            gradients, loss = state.compute_gradients(micro_batches, 12)
+        assert [one.size for one in micro_batches] == ([5, 5, 2] if micro_batch else [12])
         found.append([*gradients, loss])
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
@@ -259,7 +259,7 @@ class Pull(Task):
 def test_samples_that_see_only_those_of_their_class_are_of_this_world(monkeypatch, options, reason):
     monkeypatch.setattr(tier, "_HELD_BYTES", 1 << 18)
     config, data = load_data(make_config(options, task=Pull))
-    assert tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
+    assert tier.find_tier(config.task, build_model(config.task, 0), SampleProbe(data.train, config)).reason == reason
 
 
 class Crowded(Pull):
@@ -290,7 +290,7 @@ class Crowded(Pull):
 )
 def test_what_happens_with_many_samples_alone_is_seen_to(what, reason):
     config, data = load_data(make_config({"what": what}, task=Crowded))
-    found = tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason
+    found = tier.find_tier(config.task, build_model(config.task, 0), SampleProbe(data.train, config)).reason
     assert reason in found
     assert bool(found) is bool(reason)
 
@@ -305,7 +305,7 @@ class Cracked(Pull):
 def test_a_loss_that_is_not_finite_among_many_is_refused_at_the_start():
     config, data = load_data(make_config({"kinds": 600}, task=Cracked))
     with pytest.raises(UserError, match=r"the loss of sample 23 of the training data is inf; expected a finite number"):
-        tier.find_tier(config.task, build_model(config.task, 0), Probe(data.train, config))
+        tier.find_tier(config.task, build_model(config.task, 0), SampleProbe(data.train, config))
 
 
 def test_the_optimizer_that_is_stepped_is_the_one_that_accelerate_prepared():
@@ -334,7 +334,7 @@ def test_a_checkpoint_holds_up_the_loop_for_a_copy_alone(tmp_path):
     config = make_config({"batch_size": 8, "optimizer": "adamw", "device": "cpu", "precision": "fp32", "holdout": 0}, task=Large)
     with join_group(World(), config) as group:
         state, data = make_state(group, config)
-        state.train_on([[Piece(range(8), data.train.tensors)]], lambda: None)
+        state.train_on([[MicroBatch(range(8), data.train.tensors)]], lambda: None)
         state.step = 1
         copies, held_up = [], []
         writer = Writer(tmp_path / "checkpoints", 3, lambda: None)
@@ -371,7 +371,7 @@ class NormRank:
             assert state.tier.name == "this world"
             assert "2 (BatchNorm1d)" in state.tier.reason
             samples = torch.full((6, 64), float(group.rank)) + torch.arange(6)[:, None] * (1 + group.rank)
-            state.train_on([[Piece(range(6), (samples, torch.arange(6) % 3))]], lambda: None)
+            state.train_on([[MicroBatch(range(6), (samples, torch.arange(6) % 3))]], lambda: None)
             mean = state.bare_model[2].running_mean.clone()
             assert len({tuple(values.tolist()) for values in group.gather(mean)}) == 2
             state.share_buffers()

@@ -44,6 +44,7 @@ from mnist_dist.world import World
 KEY = "c0ffee" * 6 + "abcd"  # looks like a key, and must be found nowhere
 WANDB = Path(sys.executable).with_name("wandb")
 WANDB_CORE = Path(importlib.util.find_spec("wandb").origin).with_name("bin") / "wandb-core"
+BEST = {"train/loss": "min", "test/loss": "min", "holdout/loss": "min", "test/accuracy": "max", "holdout/accuracy": "max"}
 RESULT = {"step": 40, "test/accuracy": 0.5, "test/confusion_matrix": [[1, 2], [3, 4]]}
 WRONG = torch.full((2, 28, 28), 99, dtype=torch.uint8)
 
@@ -75,7 +76,7 @@ class Train:
     stopped: bool = False
     busy: bool = False
     system_metrics: bool = False
-    best: dict | None = None
+    best: dict = field(default_factory=lambda: BEST)
     file_bytes_max: int = 0
     unknown_user: bool = False
     finish_s: float = 60.0  # a machine with too much to do must not decide what W&B gets
@@ -101,8 +102,7 @@ class Train:
         config = {"learning_rate": 0.1, "api_key": "hush-hush", "note": f"pasted {KEY} by mistake", "precision": "auto"}
         start = time.perf_counter()
         facts = {"precision": "fp32", "versions": {"torch": "2"}, "job_token": "hush-hush"}
-        more = {"job_type": "train", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics}
-        more |= {} if self.best is None else {"best": self.best}
+        more = {"job_type": "train", "tags": ["one", "two"], "notes": "on host", "system_metrics": self.system_metrics, "best": self.best}
         with starting_ahead("auto", World()):
             tracker = open_tracker("auto", self.folder / "run", config, facts=facts, **more)
         seconds = {"open": time.perf_counter() - start}

@@ -27,9 +27,9 @@ from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mnist_dist import batches
-from mnist_dist.batches import Batch, Piece, StepSampler
+from mnist_dist.batches import Batch, MicroBatch, StepSampler
 from mnist_dist.config import configure, make_config
-from mnist_dist.data import Probe, load_data
+from mnist_dist.data import SampleProbe, load_data
 from mnist_dist.distributed import join_group
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.model import build_model
@@ -237,11 +237,11 @@ def test_a_batch_comes_from_a_worker_as_it_was_made(size):
         "names": ("a", None, 3),
         "values": image.numpy(),
     }
-    sent = Batch(5, torch.tensor([2, 1]), ((Piece(range(1), samples), Piece(range(1, 2))),))
+    sent = Batch(5, torch.tensor([2, 1]), ((MicroBatch(range(1), samples), MicroBatch(range(1, 2))),))
     batch = pickle.loads(ForkingPickler.dumps(sent))
     assert (type(batch), batch.step, batch.places, batch.indices.tolist()) == (Batch, 5, [0, 1], [2, 1])
-    came = batch.pieces[0].samples
-    assert batch.pieces == [Piece(range(1), came), Piece(range(1, 2))]
+    came = batch.micro_batches[0].samples
+    assert batch.micro_batches == [MicroBatch(range(1), came), MicroBatch(range(1, 2))]
     assert type(came["pair"]) is Pair
     assert [*came] == [*samples]
     assert came["names"] == samples["names"]
@@ -260,9 +260,9 @@ def test_small_tensors_of_any_type_take_no_open_files():
     tensors += [tensors[-3].conj(), (tensors[-2] * 1j).conj().imag]
     gc.collect()  # what other tests have left
     before = len(os.listdir("/proc/self/fd"))
-    content = ForkingPickler.dumps(Batch(0, torch.arange(1), ((Piece(range(1), tensors),),)))
+    content = ForkingPickler.dumps(Batch(0, torch.arange(1), ((MicroBatch(range(1), tensors),),)))
     assert len(os.listdir("/proc/self/fd")) == before
-    for one, other in zip(pickle.loads(content).pieces[0].samples, tensors, strict=True):
+    for one, other in zip(pickle.loads(content).micro_batches[0].samples, tensors, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert torch.equal(one.to(torch.complex128), other.to(torch.complex128))
 
@@ -412,9 +412,9 @@ def test_a_batch_that_cannot_be_sent_is_named(tmp_path, batch, words):
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
     monkeypatch.setattr(batches, "pin_memory", lambda samples: f"pinned {samples}")
-    batch = Batch(3, torch.arange(2), ((Piece(range(0, 2, 2), "a"),), (Piece(range(2, 4, 2), "b"),)))
+    batch = Batch(3, torch.arange(2), ((MicroBatch(range(0, 2, 2), "a"),), (MicroBatch(range(2, 4, 2), "b"),)))
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
-    assert pinned.parts == ((Piece(range(0, 2, 2), "pinned a"),), (Piece(range(2, 4, 2), "pinned b"),))
+    assert pinned.parts == ((MicroBatch(range(0, 2, 2), "pinned a"),), (MicroBatch(range(2, 4, 2), "pinned b"),))
     assert pinned.step == 3
 
 
@@ -437,7 +437,7 @@ class Halved(TensorDataset):
 )
 def test_what_collate_does_may_make_a_step_depend_on_the_world(option, reason):
     config, data = load_data(make_config({"task": str(Path(__file__).with_name("ragged_task.py")), **option}))
-    assert find_tier(config.task, build_model(config.task, 0), Probe(data.train, config)).reason == reason
+    assert find_tier(config.task, build_model(config.task, 0), SampleProbe(data.train, config)).reason == reason
 
 
 class Drawing(Dataset):
@@ -461,7 +461,7 @@ class Drawing(Dataset):
 @pytest.mark.parametrize("whose", ["its own", "seeded anew", "Python's"])
 def test_a_data_set_that_seldom_draws_from_a_generator_of_its_own_is_found(whose):
     split = take_samples(Drawing(whose), range(500))
-    flaw = describe_flaw(Probe(split, make_config({"batch_size": 64})))
+    flaw = describe_flaw(SampleProbe(split, make_config({"batch_size": 64})))
     numbers = re.findall(r"\d+", flaw.partition(" of the training data differs when it is read again")[0])
     assert any(int(number) % 13 == 12 for number in numbers) is (whose == "its own") is bool(flaw)
 
@@ -487,7 +487,7 @@ def test_workers_do_not_share_the_place_in_a_file_that_is_open(tmp_path):
     with join_group(World(), config) as group:
         batches = [Batch.of(torch.arange(start, start + 20), range(20)) for start in range(0, 500, 20)]
         with warnings.catch_warnings(action="error"), Reader(records, config, group, "training", batches) as reader:
-            found = torch.cat([batch.pieces[0].samples for batch in reader])
+            found = torch.cat([batch.micro_batches[0].samples for batch in reader])
     assert found.tolist() == list(range(500))
     # This process reads on from where it was.
     assert records.file.tell() == 0
@@ -499,8 +499,8 @@ def test_a_tensor_data_set_with_a_reading_of_its_own_is_read_by_it():
         keep_split(split, config, "test", torch.device("cpu")),
         keep_split(take_samples(split, range(6)), config, "test", torch.device("cpu")),
     ):
-        [piece] = read(kept, Batch.of([2, 3], range(2)))
-        assert piece.samples[0].tolist() == [1.0, 1.5]
+        [micro_batch] = read(kept, Batch.of([2, 3], range(2)))
+        assert micro_batch.samples[0].tolist() == [1.0, 1.5]
 
 
 class Fewer(TensorDataset):

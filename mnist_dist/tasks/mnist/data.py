@@ -63,11 +63,11 @@ def measure_pixels(images: Tensor) -> tuple[float, float]:
     return round(mean.item(), 6), round(max(variance.item(), 1e-6) ** 0.5, 6)
 
 
-def _load_embedded_mnist(folder: Any = None) -> tuple[Split, Split]:
+def _load_embedded_mnist() -> tuple[Split, Split]:
     tensors = {
         # idx: a magic number and the sizes, four bytes each
         name: torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=16 if "images" in name else 8)
-        for name, raw in read_files(folder).items()
+        for name, raw in read_files().items()
     }
     train, test = (
         (tensors[f"{part}-images-idx3-ubyte"].reshape(-1, 28, 28), tensors[f"{part}-labels-idx1-ubyte"].long())
