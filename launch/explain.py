@@ -25,7 +25,7 @@ from launch.account import JOB_NAME, Account, read_account, read_parts
 from launch.endings import STRONG_STATES, WEAK_STATES, Log, describe_status, find_first, find_kind
 from launch.evidence import RUNS, Facts, find_log, find_runs_of, gather_facts, is_in_kernel_log, read_boot_time, read_logs, read_stack
 from launch.request import list_words
-from launch.runs import describe_best, find_saved_step, is_run, list_noted_jobs, read_own_note, read_noted_request
+from launch.runs import describe_best, find_saved_step, is_run, list_noted_jobs, read_noted_request, read_own_note
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import as_argument, check_readable
