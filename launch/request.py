@@ -120,7 +120,7 @@ class Request(Options):
     def _check_effects(self) -> "Request":
         slurm_only = ["gpu_type", "cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint"]
         slurm_only += ["exclude", "nodelist", "reservation", "sbatch", "srun", "dry_run"]
-        given = [name for name in slurm_only if getattr(self, name)]
+        given = [name for name in ("name", *slurm_only) if getattr(self, name) != type(self).model_fields[name].default]
         if self.cluster == "local" and given:
             raise ValueError(f"{given[0]} has no effect with cluster local, which has no Slurm: leave it out")
         return self
@@ -200,6 +200,11 @@ def split_options(text: str | None) -> dict[str, str | None]:
 
 def place_config(config: Config, request: Request) -> Config:
     """`config` as the job runs it: in absolute folders, and refusing another number of processes. Raises `UserError`."""
+    if config.world_size not in (None, request.world_size):
+        raise UserError(
+            f"world_size is {config.world_size}, and --nodes {request.nodes} --tasks_per_node {request.tasks} start {request.world_size} "
+            "processes: leave it out, or change these"
+        )
     config.check_world(request.world_size)
     data_dir = config.task.data_dir and str(Path(config.task.data_dir).absolute())
     placed = {"data_dir": data_dir, "world_size": request.world_size, "run_dir": str(place_folder(Path(config.run_dir)))}

@@ -4,13 +4,14 @@ Imports no torch, so that `--help`, `--print_config` and every mistake answer at
 """
 
 import functools
+import math
 import os
 import reprlib
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import PrivateAttr, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -23,11 +24,25 @@ from mnist_dist.task import Task
 SIZE_NAMES = ("training_samples", "test_samples")
 _STEPS_MAX = 10**9
 _ROWS_MAX = 900_000  # of a record: more could not be read again
-# Options that matter only while another one has one of some values.
-_MIRRORED = ("wandb", ("auto", "online", "offline"))
+
+
+class _Decider(NamedTuple):
+    """An option on whose value it depends whether another one has an effect."""
+
+    name: str
+    allowed: str  # the values with which that one has an effect, in words
+    allows: Callable[[Any], bool]
+
+
+def _is_one_of(name: str, *values: str) -> _Decider:
+    return _Decider(name, " or ".join(values), lambda value: value in values)
+
+
+_MIRRORED = (_is_one_of("wandb", "auto", "online", "offline"),)
 _ONLY_WITH = {
-    "warmup": ("schedule", ("one_cycle",)),
-    "nesterov": ("optimizer", ("sgd",)),
+    "epochs": (_Decider("steps", "none", lambda steps: steps is None),),
+    "warmup": (_is_one_of("schedule", "one_cycle"),),
+    "nesterov": (_is_one_of("optimizer", "sgd"), _Decider("momentum", "above 0", bool)),
     "wandb_project": _MIRRORED,
     "wandb_model": _MIRRORED,
     "system_metrics": _MIRRORED,
@@ -70,7 +85,7 @@ class Config(Options):
     )
 
     epochs: float = _option("The training", 1.5, "passes over the training samples, to the nearest step", gt=0, le=_STEPS_MAX)
-    steps: int | None = _option("The training", None, "optimizer steps; overrides epochs", ge=1, le=_STEPS_MAX)
+    steps: int | None = _option("The training", None, "optimizer steps, in the place of epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
     shards: int | None = _option(
         "The training",
@@ -137,6 +152,8 @@ class Config(Options):
             raise ValueError(f"shards is {self.shards}, more than the {self.batch_size} samples of a batch; at most that many are allowed")
         if self.shards is not None and self.cuda_graph:
             raise ValueError("cuda_graph cannot record the shards of a batch: leave one of them out")
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("cuda_graph replays the steps of a GPU, and device is cpu: leave one of them out")
         if self._sizes is not None:
             self._check_sizes()
         return self
@@ -153,7 +170,8 @@ class Config(Options):
         if self.batch_size > count:
             raise ValueError(f"batch_size is {self.batch_size}, more than the {count} training {samples}; at most that many are allowed")
         intervals = {"log_every": self.log_every, "evaluate_every": self.evaluate_every or self.steps_per_epoch}
-        rows = sum(self.total_steps // every for every in intervals.values())
+        # A step that is due for both makes one row.
+        rows = sum(self.total_steps // every for every in intervals.values()) - self.total_steps // math.lcm(*intervals.values())
         if rows > _ROWS_MAX:
             name = min(intervals, key=lambda name: intervals[name])
             raise ValueError(
@@ -233,6 +251,10 @@ class Config(Options):
                 f"{world_size} time{'s' * (world_size != 1)} as one group (torchrun --nproc-per-node {self.world_size} starts "
                 f"{self.world_size} on one machine)"
             )
+        if self.cuda_graph and world_size > 1:
+            raise UserError(
+                f"cuda_graph replays the steps of one process on a GPU, and this run is on {world_size} processes: leave it out"
+            )
         if world_size > self.batch_size:
             raise UserError(
                 f"batch_size is {self.batch_size}, less than the {world_size} processes: start at most {self.batch_size}, or give a larger "
@@ -274,9 +296,10 @@ class Config(Options):
         words = [value for part in get_args(cls.model_fields[name].annotation) for value in get_args(part)]
         return (None, *words)
 
-    def find_idle(self) -> dict[str, str]:
+    def find_idle(self) -> dict[str, _Decider]:
         """The options that have no effect here, and for each the one that makes it so."""
-        return {name: decider for name, (decider, values) in _ONLY_WITH.items() if getattr(self, decider) not in values}
+        refusing = {name: [one for one in deciders if not one.allows(getattr(self, one.name))] for name, deciders in _ONLY_WITH.items()}
+        return {name: deciders[0] for name, deciders in refusing.items() if deciders}
 
     def to_yaml(self) -> str:
         """The config as YAML text that `read_options_file` reads back to an equal config."""
@@ -365,12 +388,10 @@ def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) 
     defaults = {name: fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-        was_meant = not is_of_run and idle[name] not in given and getattr(config, name) != default
+        decider, allowed, _ = idle[name]
+        was_meant = not is_of_run and decider not in given and getattr(config, name) != default
         if name in given or was_meant:
-            decider, wanted = _ONLY_WITH[name]
-            raise UserError(
-                f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
-            )
+            raise UserError(f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {allowed}")
     return config.replace(**defaults) if defaults else config
 
 

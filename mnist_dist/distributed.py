@@ -248,7 +248,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     Raises `UserError` where the group that forms is not the one that `world` describes.
     """
     device = choose_device(config, world)
-    check_graph(config, world, device)
+    check_graph(config, device)
     precision = choose_precision(config, device)
     threads = config.threads or choose_threads(world)
     if threads > (cores := count_usable_cores()) and world.local_rank == 0:

@@ -16,7 +16,7 @@ from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
-from mnist_dist.model import describe_dtype
+from mnist_dist.model import describe_dtype, is_finite
 from mnist_dist.randomness import seed_generators, seeding_generators
 from mnist_dist.reader import READING_RULE, Reader, Seeded, keep_split, read
 from mnist_dist.record import is_measure, is_number
@@ -83,9 +83,11 @@ def evaluate(
     sums = _add_up(config, sums_of, mine, group)
     count = len(reader)
     if not sums.isfinite().all():
-        raise NotFiniteError(
-            f"the sums of the evaluation are not finite ({sums[:8].tolist()}): the weights or their outputs are not finite numbers"
-        )
+        first = int((~sums.isfinite()).nonzero()[0])
+        why = "the weights or their outputs are not finite numbers"
+        if first > 1 and all(map(is_finite, model.parameters())):
+            why = f"sum {first} of tally is the first; is it a ratio of one batch, such as 0/0? Ratios are for measure"
+        raise NotFiniteError(f"the sums of the evaluation are not finite ({sums[:8].tolist()}): {why}")
     if round(float(sums[0])) != count:
         if (in_all := sum(group.gather(done))) != count:
             raise RunError(f"the evaluation read {in_all} {task.samples}, but the split has {count}: its ranks do not share it correctly")

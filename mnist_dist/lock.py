@@ -23,6 +23,7 @@ LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 _IN_USE = (errno.EAGAIN, errno.EACCES)
 _PASSING = (errno.ENOLCK, errno.EIO)  # as from a file server whose table of locks is full, or that has just begun
+_REMOVED = (errno.ESTALE, errno.ENOENT)  # what NFS, and FUSE, say of an open folder that somebody has removed
 _BYTES_MAX = 4096
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Lock:
         before, self._gone = self._gone, ""
         path = self._find_path()
         where = f": somebody moved it to {path}" if path else ""
-        if not os.fstat(self._descriptors[0]).st_nlink:
+        if (held := self._stat_held()) is None or not held.st_nlink:
             self._lost = f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
         elif os.path.lexists(self.run_dir):
             self._lost = f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
@@ -165,9 +166,19 @@ class Lock:
     def _is_in_place(self) -> bool:
         """Whether the folder that was locked has its name still. Raises OSError where the file server does not answer."""
         try:
-            return os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0]))
+            here, held = os.stat(self.run_dir), self._stat_held()
         except (FileNotFoundError, NotADirectoryError):
             return False
+        return held is not None and os.path.samestat(here, held)
+
+    def _stat_held(self) -> os.stat_result | None:
+        """What the system knows of the folder that was locked; None where a file server says that it was removed. Raises OSError."""
+        try:
+            return os.fstat(self._descriptors[0])
+        except OSError as error:
+            if error.errno in _REMOVED:
+                return None
+            raise
 
     def _find_path(self) -> Path | None:
         """What the folder that was locked is called today; None where it was removed, or the system does not tell, as Linux does."""
@@ -181,7 +192,10 @@ class Lock:
         """Take the file of the lock again if somebody removed it; in words, that another job has the lock. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.run_dir / LOCK_FILE), os.fstat(self._descriptors[-1])):
-                # By its name: of a node that was cut off, NFS forgets the lock, and what is held here looks as before.
+                # Of a node that was cut off, NFS forgets the lock, and what is held here looks as before. So does the text: NFS reads it
+                # anew while the file is open for writing here only if it is told to forget it.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
                 text = read_file(self.run_dir / LOCK_FILE, _BYTES_MAX, tail=True)
                 if self._text and text and text != self._text:
                     other = read_holder(self.run_dir) or "another writer"

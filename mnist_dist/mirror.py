@@ -30,6 +30,8 @@ Message = dict[str, Any]
 
 _KILLED = 255  # the exit code of what someone ended, as W&B itself has it for Ctrl-C
 _FLUSH_S = 2.0  # how much of a run a SIGKILL of everything may cost
+_SHOWN = 200  # characters of a reason
+_REFUSED = ("failed to upload", "failed to log artifact")
 # The settings whose variables are named otherwise.
 _SETTING_OF_VARIABLE = {
     "WANDB_DIR": "root_dir",
@@ -59,6 +61,7 @@ class Mirror:
     """The run as W&B has it. Keeps all messages of this start, to send them again where W&B's own helper process died."""
 
     _run: Any = None
+    _has_warned = False
 
     def __init__(self, start: Message, environ: dict[str, str], tell: Callable[..., None]) -> None:
         """Open the run that `start` describes, online with `environ`. `tell(text, ...)` reaches the person who trains."""
@@ -104,12 +107,17 @@ class Mirror:
                 self._begin()
                 self._finish()
         except TimeoutError:
-            self._tell("W&B did not take everything in time", warning=True)
-        if "Fatal error" in self._console.getvalue():
-            self._tell("W&B refused a part of this run", warning=True)
-        if not self._is_written():
-            self._tell("W&B could not write all of this run to the run folder (is the disk full?)", warning=True)
+            self._warn("W&B did not take everything in time")
+        log = self._read_log()
+        if "Fatal error" in self._console.getvalue() or any(words in log for words in _REFUSED):
+            self._warn("W&B refused a part of this run")
+        # On a full disk the helper drops rows and goes on; only its own log, if there is room for that, has a word on it.
+        if "failed to save record" in log or not self._is_there_room():
+            self._warn("W&B could not write all of this run to the run folder (is the disk full?)")
         wandb.teardown()
+        if self._online and not self._has_warned:
+            for folder in self._find_pieces() - self._earlier:
+                (folder / f"run-{self._start['run']['run_id']}.wandb.synced").touch()  # `wandb sync` would send them again
 
     @_noticing_death()
     def _finish(self) -> None:
@@ -151,13 +159,14 @@ class Mirror:
                     self._open("offline")
             except (Exception, _TookTooLongError):  # nothing is behind this last resort: whatever it was, it is tried again
                 _tear_down()
-                self._open("offline")
+                with _limit(limit_s):
+                    self._open("offline")
         for message in self._messages:
             self._send(message)
         if keyless and self._start["mode"] == "auto":
             self._tell(f"W&B keeps this run offline, because {reason}", upload=True)
         elif reason:
-            self._tell(f"W&B keeps this run offline, because {reason}", warning=True)
+            self._warn(f"W&B keeps this run offline, because {reason}")
 
     def _make_settings(self) -> "wandb.Settings":
         start, limits_s = self._start, self._start["limits_s"]
@@ -230,7 +239,7 @@ class Mirror:
         except _HelperDiedError:
             raise
         except Exception as error:  # this message cannot be sent, but the next one can
-            self._tell(f"W&B did not take something that was logged ({_shorten(error)})", warning=True)
+            self._warn(f"W&B did not take something that was logged ({_shorten(error)})")
 
     @_noticing_death()
     def _log(self, message: Message, step: int | None) -> None:
@@ -269,16 +278,26 @@ class Mirror:
             self._is_server_silent = True
             raise TimeoutError("the server does not answer") from error
 
-    def _is_written(self) -> bool:
-        # On a full disk the helper drops rows and goes on; only its own log, if there is room for that, has a word on it.
+    def _warn(self, text: str) -> None:
+        self._has_warned = True
+        self._tell(text, warning=True)
+
+    def _read_log(self) -> str:
+        """What W&B's helper has written into its own log: the one place where it says what it could not send or save."""
+        try:
+            return Path(self._run.settings.log_internal).read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def _is_there_room(self) -> bool:
         probe = Path(os.environ["TMPDIR"], "probe")
         try:
             probe.write_bytes(bytes(65_536))
-            probe.unlink()
-            return "failed to save record" not in Path(self._run.settings.log_internal).read_text(errors="replace")
+            return True
         except OSError:
-            probe.unlink(missing_ok=True)
             return False
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _draw_tables(message: Message) -> dict[str, Any]:
@@ -344,7 +363,10 @@ def _shorten(error: BaseException) -> str:
     text = str(error)
     if hasattr(error, "errors"):  # pydantic's, whose text shows the values, which may be secret
         text = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-    return " ".join(text.split())[:200] or type(error).__name__
+    text = " ".join(text.partition("Consider increasing the init_timeout")[0].split())  # it is ours, and nobody can
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"  # the cause often comes last
+    return text or type(error).__name__
 
 
 _scratch: str | None = None  # the folder of temporary files, once it is known
@@ -429,7 +451,7 @@ def main(finish_s: float) -> None:
             mirror.take(json.loads(line))
         mirror.close()
         status = 0
-    except Exception as error:
+    except (Exception, _TookTooLongError) as error:
         tell(f"W&B failed ({_shorten(error)})", warning=True)
         status = 0
     finally:

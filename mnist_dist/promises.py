@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import Dataset
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config
@@ -25,7 +26,7 @@ from mnist_dist.model import build_model, describe_order
 from mnist_dist.randomness import read_generators
 from mnist_dist.reader import read_on
 from mnist_dist.samples import find_immovable, take_samples
-from mnist_dist.source import describe_exception
+from mnist_dist.source import describe_exception, explaining
 from mnist_dist.task import Row
 from mnist_dist.tier import (
     Trace,
@@ -46,12 +47,18 @@ from mnist_dist.witness import build, digest, digest_data, digest_each, list_sha
 from mnist_dist.world import World, choose_threads
 
 _KILLED_AT, _SAVED_AT = 3, 2
+_SUMMED = 12  # samples whose sums are compared with other weights
+_MOVED = "with weights that were moved at random"
+_MOVES = 4  # of the weights, by half, once, twice and four times their own mean size
+_SIZE_OF_ZEROS = 0.1  # of a parameter that begins as zeros
+_MOVED_TOLERANCE = 1e-3  # a number that is nearly another one counts differently by rounding alone
 _TOLERANCE = 1e-4  # of losses, weights and sums: rounding alone makes 1e-7 to 1e-5
 _MEASURED = 101  # samples by which the time of an evaluation is known
 _TRIED_STEPS, _TRIED_S = 3, 10.0
 _GRACE_S = 30
 # Layers that a rule exempts, and that compute each row by itself once they are in evaluation mode.
 _EXEMPT = (_BatchNorm, _DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+_SUMS = "sums must be added up over the samples, each sample for itself, their number first"
 _SEEDED = "draw from the generators of torch, numpy and random, which are seeded before; the time or a generator of its own is not"
 
 
@@ -114,6 +121,7 @@ def _check_losses(subject: Subject) -> Found:
         order = [*probe.whole.places[-1:], *probe.whole.places[:-1]]
         other = subject.trace(probe.take(order))
         if not is_close(whole.losses[order], other.losses):
+            _check_repeat(subject)  # of which this would come
             raise Broken("the losses do not move with the samples: loss i must be that of sample i and of row i of what is drawn")
     return "one for each sample, finite, in the order of the samples", {}
 
@@ -143,6 +151,7 @@ def _check_rows(subject: Subject) -> Found:
     modules = dict(subject.model.named_modules())
     known = [f"{name} ({type(module).__name__})" for name, module in modules.items() if isinstance(module, _BatchNorm)]
     if where is not None and where not in known:
+        _check_repeat(subject)  # of which this would come
         raise Broken(
             f"in {where} the samples of a batch see each other: compute each sample's output and loss from its own row alone; is there a "
             "mean over the batch, or a shape that mixes its rows? Where it is meant, as in a contrastive loss: --skip rows"
@@ -155,10 +164,10 @@ def _list_forms(trace: Trace) -> list[torch.Size]:
 
 
 def _check_tier(subject: Subject) -> Found:
-    try:
-        return subject.tier.describe(subject.config.shards), {"tier": subject.tier.name, "reason": subject.tier.reason}
-    except UserError as error:
-        return f"not known yet, for a run would refuse this task: {error}", {"tier": None}
+    text = subject.tier.describe(subject.config.shards)
+    if not subject.tier.repeats:
+        raise Broken(text)
+    return text, {"tier": subject.tier.name, "reason": subject.tier.reason}
 
 
 def _check_repeat(subject: Subject) -> Found:
@@ -303,9 +312,43 @@ def _compare_states(one: Ranks, other: Ranks, when: str) -> None:
     _compare("", here, there, f"{when}: {_SEEDED}; and all state belongs into state_dict")
 
 
+def _check_sums(subject: Subject) -> None:
+    """Compare the sums of some samples at once with those of a few at a time, and let them be measured, with other weights than the first.
+
+    At first many a model answers the same to all, and then even what is no sum, such as a mean of means, adds up.
+    """
+    count = min(_SUMMED, len(subject.data.evaluated))  # type: ignore[arg-type]
+    some = take_samples(subject.data.evaluated, range(count))
+    for move in range(_MOVES):
+        subject.put_back()
+        generator = torch.Generator().manual_seed(move)
+        with explaining(subject.task.name, f"in tally, {_MOVED}", RunError), keeping(subject.model), torch.no_grad():
+            for parameter in subject.model.parameters():
+                size = float(parameter.abs().mean()) or _SIZE_OF_ZEROS
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2.0 ** (move - 1) * size)
+            subject.model.eval()
+            whole, parts = (_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3))
+        if not torch.cat([whole, parts]).isfinite().all():
+            continue  # the weights were moved too far
+        for index, (a, b) in enumerate(zip(whole.tolist(), parts.tolist(), strict=True)):
+            if not abs(a - b) <= _MOVED_TOLERANCE * max(abs(a), abs(b)):
+                raise Broken(
+                    f"sum {index} of tally is {a:.6g} for {count} samples at once and {b:.6g} for {_SUMMED // 3} at a time, {_MOVED}: "
+                    f"{_SUMS}"
+                )
+        with explaining(subject.task.name, f"in measure, {_MOVED}", RunError):
+            subject.task.measure(whole)
+
+
+def _add_up(subject: Subject, split: Dataset[Any], at_once: int) -> Tensor:
+    """The sums of the tally of all samples of a split, so many at a time."""
+    config = subject.config.model_copy(update={"micro_batch": at_once})
+    tallies = (subject.task.tally(subject.model, batch) for batch in read_on(split, config, torch.device("cpu")))
+    return torch.stack([tally.sums.double() for tally in tallies]).sum(0)
+
+
 def _check_evaluation(subject: Subject) -> Found:
     one, two = subject.train_on_one(), subject.train_on_two()
-    rule = "sums must be added up over the samples, each sample for itself, their number first"
     with keeping(subject.model), torch.no_grad():
         (row,) = read_on(take_samples(subject.data.evaluated, range(1)), subject.config, torch.device("cpu"))
         before = read_generators()
@@ -314,7 +357,7 @@ def _check_evaluation(subject: Subject) -> Found:
         counted = float(tally.sums[0])
         tally_draws = read_generators() != before
     if counted != 1:
-        raise Broken(f"the tally of one sample counts {counted:g}: {rule}")
+        raise Broken(f"the tally of one sample counts {counted:g}: {_SUMS}")
     here, there = one.evaluation, two.evaluation
     for answer, who in ((here, "one process"), (there, "two processes")):
         if "error" in answer:
@@ -326,11 +369,13 @@ def _check_evaluation(subject: Subject) -> Found:
     tolerance = 0 if shards else _TOLERANCE
     for index, (a, b) in enumerate(zip(here["sums"], there["sums"], strict=True)):
         if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
-            raise Broken(f"sum {index} of tally is {a:.6g} in one process and {b:.6g} in two: {rule}")
+            raise Broken(f"sum {index} of tally is {a:.6g} in one process and {b:.6g} in two: {_SUMS}")
     for name, value in here["measures"].items():
         pairs = zip(_list_numbers(value), _list_numbers(there["measures"].get(name)), strict=False)
         if any(abs(a - b) > 10 * tolerance * max(abs(a), abs(b)) for a, b in pairs):
             raise Broken(f"the measure {name} differs between one process and two, and their sums do not: compute it from the sums alone")
+    if not (subject.probe.collate_draws or tally_draws):
+        _check_sums(subject)
     same = "the same bits" if shards else "the same"
     return f"{here['samples']} samples, {len(here['sums'])} sums and the measures are {same} on one process and on two", {}
 

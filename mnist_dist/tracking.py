@@ -54,6 +54,8 @@ _SCRATCH_NAME = re.compile(rf"{_SCRATCH_PREFIX}[a-z0-9_]{{8}}")
 _PATHS = ("run_dir", "images", "image", "model")  # of messages
 # What of the environment the mirror's process needs to find and read the same files as this one.
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8")
+# The first names the helper of another program; at the others W&B writes the API key into its logs, in the run folder.
+_UNFIT_VARIABLES = ("WANDB_SERVICE", "WANDB_DEBUG", "WANDB_CORE_DEBUG")
 # The run folder says which run on W&B this is.
 _IDENTITY_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 _SECRET_NAME = re.compile(r"(^|_)(key|apikey|token|secret|password|passwd|credentials?)(_|$)", re.IGNORECASE)
@@ -439,8 +441,7 @@ def open_tracker(
         return NoTracker()
     run_dir = run_dir.absolute()
     folder = run_dir / "wandb"
-    # WANDB_SERVICE names the helper of another program.
-    environ = {name: value for name, value in os.environ.items() if name not in ("WANDB_SERVICE", *_IDENTITY_VARIABLES)}
+    environ = {name: value for name, value in os.environ.items() if name not in (*_UNFIT_VARIABLES, *_IDENTITY_VARIABLES)}
     environ |= _find_places(folder)
     try:
         if not _is_installed():

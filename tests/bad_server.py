@@ -10,8 +10,8 @@ from typing import Any
 
 
 class BadServer:
-    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, "hang at" and a word
-    in the request's path or body, or an HTTP status.
+    """Answers at `url` as `mode` says, which may change at any time: "good", "hang" after a request is read, an HTTP status, or one of
+    these two with "at" and a word in the path or the body of the requests that it is for.
 
     `refuse()` closes its port. What it was sent while good is in `rows` (the history), `summary`, `files` and `artifacts` (names);
     `upserts` has the variables of the requests that make or change a run, `bodies` has all.
@@ -55,13 +55,15 @@ class BadServer:
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 server.bodies.append(body)
-                hangs = server.mode.startswith("hang") and server.mode[8:] in f"{self.path} {body.decode(errors='replace')}"
+                fault, _, word = server.mode.partition(" at ")
+                is_meant = word in f"{self.path} {body.decode(errors='replace')}"
+                hangs = fault == "hang" and is_meant
                 if hangs:
                     server._over.wait()
                 if hangs or server.mode == "refuse":
                     self.close_connection = True
                     return
-                status, content = (int(server.mode), {}) if server.mode.isdecimal() else (200, server._serve(self.path, body))
+                status, content = (int(fault), {}) if fault.isdecimal() and is_meant else (200, server._serve(self.path, body))
                 text = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))

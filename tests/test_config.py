@@ -82,7 +82,11 @@ def test_help_names_every_option_in_under_a_second_without_torch():
             ["warmup has no effect with schedule constant", "use schedule one_cycle"],
         ),
         (["--nesterov", "false"], ["nesterov has no effect with optimizer muon"]),
-        (["--steps", "2000000", "--log_every", "1"], ["log_every is 1", "some 2,002,134 rows", "at most 900,000"]),
+        (["--optimizer", "sgd", "--momentum", "0", "--nesterov", "true"], ["nesterov has no effect with momentum 0", "momentum above 0"]),
+        (["--config", "fast", "--epochs", "2"], ["epochs has no effect with steps 375: leave it out, or use steps none"]),
+        (["--steps", "9", "--epochs", "2"], ["epochs has no effect with steps 9"]),
+        (["--cuda_graph", "--device", "cpu"], ["cuda_graph", "device is cpu"]),
+        (["--steps", "2000000", "--log_every", "1"], ["log_every is 1", "some 2,000,000 rows", "at most 900,000"]),
         (
             ["--epochs", "1000000", "--log_every", "1000000", "--evaluate_every", "1"],
             ["evaluate_every is 1:", "use a higher evaluate_every"],

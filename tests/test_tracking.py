@@ -380,6 +380,18 @@ def test_a_run_that_ends_while_the_server_hangs_waits_no_longer_than_it_may(play
     assert play.warnings == 1, play.logs
 
 
+REFUSED = {"pictures": "403 at upload/", "a table": "403 at CreateArtifact"}
+PLAYS |= {f"{mode} at the end": play_bad_end(mode) for mode in REFUSED.values()}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_server_that_refuses_a_part_is_told_of(plays, what):
+    play = plays(f"{REFUSED[what]} at the end")
+    assert [row["step"] for row in play.server.rows if "train/loss" in row] == [*range(1, 41)]
+    assert play.logs.count("W&B refused a part of this run; metrics.jsonl has everything") == 1, play.logs
+    assert play.warnings == 1
+
+
 STAGES = ("RunResumeStatus", "UpsertBucket", "file_stream", "CreateRunFiles", "upload/")
 
 
@@ -432,6 +444,7 @@ def test_without_a_key_the_run_is_offline_and_one_line_says_so(plays):
 
 @play
 def with_a_good_server(play):
+    play.environ |= {"WANDB_DEBUG": "true", "WANDB_CORE_DEBUG": "true"}  # W&B's logs would have the key
     play.start(last=25, result=None)
     play.end()
     play.key = False
@@ -449,6 +462,8 @@ def test_a_requeued_run_goes_on_as_the_same_run_and_its_steps_only_rise(plays):
     steps = [row["step"] for row in play.server.rows if "train/loss" in row]
     assert steps in ([*range(1, 41)], [*range(1, 26), *range(25, 41)])
     assert play.warnings == 0, play.logs
+    # What the server has is not sent again by a later `wandb sync`.
+    assert len([*(play.folder / "run" / "wandb").glob(f"run-*/run-{run_id}.wandb.synced")]) == 2
     assert play.logs.count(f"W&B mirrors this run: {play.server.url}/someone/mnist-dist/runs/{run_id}") == 2
     assert len([name for name in play.server.files if name.startswith("media/images/images/data_sample")]) == 2
     assert play.server.summary["result/test/accuracy"] == 0.5
