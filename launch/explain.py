@@ -31,7 +31,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import as_argument, check_readable
 from mnist_dist.lock import read_holder
 from mnist_dist.options import Parser, path_argument
-from mnist_dist.preemption import Stop
+from mnist_dist.preemption import STOPPED_EARLY, Stop
 from mnist_dist.program import make_printable, print_answer
 from mnist_dist.record import CONFIG_FILE, METRICS_FILE, RESULT_FILE, STACKS, count_memory_kills, is_count, is_number, parse_timestamp
 from mnist_dist.rendezvous import name_ranks
@@ -448,6 +448,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
     where = host[1] if host else str(facts.start.get("host") or "its node")
     again = f"{resume}   (continues from {_describe_saved(answer)})"
+    was_stopped_early = any(STOPPED_EARLY in line for line in facts.log.lines)
     first = {
         "memory": f"give it more memory{_ask_memory(facts)}, or a smaller --micro_batch, which changes no result but rounding",
         "GPU memory": "give it a smaller --micro_batch",
@@ -467,7 +468,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         "folder gone": "put the folder back under its name: the same command resumes from its last checkpoint",
         "checkpoint": "restore the checkpoint that the message names, or use another run_dir",
         "mistake": "correct what the message names",
-        "not started": "correct what the log says" if facts.logs else None,
+        "not started": "correct what the log says" if facts.logs and not was_stopped_early else None,
         "failed": "correct what the message names",
         "rank failed": "correct what the message names",
         "damaged": "restore or remove the file that is named",

@@ -120,7 +120,7 @@ class Request(Options):
     def _check_effects(self) -> "Request":
         slurm_only = ["gpu_type", "cpus_per_task", "memory_gb", "partition", "account", "qos", "constraint"]
         slurm_only += ["exclude", "nodelist", "reservation", "sbatch", "srun", "dry_run"]
-        given = [name for name in ("name", *slurm_only) if getattr(self, name) != type(self).model_fields[name].default]
+        given = [name for name in slurm_only if getattr(self, name)]
         if self.cluster == "local" and given:
             raise ValueError(f"{given[0]} has no effect with cluster local, which has no Slurm: leave it out")
         return self

@@ -35,6 +35,9 @@ class Stop(enum.IntEnum):
         }[self]
 
 
+STOPPED_EARLY = "stopped by a signal before the training began"
+
+
 class Stopped(Exception):  # noqa: N818 - a stop is no error
     """Ends the training, and an evaluation in it, by a `stop` that all ranks have agreed on."""
 
@@ -103,7 +106,7 @@ class StopSignals:
                 self.received = max(self.received, stop)
                 if stop and (again or not self._deferred):
                     if not self._deferred:
-                        _say(b"stopped by a signal before the training began\n")
+                        _say(f"{STOPPED_EARLY}\n".encode())
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
                     _say(_FINISHED if self.is_finished else _STOPPING)

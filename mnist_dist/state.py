@@ -555,11 +555,14 @@ class TrainingState:
         if self.tier.is_any_world or world in (None, self._describe_world()):
             return
         made, now, advice = str(world)[:80], self._describe_world(), "start as many"
-        if "micro_batch" in made + now:
+        if self.tree is not None:  # on any number of processes
+            made, now = (one.partition(", ")[2] or "no micro_batch" for one in (made, now))
+            advice = "use the same micro_batch"
+        elif "micro_batch" in made + now:
             made, now = (one if "micro_batch" in one else f"{one}, without micro_batch" for one in (made, now))
             advice = "start as many with the same micro_batch"
         raise UserError(
-            f"it was made by {made}, and this start has {now}; a step of this task is the same only there, because {self.tier.reason}: "
+            f"it was made with {made}, and this start has {now}; a step of this task is the same only there, because {self.tier.reason}: "
             f"{advice}, or use another run_dir"
         )
 

@@ -737,6 +737,16 @@ def test_a_job_that_left_no_log_is_not_to_be_looked_up_there(slurm, tmp_path):
     assert answer.now[0].startswith("python -m launch.submit ")
 
 
+def test_what_was_stopped_before_it_began_has_nothing_to_correct(slurm, tmp_path):
+    folder = make_run(tmp_path / "runs/x", log=BEGUN + "stopped by a signal before the training began\n")
+    (folder / "starts.jsonl").unlink()
+    slurm(sacct=None, scontrol=None)
+    answer, text = tell(folder)
+    assert answer.end == "not started", text
+    assert "correct" not in text
+    assert answer.now[0].startswith("python -m launch.submit ")
+
+
 def test_the_labels_of_srun_hide_no_message(slurm, tmp_path):
     log = "".join(f" {rank}: {line}\n" for rank, line in enumerate(f"[rank {rank}] error: {GONE}" for rank in range(4)))
     slurm(sacct=None, scontrol=FAILED)

@@ -673,6 +673,31 @@ def test_a_file_server_that_does_not_answer_for_a_moment_costs_no_run(tmp_path, 
     held.release()
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])  # of NFS, and of FUSE
+@pytest.mark.parametrize("another_is_there", [False, True])
+def test_a_folder_that_a_file_server_says_was_removed_is_lost(tmp_path, monkeypatch, number, another_is_there):
+    run, fstat = tmp_path / "run", os.fstat
+    run.mkdir()
+    held = Lock(run)
+    folder = held._descriptors[0]
+    shutil.rmtree(run)
+    if another_is_there:
+        run.mkdir()
+
+    def know_nothing_of_it(descriptor):
+        if descriptor == folder:
+            raise OSError(number, os.strerror(number))
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", know_nothing_of_it)
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"run_dir {run} is gone: somebody removed it, and the run stops"):
+            held.check()
+    assert [*run.glob("*")] == []
+    monkeypatch.undo()
+    held.release()
+
+
 def test_two_threads_that_find_the_lock_removed_take_it_once(tmp_path, monkeypatch, caplog):
     held, open_file = Lock(tmp_path), os.open
 
