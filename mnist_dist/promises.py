@@ -48,8 +48,9 @@ from mnist_dist.world import World, choose_threads
 
 _KILLED_AT, _SAVED_AT = 3, 2
 _SUMMED = 12  # samples whose sums are compared with other weights
-_MOVED = "with weights that were moved at random"
-_MOVES = 4  # of the weights, by half, once, twice and four times their own mean size
+_MOVED = "with weights that were moved"
+_MOVES = 6
+_SHIFT = 5.0  # of a bias
 _SIZE_OF_ZEROS = 0.1  # of a parameter that begins as zeros
 _MOVED_TOLERANCE = 1e-3  # a number that is nearly another one counts differently by rounding alone
 _TOLERANCE = 1e-4  # of losses, weights and sums: rounding alone makes 1e-7 to 1e-5
@@ -321,11 +322,8 @@ def _check_sums(subject: Subject) -> None:
     some = take_samples(subject.data.evaluated, range(count))
     for move in range(_MOVES):
         subject.put_back()
-        generator = torch.Generator().manual_seed(move)
         with explaining(subject.task.name, f"in tally, {_MOVED}", RunError), keeping(subject.model), torch.no_grad():
-            for parameter in subject.model.parameters():
-                size = float(parameter.abs().mean()) or _SIZE_OF_ZEROS
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2.0 ** (move - 1) * size)
+            _move_weights(subject.model, move)
             subject.model.eval()
             whole, parts = (_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3))
         if not torch.cat([whole, parts]).isfinite().all():
@@ -338,6 +336,17 @@ def _check_sums(subject: Subject) -> None:
                 )
         with explaining(subject.task.name, f"in measure, {_MOVED}", RunError):
             subject.task.measure(whole)
+
+
+def _move_weights(model: nn.Module, move: int) -> None:
+    """At first at random, by half of their own mean size, by all of it, and so on; at last all biases down, or up, until they decide."""
+    generator = torch.Generator().manual_seed(move)
+    for parameter in model.parameters():
+        if move < _MOVES - 2:
+            size = float(parameter.abs().mean()) or _SIZE_OF_ZEROS
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2.0 ** (move - 1) * size)
+        elif parameter.ndim < 2:
+            parameter.add_(_SHIFT if move % 2 else -_SHIFT)
 
 
 def _add_up(subject: Subject, split: Dataset[Any], at_once: int) -> Tensor:

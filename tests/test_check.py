@@ -443,7 +443,7 @@ class Cached(Lazy):
     ),
     "a mean of means that begins as a constant": (
         "evaluation",
-        ["sum 2 of tally is", "for 12 samples at once", "for 4 at a time, with weights that were moved at random"],
+        ["sum 2 of tally is", "for 12 samples at once", "for 4 at a time, with weights that were moved"],
         """
     def build_model(self):
         model = super().build_model()
@@ -461,7 +461,7 @@ class Cached(Lazy):
     ),
     "a ratio of what is always there at first": (
         "evaluation",
-        ["failed in measure, with weights that were moved at random", "ZeroDivisionError"],
+        ["failed in measure, with weights that were moved", "ZeroDivisionError"],
         """
     def build_model(self):
         model = super().build_model()

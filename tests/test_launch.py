@@ -225,7 +225,9 @@ def test_every_mistake_is_named_before_anything_is_made(no_slurm, tmp_path, caps
     assert [line.split(" is ")[0] for line in error.splitlines()] == ["error: nodes", "error: batch_size"]
     assert "less than the 3 processes" in refuse("--batch_size", "2", "--nodes", "3", "--cluster", "local")
     assert "less than 60 s" in refuse("--time", "1", "--cluster", "local")
-    assert "world_size is 2, and --nodes 4 --tasks_per_node 1 start 4 processes" in refuse("--nodes", "4", "--world_size", "2", "--cluster", "local")
+    assert "world_size is 2, and --nodes 4 --tasks_per_node 1 start 4 processes" in refuse(
+        "--nodes", "4", "--world_size", "2", "--cluster", "local"
+    )
     assert "did you mean 'partition'" in refuse("--partiton", "x")
     assert "--cluster local" in refuse()
 
