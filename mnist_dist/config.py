@@ -40,7 +40,6 @@ def _is_one_of(name: str, *values: str) -> _Decider:
 
 _MIRRORED = (_is_one_of("wandb", "auto", "online", "offline"),)
 _ONLY_WITH = {
-    "epochs": (_Decider("steps", "none", lambda steps: steps is None),),
     "warmup": (_is_one_of("schedule", "one_cycle"),),
     "nesterov": (_is_one_of("optimizer", "sgd"), _Decider("momentum", "above 0", bool)),
     "wandb_project": _MIRRORED,
@@ -382,6 +381,8 @@ def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
 def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
     """The config that the options `given` make of those in a `recipe`. Raises `UserError`."""
     config = make_config((recipe or {}) | given)
+    if "epochs" in given and config.steps is not None:
+        raise UserError(f"epochs has no effect with steps {config.steps}: leave it out, or use steps none")
     fields = config.fields()
     is_of_run = len(recipe or {}) > len(fields) // 2  # its config.yaml, which holds every option
     idle = config.find_idle()

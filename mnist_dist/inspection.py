@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ _SHOWN = 8
 _ADVICE = "this machine or this world does not train right: run it on one process, then on one host, to see where it begins"
 
 
-class Print(NamedTuple):
+class Fingerprint(NamedTuple):
     """What stands for some tensors: the beginning of the SHA-256 of their bits, and their sketch."""
 
     bits: str
@@ -62,7 +63,7 @@ class Rank(NamedTuple):
     device: str
     kind: str  # ranks of the same kind round alike
     data: str
-    gradients: list[Print]
+    gradients: list[Fingerprint]
 
 
 class Steps(NamedTuple):
@@ -74,8 +75,24 @@ class Steps(NamedTuple):
     strange: str  # the first step in which a sample is not the one that belongs there, in words
 
 
-def take_print(tensors: Iterable[Tensor]) -> Print:
-    """The print of float tensors. A sketch is linear: that of a difference is the difference of two."""
+@dataclass
+class _Flaws:
+    """What is wrong with the steps of a run, in words; what to do about it; the ranks that it can be put down to; and numbers."""
+
+    values: dict[str, Any]
+    reasons: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+    ranks: set[int] = field(default_factory=set)
+
+    def add(self, reason: str, next_step: str = "", ranks: Iterable[int] = ()) -> None:
+        """One more."""
+        self.reasons.append(reason)
+        self.next_steps += [next_step] if next_step else []
+        self.ranks |= {*ranks}
+
+
+def take_fingerprint(tensors: Iterable[Tensor]) -> Fingerprint:
+    """The fingerprint of float tensors. A sketch is linear: that of a difference is the difference of two."""
     hashed, total = hashlib.sha256(), torch.zeros(SKETCH, dtype=torch.float64)
     for number, tensor in enumerate(tensors):
         for part, piece in enumerate(torch.split(tensor.detach().reshape(-1), _CHUNK)):
@@ -86,7 +103,7 @@ def take_print(tensors: Iterable[Tensor]) -> Print:
             padded = torch.zeros(-(-len(numbers) // SKETCH) * SKETCH, dtype=torch.float64)
             padded[: len(numbers)] = numbers.double() * (2 * signs - 1)
             total += padded.view(-1, SKETCH).sum(0)
-    return Print(hashed.hexdigest()[:16], [float(f"{value:.9g}") for value in total.tolist()])
+    return Fingerprint(hashed.hexdigest()[:16], [float(f"{value:.9g}") for value in total.tolist()])
 
 
 def measure_distance(one: Sketch, other: Sketch) -> float:
@@ -121,7 +138,7 @@ class Inspection:
         self.ranks: list[Rank] = []
         self._weights: dict[str, Sketch] = {}
         self._first_gradient: Sketch = []
-        self._parting: tuple[int, list[Print]] | None = None  # the step after which the weights of two ranks differ
+        self._parting: tuple[int, list[Fingerprint]] | None = None  # the step after which the weights of two ranks differ
 
     def take_turns(self, batches: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
         """Hand on the batches of a run, and look at what comes of them."""
@@ -159,7 +176,7 @@ class Inspection:
     def _compare_gradients(self, state: TrainingState) -> None:
         group, size = state.group, min(self.config.batch_size, _BATCH_MAX)
         config = self.config.model_copy(update={"batch_size": size, "shards": None, "steps": None, "epochs": BATCHES})
-        prints = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
+        prints = [take_fingerprint(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
         device = str(group.device) if group.device.type == "cuda" else "cpu"
         kind = describe_arithmetic(group.device)
         self.ranks = group.gather(Rank(find_host(), device, kind, state.fingerprint, prints))
@@ -167,7 +184,7 @@ class Inspection:
             rounding = self.reference.rounding
         else:
             with _perturbing(state.bare_model):
-                moved = [take_print(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
+                moved = [take_fingerprint(_compute_gradient(config, state, step % config.total_steps)) for step in range(BATCHES)]
             rounding = statistics.median(measure_distance(one.sketch, other.sketch) for one, other in zip(moved, prints, strict=True))
         self._add(compare_gradients(self.ranks, self.reference, rounding))
         self.values |= {
@@ -184,10 +201,10 @@ class Inspection:
     # The steps.
 
     def _sketch_gradient(self, state: TrainingState) -> Sketch:
-        return take_print(parameter.grad for parameter in state.bare_model.parameters() if parameter.grad is not None).sketch
+        return take_fingerprint(parameter.grad for parameter in state.bare_model.parameters() if parameter.grad is not None).sketch
 
     def _compare_weights(self, state: TrainingState, step: int) -> None:
-        mine = take_print(parameter for parameter in state.bare_model.parameters() if parameter.requires_grad)
+        mine = take_fingerprint(parameter for parameter in state.bare_model.parameters() if parameter.requires_grad)
         self._weights[str(step)] = mine.sketch
         if self._parting is None and len({*state.group.gather(mine.bits)}) > 1:
             self._parting = step, state.group.gather(mine)
@@ -198,7 +215,7 @@ class Inspection:
         steps = group.gather(Steps([math.fsum(row) for row in rows], [len(row) for row in rows], differences, strange))
         size = self.config.batch_size
         means = [math.fsum(one.losses[step] for one in steps) / size for step in range(len(rows))]
-        self._add(self._judge_curve(group, steps, means))
+        self._add(self._judge_curve(steps, means))
         self.values |= {"first_gradient": self._first_gradient, "weights": self._weights, "losses": means}
         if self.reference is None:  # rank zero writes it: of all samples, in the order of the batch
             table = torch.zeros(len(rows), size, dtype=torch.float64)
@@ -209,69 +226,85 @@ class Inspection:
                 torch.distributed.all_reduce(table, group=group.control)
             self.values["samples"] = [[float(f"{value:.7g}") for value in row] for row in table.tolist()]
 
-    def _judge_curve(self, group: Group, steps: list[Steps], means: list[float]) -> Finding:
-        size, reference, reasons = self.config.batch_size, self.reference, list[str]()
-        values: dict[str, Any] = {"steps": len(means), "world_size": group.size}
-        text = f"{len(means)} steps on {group.size} process{'es' * (group.size > 1)}"
-        if reference is not None:
-            scales = [statistics.fmean(map(abs, row)) for row in reference.samples]
-            differences = [
-                abs(mean - expected) / max(scale, 1e-30) for mean, expected, scale in zip(means, reference.losses, scales, strict=True)
-            ]
-            worst = max(differences)
-            farthest = max(max(one.differences) for one in steps)
-            values |= {"difference": _keep_finite(worst), "allowed": CURVE_TOLERANCE, "sample_difference": _keep_finite(farthest)}
-            text += f", at most {worst:.1e} from the recorded losses (allowed {CURVE_TOLERANCE:.0e})"
-            wrong = next((step for step, one in enumerate(differences, start=1) if not one <= CURVE_TOLERANCE), None)
-            if wrong is not None:
-                values["step"] = wrong
-                reasons.append(
-                    f"the loss of step {wrong} is {means[wrong - 1]:.6f}, the recorded one {reference.losses[wrong - 1]:.6f}: a relative "
-                    f"difference of {differences[wrong - 1]:.1e}, allowed {CURVE_TOLERANCE:.0e}"
-                )
-        named: set[int] = set()
-        next_steps: list[str] = []
-        if counts := [step for step in range(len(means)) if sum(one.counts[step] for one in steps) != size]:
-            seen = sum(one.counts[counts[0]] for one in steps)
-            reasons.append(f"in step {counts[0] + 1} the ranks took {seen} samples together, and a batch has {size}")
-            next_steps.append("look for a loader that is sharded twice, or not at all")
-        if odd := {rank: one.strange for rank, one in enumerate(steps) if one.strange}:
-            named |= {*odd} if len(odd) < group.size else set()
-            first = min(odd)
-            which = "each rank" if len(odd) == group.size > 1 else self._name(odd)
-            reasons.append(f"{which} took other samples than belong to its place: {odd[first]}")
-            next_steps.append("look for a loader that is sharded twice, or data that are shifted")
+    def _judge_curve(self, steps: list[Steps], means: list[float]) -> Finding:
+        """What the steps of all ranks show, and the mean loss of each step."""
+        flaws = _Flaws(values={"steps": len(means), "world_size": len(steps)})
+        text = f"{len(means)} steps on {len(steps)} process{'es' * (len(steps) > 1)}"
+        if self.reference is not None:
+            text += self._compare_means(flaws, means)
+            flaws.values["sample_difference"] = _keep_finite(max(max(one.differences) for one in steps))
+        by_loader = self._compare_places(flaws, steps)
         parted = next((step for step in range(len(means)) if any(one.differences[step] > SAMPLE_TOLERANCE for one in steps)), None)
-        began_wrong = bool(odd or counts or parted == 0)  # and so is what was exchanged
+        began_wrong = bool(flaws.next_steps) or parted == 0  # and so is what was exchanged
         exchange = "" if began_wrong else self._describe_exchange()
         if parted is not None:
-            step, off = parted + 1, [one.differences[parted] for one in steps]
-            first_ones = [rank for rank, one in enumerate(off) if one > SAMPLE_TOLERANCE]
-            by = max(off)
-            values |= {"parted_step": step, "parted_ranks": first_ones[:64]}
-            rest = [one for rank, one in enumerate(off) if rank not in first_ones]
-            alike = not rest or bool(exchange) or by < _APART * statistics.median(rest)
-            named |= set() if alike else {*first_ones}
-            who = ("all ranks" if group.size > 1 else self._name([0])) if alike else self._name(first_ones)
-            reasons.append(
-                f"{who} went wrong {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean"
-            )
-            if alike and step == 1:
-                next_steps.append("their samples, or what is drawn for them, are not those recorded: compare the data and the code")
+            self._compare_samples(flaws, parted + 1, [one.differences[parted] for one in steps], bool(exchange))
         if exchange:
-            reasons.append(exchange)
-            next_steps.append("look at what averages the gradients: communication hooks, Accelerate's settings, the library of collectives")
+            flaws.add(
+                exchange, "look at what averages the gradients: communication hooks, Accelerate's settings, the library of collectives"
+            )
         if self._parting is not None:
             ranks, reason = self._describe_weights(*self._parting)
             if reason:
-                named |= ranks
-                values |= {"weights_step": self._parting[0], "weights_ranks": sorted(ranks)[:64]}
-                reasons.append(reason)
-        if not reasons:
-            return Finding("curve", "ok", text, "", values)
-        if named - {*odd}:  # not by a loader, which is no fault of a host
-            next_steps.append(advise(named - {*odd}, self.ranks))
-        return Finding("curve", "WRONG", "; ".join(reasons), "; ".join(next_steps) or _ADVICE, values | {"ranks": sorted(named)[:64]})
+                flaws.add(reason, "", ranks)
+                flaws.values |= {"weights_step": self._parting[0], "weights_ranks": sorted(ranks)[:64]}
+        if not flaws.reasons:
+            return Finding("curve", "ok", text, "", flaws.values)
+        if by_host := flaws.ranks - by_loader:  # a loader is no fault of a host
+            flaws.next_steps.append(advise(by_host, self.ranks))
+        flaws.values["ranks"] = sorted(flaws.ranks)[:64]
+        return Finding("curve", "WRONG", "; ".join(flaws.reasons), "; ".join(flaws.next_steps) or _ADVICE, flaws.values)
+
+    def _compare_means(self, flaws: _Flaws, means: list[float]) -> str:
+        """Compare the loss of each step with the recorded one; how far off the farthest is, in words."""
+        assert self.reference is not None
+        recorded = self.reference.losses
+        scales = [statistics.fmean(map(abs, row)) for row in self.reference.samples]
+        differences = [abs(mean - expected) / max(scale, 1e-30) for mean, expected, scale in zip(means, recorded, scales, strict=True)]
+        worst = max(differences)
+        flaws.values |= {"difference": _keep_finite(worst), "allowed": CURVE_TOLERANCE}
+        wrong = next((step for step, one in enumerate(differences) if not one <= CURVE_TOLERANCE), None)
+        if wrong is not None:
+            flaws.values["step"] = wrong + 1
+            flaws.add(
+                f"the loss of step {wrong + 1} is {means[wrong]:.6f}, the recorded one {recorded[wrong]:.6f}: a relative difference of "
+                f"{differences[wrong]:.1e}, allowed {CURVE_TOLERANCE:.0e}"
+            )
+        return f", at most {worst:.1e} from the recorded losses (allowed {CURVE_TOLERANCE:.0e})"
+
+    def _compare_places(self, flaws: _Flaws, steps: list[Steps]) -> set[int]:
+        """Look whether each rank took the samples of its place, and all together a batch; the ranks that took others."""
+        size = self.config.batch_size
+        counts = [sum(of_step) for of_step in zip(*(one.counts for one in steps), strict=True)]
+        wrong = next((step for step, seen in enumerate(counts) if seen != size), None)
+        if wrong is not None:
+            flaws.add(
+                f"in step {wrong + 1} the ranks took {counts[wrong]} samples together, and a batch has {size}",
+                "look for a loader that is sharded twice, or not at all",
+            )
+        odd = [rank for rank, one in enumerate(steps) if one.strange]
+        if odd:
+            which = "each rank" if len(odd) == len(steps) > 1 else self._name(odd)
+            flaws.add(
+                f"{which} took other samples than belong to its place: {steps[odd[0]].strange}",
+                "look for a loader that is sharded twice, or data that are shifted",
+                odd if len(odd) < len(steps) else (),
+            )
+        return {*odd}
+
+    def _compare_samples(self, flaws: _Flaws, step: int, off: list[float], is_exchange_wrong: bool) -> None:
+        """Name the ranks whose samples were the first to be off, in this step by so much, where they are not all off alike."""
+        first_ones = [rank for rank, one in enumerate(off) if one > SAMPLE_TOLERANCE]
+        by = max(off)
+        flaws.values |= {"parted_step": step, "parted_ranks": first_ones[:64]}
+        rest = [one for rank, one in enumerate(off) if rank not in first_ones]
+        alike = not rest or is_exchange_wrong or by < _APART * statistics.median(rest)
+        who = ("all ranks" if len(off) > 1 else self._name([0])) if alike else self._name(first_ones)
+        flaws.add(
+            f"{who} went wrong {'' if alike else 'first, '}in step {step}: the loss of a sample is off by {by:.1e} of the mean",
+            "their samples, or what is drawn for them, are not those recorded: compare the data and the code" * (alike and step == 1),
+            () if alike else first_ones,
+        )
 
     def _describe_exchange(self) -> str:
         """How the gradient that the ranks exchanged in step 1 differs from the recorded one; nothing where it does not."""
@@ -289,7 +322,7 @@ class Inspection:
             )
         return f"the gradient that the ranks exchanged in step 1 is off by {off:.1e} of its norm"
 
-    def _describe_weights(self, step: int, prints: list[Print]) -> tuple[set[int], str]:
+    def _describe_weights(self, step: int, prints: list[Fingerprint]) -> tuple[set[int], str]:
         """Which ranks have other weights than the rest, and how far off these are; no word where rounding explains it."""
         most, count = Counter(one.bits for one in prints).most_common(1)[0]
         usual = next(one.sketch for one in prints if one.bits == most)

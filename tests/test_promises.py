@@ -185,7 +185,7 @@ def test_resumed_on_another_number_of_processes_it_goes_on_or_is_refused(story, 
         for row, expected in zip(read_rows(run), read_rows(folder / "unbroken"), strict=True):
             assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
     else:
-        assert "made by 1 process, and this start has 2 processes" in text
+        assert "made with 1 process, and this start has 2 processes" in text
         assert "start as many, or use another run_dir" in text
         assert "Traceback" not in text
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == before

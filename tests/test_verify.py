@@ -21,13 +21,13 @@ from mnist_dist.finding import Finding, read_findings, write_findings
 from mnist_dist.inspection import (
     CURVE_TOLERANCE,
     GRADIENT_TOLERANCE,
+    Fingerprint,
     Inspection,
-    Print,
     Rank,
     Steps,
     compare_gradients,
     measure_distance,
-    take_print,
+    take_fingerprint,
     watch_losses,
 )
 from mnist_dist.reference import BATCHES, SKETCH, find_shipped, read_reference
@@ -331,14 +331,14 @@ def test_the_distance_of_two_sketches_is_that_of_the_vectors():
     one = [torch.randn(50, 4096, generator=generator), torch.randn(7, generator=generator)]
     for share in (1e-3, 1e-6):
         other = [tensor * (1 + share) for tensor in one]
-        assert measure_distance(take_print(other).sketch, take_print(one).sketch) == pytest.approx(share, rel=0.1)
+        assert measure_distance(take_fingerprint(other).sketch, take_fingerprint(one).sketch) == pytest.approx(share, rel=0.1)
     # What lies in one row, in one column, or in one number is as long.
     norm = sum(float(tensor.square().sum()) for tensor in one) ** 0.5
     for place in ((3, slice(None)), (slice(None), 3), (3, 3)):
         other = [one[0].clone(), one[1]]
         other[0][place] += 0.1
         length = float((other[0] - one[0]).norm()) / norm
-        assert 0.5 < measure_distance(take_print(other).sketch, take_print(one).sketch) / length < 1.6
+        assert 0.5 < measure_distance(take_fingerprint(other).sketch, take_fingerprint(one).sketch) / length < 1.6
     assert measure_distance([float("nan")] * SKETCH, [1.0] * SKETCH) == float("inf")
 
 
@@ -346,7 +346,7 @@ def make_ranks(*offs, kinds="aaaaa"):
     """Ranks of some kinds of machine, whose gradients differ from the right ones by some parts of their norm."""
     sketches = [[(off + 1) * (place + 1) for place in range(SKETCH)] for off in offs]
     return [
-        Rank(f"host{rank}", "cpu", kind, "data", [Print(str(off), sketch)] * BATCHES)
+        Rank(f"host{rank}", "cpu", kind, "data", [Fingerprint(str(off), sketch)] * BATCHES)
         for rank, (off, sketch, kind) in enumerate(zip(offs, sketches, kinds, strict=False))
     ]
 
@@ -374,7 +374,7 @@ def test_ranks_are_compared_without_a_record(offs, kinds, word, ranks):
 def test_a_batch_in_which_rounding_decides_otherwise_is_a_fault_only_among_ranks_that_round_alike():
     for kinds, word in (("abc", "ok"), ("aaa", "WRONG")):
         ranks = make_ranks(0, 0, 0, kinds=kinds)
-        ranks[1].gradients[0] = Print("other", [value * 1.003 for value in ranks[1].gradients[0].sketch])
+        ranks[1].gradients[0] = Fingerprint("other", [value * 1.003 for value in ranks[1].gradients[0].sketch])
         assert compare_gradients(ranks, None, 1e-7).word == word
 
 
@@ -430,7 +430,7 @@ def test_of_a_fault_that_all_ranks_share_none_is_named():
     def judge(*differences, gradient=1.0):
         inspection._first_gradient = [gradient] * SKETCH
         steps = [Steps([1.0] * 3, [1] * 3, [1e-6, one, 0.1], "") for one in differences]
-        return inspection._judge_curve(SimpleNamespace(size=4), steps, [1.0] * 3)
+        return inspection._judge_curve(steps, [1.0] * 3)
 
     # A wrong average of step 1, say: each rank's samples show it by as much as they depend on it.
     shared = judge(4e-4, 2e-3, 1e-4, 9e-4)
