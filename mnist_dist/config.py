@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from pydantic import PrivateAttr, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -288,12 +288,6 @@ class Config(Options):
         """The config with some options changed. Raises `UserError`."""
         config = make_config(self.values() | values, task=type(self.task)).with_facts(self.task.facts)
         return config.with_sizes(self._sizes) if self._sizes is not None and not config.has_sizes else config
-
-    @classmethod
-    def allowed(cls, name: str) -> tuple[Any, ...]:
-        """What an option that takes some words, or none, may be."""
-        words = [value for part in get_args(cls.model_fields[name].annotation) for value in get_args(part)]
-        return (None, *words)
 
     def find_idle(self) -> dict[str, _Decider]:
         """The options that have no effect here, and for each the one that makes it so."""

@@ -312,7 +312,7 @@ def read_config(run_dir: Path, task: type[Task] | None = None) -> Config:
     if missing := [name for name in _ALWAYS if name not in values]:
         raise UserError(f"{path} is damaged: it lacks {missing[0]}, which every run writes there")
     values.pop("run_dir", None)
-    if values.get("log_with") not in Config.allowed("log_with"):  # older versions knew more trackers
+    if values.get("log_with") not in (None, "tensorboard"):  # older versions knew more trackers
         del values["log_with"]
     name = values.get("task", BUILT_IN)
     # A file that was moved is the same task; what is another one's is told by the comparison of the recipes.
