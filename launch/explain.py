@@ -488,7 +488,9 @@ def _advise_waiting(job: str, reason: str, is_suspended: bool, again: str) -> li
     """What to do about a job that waits for this reason of Slurm, or is suspended."""
     if is_suspended:
         return [f"scontrol resume {job}, by whoever suspended it: see docs/cluster.md for what a suspension costs"]
-    if reason != "JobHeldAdmin" and cluster.is_held(reason):
+    if reason == "JobHeldAdmin":
+        return [f"ask those who run the cluster: only they can release it; scontrol show job {job} may have a comment"]
+    if cluster.is_held(reason):
         return [f"scontrol release {job}"]
     if "never starts" in _describe_pending(reason):
         return [f"scancel {job}", again]

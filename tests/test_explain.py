@@ -518,7 +518,7 @@ NEVER = {
         "waiting",
         "scontrol release 12",
     ),
-    "held by the site": (None, show_job("PENDING", "JobHeldAdmin", nodes="(null)"), "waiting", "squeue --start"),
+    "held by the site": (None, show_job("PENDING", "JobHeldAdmin", nodes="(null)"), "waiting", "only they can release it"),
     "never may": (None, show_job("PENDING", "DependencyNeverSatisfied", nodes="(null)"), "waiting", "scancel 12"),
     "a state of its own": (None, show_job("SPECIAL_EXIT", "None", nodes="(null)"), "waiting", "scontrol release 12"),
     "held by its state": (None, show_job("REQUEUE_HOLD", "None", nodes="(null)"), "waiting", "scontrol release 12"),
