@@ -320,14 +320,20 @@ def _check_sums(subject: Subject) -> None:
     """
     count = min(_SUMMED, len(subject.data.evaluated))  # type: ignore[arg-type]
     some = take_samples(subject.data.evaluated, range(count))
+    begun_s = time.monotonic()
     for move in range(_MOVES):
+        if time.monotonic() - begun_s > _TRIED_S:
+            break
         subject.put_back()
-        with explaining(subject.task.name, f"in tally, {_MOVED}", RunError), keeping(subject.model), torch.no_grad():
-            _move_weights(subject.model, move)
-            subject.model.eval()
-            whole, parts = (_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3))
+        try:
+            with keeping(subject.model), torch.no_grad():
+                _move_weights(subject.model, move)
+                subject.model.eval()
+                whole, parts = (_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3))
+        except Exception:  # a model may refuse such weights: a width that must be positive, say
+            continue
         if not torch.cat([whole, parts]).isfinite().all():
-            continue  # the weights were moved too far
+            continue
         for index, (a, b) in enumerate(zip(whole.tolist(), parts.tolist(), strict=True)):
             if not abs(a - b) <= _MOVED_TOLERANCE * max(abs(a), abs(b)):
                 raise Broken(
