@@ -325,15 +325,15 @@ def _check_sums(subject: Subject) -> None:
         if time.monotonic() - begun_s > _TRIED_S:
             break
         subject.put_back()
-        try:
-            with keeping(subject.model), torch.no_grad():
-                _move_weights(subject.model, move)
-                subject.model.eval()
-                whole, parts = (_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3))
-        except Exception:  # a model may refuse such weights: a width that must be positive, say
+        found: list[Tensor] = []
+        # A model may refuse such weights: a width that must be positive, say.
+        with contextlib.suppress(Exception), keeping(subject.model), torch.no_grad():
+            _move_weights(subject.model, move)
+            subject.model.eval()
+            found = [_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3)]
+        if not found or not torch.cat(found).isfinite().all():
             continue
-        if not torch.cat([whole, parts]).isfinite().all():
-            continue
+        whole, parts = found
         for index, (a, b) in enumerate(zip(whole.tolist(), parts.tolist(), strict=True)):
             if not abs(a - b) <= _MOVED_TOLERANCE * max(abs(a), abs(b)):
                 raise Broken(
