@@ -824,7 +824,7 @@ def test_a_connection_that_broke_is_told_without_what_gloo_guesses(boards):
 
 def test_what_ranks_say_at_a_failure_waits_for_no_name_server(boards):
     for own in boards:
-        own._connect = lambda: time.sleep(60)  # torch's store serves nobody while it asks for the name of a new peer
+        own._connect = threading.Event().wait  # torch's store serves nobody while it asks for the name of a new peer
     error = RuntimeError(CLOSED)
     boards[2].blame_self(ZeroDivisionError("of its own"))
     boards[0].report_lost_rank(error)
