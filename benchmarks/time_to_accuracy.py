@@ -78,6 +78,7 @@ def make_our_config(options: argparse.Namespace, seed: int, run_dir: str) -> Con
     """The options of the loop: the recipe, evaluated several times an epoch, with its record and no mirror."""
     given: Row = {"seed": seed, "run_dir": run_dir, "report": False, "wandb": "disabled"}
     given |= {name: getattr(options, name) for name in ("train_size", "test_size", "epochs") if getattr(options, name) is not None}
+    given |= {"steps": None} if "epochs" in given else {}
     config = resolve_config(given, read_recipe(options.config))
     if getattr(config, "holdout", 0):
         raise UserError(f"the recipe {options.config} holds training images out; expected one that is evaluated on the test images")

@@ -53,7 +53,8 @@ _REQUEUED = re.compile(r"(?:launch|train\.sh): requeued$")
 _NOT_REQUEUED = re.compile(r"(?:launch|train\.sh): .*(?:not requeued again|could not be requeued).*")
 
 _LABEL = re.compile(r"^ *\d{1,7}: ")  # of srun --label
-_NOT_OF_RANKS = re.compile(r"\[rank \d+\] |srun: |slurmstepd|launch: |train\.sh: ")
+_OF_LAUNCHERS = re.compile(r"srun: |slurmstepd|launch: |train\.sh: ")
+_NOT_OF_RANKS = re.compile(rf"\[rank \d+\] |{_OF_LAUNCHERS.pattern}")
 
 _STATUSES = {
     0: "finished",
@@ -126,6 +127,11 @@ class Log:
         """The tasks on the node that failed, or only its name, such as `rank 1 on host n1` or `host n1`."""
         lost = f"host {self.failed_node}" if self.failed_node else ""
         return next((f"rank {tasks} on host {host}" for host, tasks, _, _ in self.tasks if host == self.failed_node), lost)
+
+    @property
+    def last_line(self) -> str:
+        """The last line that is no launcher's."""
+        return next((line for line in reversed(self.lines) if not _OF_LAUNCHERS.match(line)), "")
 
     def show_rank(self, rank: str) -> list[str]:
         """The last lines of a rank, and what srun says of it. Lines that name no rank are shown where it has none of its own."""

@@ -448,7 +448,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
     where = host[1] if host else str(facts.start.get("host") or "its node")
     again = f"{resume}   (continues from {_describe_saved(answer)})"
-    was_stopped_early = any(STOPPED_EARLY in line for line in facts.log.lines)
+    was_stopped_early = STOPPED_EARLY in facts.log.last_line
     first = {
         "memory": f"give it more memory{_ask_memory(facts)}, or a smaller --micro_batch, which changes no result but rounding",
         "GPU memory": "give it a smaller --micro_batch",

@@ -29,7 +29,7 @@ from mnist_dist.world import find_world, ignore_job
 CHECKS = {
     "losses": "one finite loss for each sample, in the order of the samples",
     "rows": "no sample sees another one, but in BatchNorm",
-    "tier": "on how many processes a step is the same (always passes)",
+    "tier": "on how many processes a step is the same",
     "repeat": "forward and backward twice give the same bits",
     "gradients": "every parameter gets a gradient, on every rank",
     "model": "the initial weights are the same, here and in another process",

@@ -9,9 +9,9 @@ import os
 import reprlib
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import PrivateAttr, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -26,22 +26,11 @@ _STEPS_MAX = 10**9
 _ROWS_MAX = 900_000  # of a record: more could not be read again
 
 
-class _Decider(NamedTuple):
-    """An option on whose value it depends whether another one has an effect."""
-
-    name: str
-    allowed: str  # the values with which that one has an effect, in words
-    allows: Callable[[Any], bool]
-
-
-def _is_one_of(name: str, *values: str) -> _Decider:
-    return _Decider(name, " or ".join(values), lambda value: value in values)
-
-
-_MIRRORED = (_is_one_of("wandb", "auto", "online", "offline"),)
+# Options that matter only while another one has one of some values.
+_MIRRORED = ("wandb", ("auto", "online", "offline"))
 _ONLY_WITH = {
-    "warmup": (_is_one_of("schedule", "one_cycle"),),
-    "nesterov": (_is_one_of("optimizer", "sgd"), _Decider("momentum", "above 0", bool)),
+    "warmup": ("schedule", ("one_cycle",)),
+    "nesterov": ("optimizer", ("sgd",)),
     "wandb_project": _MIRRORED,
     "wandb_model": _MIRRORED,
     "system_metrics": _MIRRORED,
@@ -84,7 +73,7 @@ class Config(Options):
     )
 
     epochs: float = _option("The training", 1.5, "passes over the training samples, to the nearest step", gt=0, le=_STEPS_MAX)
-    steps: int | None = _option("The training", None, "optimizer steps, in the place of epochs", ge=1, le=_STEPS_MAX)
+    steps: int | None = _option("The training", None, "optimizer steps, instead of epochs", ge=1, le=_STEPS_MAX)
     batch_size: int = _option("The training", 64, "samples of one step, over all processes together", ge=1)
     shards: int | None = _option(
         "The training",
@@ -289,10 +278,9 @@ class Config(Options):
         config = make_config(self.values() | values, task=type(self.task)).with_facts(self.task.facts)
         return config.with_sizes(self._sizes) if self._sizes is not None and not config.has_sizes else config
 
-    def find_idle(self) -> dict[str, _Decider]:
+    def find_idle(self) -> dict[str, str]:
         """The options that have no effect here, and for each the one that makes it so."""
-        refusing = {name: [one for one in deciders if not one.allows(getattr(self, one.name))] for name, deciders in _ONLY_WITH.items()}
-        return {name: deciders[0] for name, deciders in refusing.items() if deciders}
+        return {name: decider for name, (decider, values) in _ONLY_WITH.items() if getattr(self, decider) not in values}
 
     def to_yaml(self) -> str:
         """The config as YAML text that `read_options_file` reads back to an equal config."""
@@ -375,18 +363,21 @@ def read_recipe(file: str | None, named: Any = None) -> dict[str, Any]:
 def resolve_config(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Config:
     """The config that the options `given` make of those in a `recipe`. Raises `UserError`."""
     config = make_config((recipe or {}) | given)
-    if "epochs" in given and config.steps is not None:
-        raise UserError(f"epochs has no effect with steps {config.steps}: leave it out, or use steps none")
     fields = config.fields()
     is_of_run = len(recipe or {}) > len(fields) // 2  # its config.yaml, which holds every option
+    stands_beside = not is_of_run and {"epochs", "steps"} <= {*(recipe or {})} and "steps" not in given
+    if config.steps is not None and ("epochs" in given or stands_beside):
+        raise UserError(f"epochs has no effect with steps {config.steps}: leave it out, or use steps none")
     idle = config.find_idle()
     defaults = {name: fields[name].default for name in idle}
     for name, default in defaults.items():
         # What a recipe says may have lost its effect by the command line; what stands beside its decider cannot have been meant.
-        decider, allowed, _ = idle[name]
-        was_meant = not is_of_run and decider not in given and getattr(config, name) != default
+        was_meant = not is_of_run and idle[name] not in given and getattr(config, name) != default
         if name in given or was_meant:
-            raise UserError(f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {allowed}")
+            decider, wanted = _ONLY_WITH[name]
+            raise UserError(
+                f"{name} has no effect with {decider} {getattr(config, decider)}: leave it out, or use {decider} {' or '.join(wanted)}"
+            )
     return config.replace(**defaults) if defaults else config
 
 

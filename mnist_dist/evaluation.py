@@ -139,13 +139,15 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         check_tally(task, tally, count)
         if abs(float(tally.sums[0]) - count) > 0.5:
             raise UserError(_describe_count(task, float(tally.sums[0]), count))
+        measures: Any = None
         with _refusing_mistakes(task, group, count, "measure", IndexError):
             measures = _replace_unknown(task.measure(tally.sums.cpu()), 0.0)
             _check_measures(task, measures)
-        with _refusing_mistakes(task, group, count, "describe"):
-            task.describe(measures)
-        with _refusing_mistakes(task, group, count, "tabulate"):
-            task.tabulate(measures)
+        if measures is not None:  # so few samples may have no measures
+            with _refusing_mistakes(task, group, count, "describe"):
+                task.describe(measures)
+            with _refusing_mistakes(task, group, count, "tabulate"):
+                task.tabulate(measures)
     if isinstance(kept, Seeded):
         _check_reading(task, model, group, kept, batch, moved)
 

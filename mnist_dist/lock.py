@@ -23,7 +23,6 @@ LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 _IN_USE = (errno.EAGAIN, errno.EACCES)
 _PASSING = (errno.ENOLCK, errno.EIO)  # as from a file server whose table of locks is full, or that has just begun
-_REMOVED = (errno.ESTALE, errno.ENOENT)  # what NFS, and FUSE, say of an open folder that somebody has removed
 _BYTES_MAX = 4096
 _log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Lock:
         before, self._gone = self._gone, ""
         path = self._find_path()
         where = f": somebody moved it to {path}" if path else ""
-        if (held := self._stat_held()) is None or not held.st_nlink:
+        if self._is_removed():
             self._lost = f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
         elif os.path.lexists(self.run_dir):
             self._lost = f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
@@ -166,18 +165,20 @@ class Lock:
     def _is_in_place(self) -> bool:
         """Whether the folder that was locked has its name still. Raises OSError where the file server does not answer."""
         try:
-            here, held = os.stat(self.run_dir), self._stat_held()
-        except (FileNotFoundError, NotADirectoryError):
+            here = os.stat(self.run_dir)
+            return not self._is_removed() and os.path.samestat(here, os.fstat(self._descriptors[0]))
+        except (FileNotFoundError, NotADirectoryError):  # FUSE says so of an open folder that was moved, or removed
             return False
-        return held is not None and os.path.samestat(here, held)
 
-    def _stat_held(self) -> os.stat_result | None:
-        """What the system knows of the folder that was locked; None where a file server says that it was removed. Raises OSError."""
+    def _is_removed(self) -> bool:
+        """Whether the folder that was locked is no more. Raises OSError."""
         try:
-            return os.fstat(self._descriptors[0])
+            return not os.fstat(self._descriptors[0]).st_nlink
+        except FileNotFoundError:
+            return False  # it may be back
         except OSError as error:
-            if error.errno in _REMOVED:
-                return None
+            if error.errno == errno.ESTALE:  # which NFS says, to which a folder that was moved is as good as before
+                return True
             raise
 
     def _find_path(self) -> Path | None:

@@ -5,6 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class Answer(NamedTuple):
 
 def examine(config: Config, names: Sequence[str], deadline_s: float) -> Generator[tuple[str, Answer]]:
     """Make some checks, in this order. Raises `UserError` where there is nothing to check: the data or the model cannot be had."""
-    config = config.replace(world_size=None)  # the numbers of processes are the checks' own
+    config = config.replace(world_size=None, cuda_graph=False)  # the numbers of processes are the checks' own
     if {*names} & {"two processes", "evaluation", "resume"}:
         config.check_world(2)
     with contextlib.ExitStack() as stack:
@@ -313,13 +314,13 @@ def _compare_states(one: Ranks, other: Ranks, when: str) -> None:
     _compare("", here, there, f"{when}: {_SEEDED}; and all state belongs into state_dict")
 
 
-def _check_sums(subject: Subject) -> None:
-    """Compare the sums of some samples at once with those of a few at a time, and let them be measured, with other weights than the first.
+def _check_sums(subject: Subject, measured: int) -> None:
+    """Compare the sums of some samples at once with those of a few at a time, with other weights than the first; and measure so many.
 
     At first many a model answers the same to all, and then even what is no sum, such as a mean of means, adds up.
     """
-    count = min(_SUMMED, len(subject.data.evaluated))  # type: ignore[arg-type]
-    some = take_samples(subject.data.evaluated, range(count))
+    count = min(_SUMMED, measured)
+    some, all_measured = (take_samples(subject.data.evaluated, range(size)) for size in (count, measured))
     begun_s = time.monotonic()
     for move in range(_MOVES):
         if time.monotonic() - begun_s > _TRIED_S:
@@ -330,33 +331,36 @@ def _check_sums(subject: Subject) -> None:
         with contextlib.suppress(Exception), keeping(subject.model), torch.no_grad():
             _move_weights(subject.model, move)
             subject.model.eval()
-            found = [_add_up(subject, some, at_once) for at_once in (_SUMMED, _SUMMED // 3)]
+            found = [_add_up(subject, some, _SUMMED), _add_up(subject, some, _SUMMED // 3), _add_up(subject, all_measured, None)]
         if not found or not torch.cat(found).isfinite().all():
             continue
-        whole, parts = found
+        whole, parts, sums = found
         for index, (a, b) in enumerate(zip(whole.tolist(), parts.tolist(), strict=True)):
             if not abs(a - b) <= _MOVED_TOLERANCE * max(abs(a), abs(b)):
                 raise Broken(
                     f"sum {index} of tally is {a:.6g} for {count} samples at once and {b:.6g} for {_SUMMED // 3} at a time, {_MOVED}: "
                     f"{_SUMS}"
                 )
-        with explaining(subject.task.name, f"in measure, {_MOVED}", RunError):
-            subject.task.measure(whole)
+        with explaining(subject.task.name, f"in measure, {_MOVED}", RunError), contextlib.suppress(OverflowError):
+            subject.task.measure(sums)
 
 
 def _move_weights(model: nn.Module, move: int) -> None:
     """At first at random, by half of their own mean size, by all of it, and so on; at last all biases down, or up, until they decide."""
     generator = torch.Generator().manual_seed(move)
-    for parameter in model.parameters():
+    for parameter in filter(attrgetter("requires_grad"), model.parameters()):
         if move < _MOVES - 2:
             size = float(parameter.abs().mean()) or _SIZE_OF_ZEROS
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2.0 ** (move - 1) * size)
         elif parameter.ndim < 2:
             parameter.add_(_SHIFT if move % 2 else -_SHIFT)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0.0  # torch keeps it so: padding must add nothing
 
 
-def _add_up(subject: Subject, split: Dataset[Any], at_once: int) -> Tensor:
-    """The sums of the tally of all samples of a split, so many at a time."""
+def _add_up(subject: Subject, split: Dataset[Any], at_once: int | None) -> Tensor:
+    """The sums of the tally of all samples of a split, so many at a time; None: as many as an evaluation takes."""
     config = subject.config.model_copy(update={"micro_batch": at_once})
     tallies = (subject.task.tally(subject.model, batch) for batch in read_on(split, config, torch.device("cpu")))
     return torch.stack([tally.sums.double() for tally in tallies]).sum(0)
@@ -390,7 +394,7 @@ def _check_evaluation(subject: Subject) -> Found:
         if any(abs(a - b) > 10 * tolerance * max(abs(a), abs(b)) for a, b in pairs):
             raise Broken(f"the measure {name} differs between one process and two, and their sums do not: compute it from the sums alone")
     if not (subject.probe.collate_draws or tally_draws):
-        _check_sums(subject)
+        _check_sums(subject, here["samples"])
     same = "the same bits" if shards else "the same"
     return f"{here['samples']} samples, {len(here['sums'])} sums and the measures are {same} on one process and on two", {}
 

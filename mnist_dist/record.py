@@ -234,7 +234,7 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     os.stat(run_dir / ".")  # a folder that can be listed and not entered
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
-        check_same(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
+        check_same_recipe(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
     elif has_begun(run_dir):
         if os.path.lexists(run_dir / RESULT_FILE):
             raise UserError(
@@ -272,6 +272,13 @@ def check_same(there: Row, asked: Row, what: str) -> None:
     if differences:
         more = [f"  and {len(differences) - 20} more"] if len(differences) > 20 else []
         raise UserError("\n".join([what, *differences[:20], *more]))
+
+
+def check_same_recipe(there: Row, asked: Row, what: str) -> None:
+    """`check_same` of two recipes. Of two that both have steps, the epochs mean nothing, and may differ."""
+    if there.get("steps") is not None and asked.get("steps") is not None:
+        there, asked = ({name: value for name, value in recipe.items() if name != "epochs"} for recipe in (there, asked))
+    check_same(there, asked, what)
 
 
 def remove_temporary_files(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
-from mnist_dist.record import check_same
+from mnist_dist.record import check_same, check_same_recipe
 from mnist_dist.source import BUILT_IN, find_changed, is_built_in
 
 BATCHES = 9  # whose gradients every rank computes
@@ -66,7 +66,9 @@ class Reference(BaseModel):
         """Raise `UserError` unless these numbers are of the task and the options of `config`; `where` names the file."""
         task, recipe = config.task, config.recipe()
         check_same({"task": self.task}, {"task": task.short_name}, f"the reference {where} was recorded with another task:")
-        check_same(self.options, recipe, f"the reference {where} was recorded with other options; give the same ones, or record again:")
+        check_same_recipe(
+            self.options, recipe, f"the reference {where} was recorded with other options; give the same ones, or record again:"
+        )
         if changed := find_changed(self.source, name_source(config)):
             raise UserError(
                 f"the reference {where} was recorded with other code of task {task.name} ({', '.join(changed)[:300]} differs): use the "

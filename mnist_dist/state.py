@@ -25,7 +25,7 @@ from mnist_dist.model import build_model, describe_dtype, describe_order, find_o
 from mnist_dist.optimization import build_optimizer, describe_state
 from mnist_dist.options import trait
 from mnist_dist.randomness import derive_seed, seed_generators
-from mnist_dist.record import check_same, find_step, is_step_row
+from mnist_dist.record import check_same, check_same_recipe, find_step, is_step_row
 from mnist_dist.rendezvous import name_ranks
 from mnist_dist.samples import find_immovable
 from mnist_dist.source import BUILT_IN, explaining
@@ -523,7 +523,7 @@ class TrainingState:
             raise RunError("it is damaged: its recipe is not a list of options")
         defaults = {name: field.default for name, field in self.config.fields().items() if trait(field, "recipe")}
         recipe = {"task": BUILT_IN} | defaults | stored
-        check_same(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
+        check_same_recipe(recipe, self.config.recipe(), "it is of another run; use another run_dir, or the same options:")
         model = _shapes(_read_field(state, "model", dict))
         here = _shapes(self.bare_model.state_dict())
         check_same(model, here, "it is of another model; use another run_dir:")
@@ -557,7 +557,7 @@ class TrainingState:
         made, now, advice = str(world)[:80], self._describe_world(), "start as many"
         if self.tree is not None:  # on any number of processes
             made, now = (one.partition(", ")[2] or "no micro_batch" for one in (made, now))
-            advice = "use the same micro_batch"
+            advice = "use the same micro_batch" if "," in str(world) else "leave micro_batch out"
         elif "micro_batch" in made + now:
             made, now = (one if "micro_batch" in one else f"{one}, without micro_batch" for one in (made, now))
             advice = "start as many with the same micro_batch"

@@ -672,6 +672,49 @@ def test_samples_that_are_read_one_by_one_under_their_seeds_and_tied_weights_pas
     assert answers["cost"]["checkpoint_bytes"] > 4 * 3 * 55
 
 
+def test_what_is_right_with_the_weights_of_a_training_passes(check):
+    """Padding whose row is zero, a scale that must be positive, and a precision whose count comes from the data."""
+    body = """
+    def load(self):
+        words = torch.randint(1, 9, (96, 6), generator=torch.Generator().manual_seed(0))
+        words[::2, 3:] = 0
+        targets = (torch.arange(96) % 16 == 15).float().unsqueeze(1)
+        return Data(TensorDataset(words[:64], targets[:64]), TensorDataset(words[64:], targets[64:]))
+
+    def build_model(self):
+        return Scaled()
+
+    def losses(self, model, batch, drawn):
+        mean, scale = model(batch[0])
+        return -torch.distributions.Normal(mean, scale).log_prob(batch[1].squeeze(1))
+
+    def tally(self, model, batch):
+        positive = batch[1].squeeze(1) > 0
+        right = (model(batch[0])[0] > 0) & positive
+        return Tally(torch.cat([super().tally(model, batch).sums, torch.stack([right.sum(), positive.sum()]).double()]))
+
+    def measure(self, sums):
+        return super().measure(sums[:2]) | {"recall": float(sums[2]) / float(sums[3])}
+
+
+class Scaled(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(9, 8, padding_idx=0), nn.Flatten(), nn.Linear(48, 1))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, words):
+        embedding, flatten, linear = (self[place] for place in range(3))
+        return linear(flatten(embedding(words))).squeeze(1), self.scale
+"""
+    status, answers, err = check("losses,evaluation", body)
+    assert status == 0, (answers, err)
+
+
+def test_a_recipe_for_one_gpu_is_checked_as_any_other(capsys):
+    assert main(["--config", "gpu", "--only", "losses,gradients"]) == 0
+    assert capsys.readouterr().out.count("PASS") == 2
+
+
 def test_with_shards_two_processes_must_have_the_bits_of_one(check):
     status, answers, err = check("two processes", "    pass\n", "--shards", "4")
     assert status == 0, (answers, err)

@@ -15,6 +15,7 @@ import yaml
 from mnist_dist.config import Config, configure, find_config_file, make_config, parse_command_line
 from mnist_dist.errors import UserError
 from mnist_dist.options import Options, Parser, make_options, option, read_options_file
+from mnist_dist.record import check_same_recipe
 from mnist_dist.train import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -82,7 +83,6 @@ def test_help_names_every_option_in_under_a_second_without_torch():
             ["warmup has no effect with schedule constant", "use schedule one_cycle"],
         ),
         (["--nesterov", "false"], ["nesterov has no effect with optimizer muon"]),
-        (["--optimizer", "sgd", "--momentum", "0", "--nesterov", "true"], ["nesterov has no effect with momentum 0", "momentum above 0"]),
         (["--config", "fast", "--epochs", "2"], ["epochs has no effect with steps 375: leave it out, or use steps none"]),
         (["--steps", "9", "--epochs", "2"], ["epochs has no effect with steps 9"]),
         (["--cuda_graph", "--device", "cpu"], ["cuda_graph", "device is cpu"]),
@@ -124,6 +124,13 @@ def test_a_mistake_on_the_command_line_gets_one_message_and_exit_2(arguments, wo
     assert "Traceback" not in message
 
 
+def test_of_two_recipes_that_have_steps_the_epochs_may_differ():
+    check_same_recipe({"steps": 9, "epochs": 20, "seed": 1}, {"steps": 9, "epochs": 1.5, "seed": 1}, "differs:")
+    for there, asked in (({"steps": 9}, {"steps": None}), ({"steps": None}, {"steps": None}), ({"steps": 9}, {"steps": 8})):
+        with pytest.raises(UserError, match=r"(epochs|steps): "):
+            check_same_recipe(there | {"epochs": 20}, asked | {"epochs": 1.5}, "differs:")
+
+
 @pytest.mark.parametrize("number", ["010", "1_000", "7", "0", "1e-3", "1.5e-3", "0.5", ".5", "5."])
 def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number):
     name = "clip_norm" if "." in number or "e" in number else "evaluate_every"
@@ -135,6 +142,7 @@ def test_a_number_is_the_same_in_a_file_as_on_the_command_line(tmp_path, number)
     ("text", "words"),
     [
         ("bach_size: 3", ["'bach_size'", "did you mean 'batch_size'", "(in "]),
+        ("epochs: 3\nsteps: 10", ["epochs has no effect with steps 10"]),
         ("batch_size: yes", ["batch_size is True; allowed: a whole number, at least 1"]),
         ("wandb: off", ["wandb is False; allowed: auto, online, offline, disabled"]),
         ("seed: 1\nseed: 2", ["'seed' stands there twice"]),

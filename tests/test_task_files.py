@@ -721,6 +721,9 @@ def test_an_evaluation_that_fails_on_a_few_samples_is_a_warning_at_the_start(tmp
     text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), 2)
     assert text.count("failed in tally on the first 4 samples, maybe for there being so few: ") == 1
     assert "ValueError: no curve of so few" in text
+    name = write(tmp_path / "ratio.py", SANE, (BUILD, MEASURE.format("'of_five': 1 / (sums[0].item() - 4)")))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "ratio"), *SHORT]))
+    assert text.count("failed in measure on the first 4 samples, maybe for there being so few: ") == 1
 
 
 def test_a_warning_of_what_a_task_imports_is_no_mistake(tmp_path):
