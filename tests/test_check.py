@@ -676,10 +676,11 @@ def test_what_is_right_with_the_weights_of_a_training_passes(check):
     """Padding whose row is zero, a scale that must be positive, and a precision whose count comes from the data."""
     body = """
     def load(self):
-        words = torch.randint(1, 9, (96, 6), generator=torch.Generator().manual_seed(0))
-        words[::2, 3:] = 0
-        targets = (torch.arange(96) % 16 == 15).float().unsqueeze(1)
-        return Data(TensorDataset(words[:64], targets[:64]), TensorDataset(words[64:], targets[64:]))
+        return Data(Sentences(64, 0), Sentences(32, 64))
+
+    def collate(self, samples):
+        words, targets = zip(*samples)
+        return nn.utils.rnn.pad_sequence(words, batch_first=True), torch.stack(targets)
 
     def build_model(self):
         return Scaled()
@@ -697,14 +698,26 @@ def test_what_is_right_with_the_weights_of_a_training_passes(check):
         return super().measure(sums[:2]) | {"recall": float(sums[2]) / float(sums[3])}
 
 
-class Scaled(nn.Sequential):
+class Sentences(Dataset):
+    def __init__(self, count, first):
+        self.count, self.first = count, first
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, place):
+        place += self.first
+        words = torch.randint(1, 9, (2 + place * 7 % 5,), generator=torch.Generator().manual_seed(place))
+        return words, torch.tensor([float(place % 16 == 15)])
+
+
+class Scaled(nn.Module):
     def __init__(self):
-        super().__init__(nn.Embedding(9, 8, padding_idx=0), nn.Flatten(), nn.Linear(48, 1))
-        self.scale = nn.Parameter(torch.ones(1))
+        super().__init__()
+        self.table, self.out, self.scale = nn.Embedding(9, 8, padding_idx=0), nn.Linear(8, 1), nn.Parameter(torch.ones(1))
 
     def forward(self, words):
-        embedding, flatten, linear = (self[place] for place in range(3))
-        return linear(flatten(embedding(words))).squeeze(1), self.scale
+        return self.out(self.table(words).sum(1)).squeeze(1), self.scale
 """
     status, answers, err = check("losses,evaluation", body)
     assert status == 0, (answers, err)
