@@ -167,7 +167,7 @@ class Lock:
         try:
             here = os.stat(self.run_dir)
             return not self._is_removed() and os.path.samestat(here, os.fstat(self._descriptors[0]))
-        except (FileNotFoundError, NotADirectoryError):  # FUSE says so of an open folder that was moved, or removed
+        except (FileNotFoundError, NotADirectoryError):  # FUSE raises the first for an open folder that was moved or removed
             return False
 
     def _is_removed(self) -> bool:
@@ -177,7 +177,7 @@ class Lock:
         except FileNotFoundError:
             return False  # it may be back
         except OSError as error:
-            if error.errno == errno.ESTALE:  # which NFS says, to which a folder that was moved is as good as before
+            if error.errno == errno.ESTALE:  # of NFS, on which one that was only moved answers as before
                 return True
             raise
 
