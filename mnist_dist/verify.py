@@ -63,7 +63,7 @@ _UNUSED = (*RUN_FOLDER_OPTIONS, *_FIXED, "epochs")
 def make_config(given: dict[str, Any] | None = None, recipe: dict[str, Any] | None = None, processes: int = 1) -> Config:
     """The config of a comparison: the options `given`, over those that suit a comparison, over those of a `recipe`. Raises `UserError`."""
     suitable = _RECIPE | ({"batch_size": BATCH_OF_MANY} if processes > _MANY and "batch_size" not in (recipe or {}) else {})
-    config = resolve_config(suitable | (given or {}) | _FIXED, recipe)
+    config = resolve_config(suitable | (given or {}) | _FIXED, recipe).replace(epochs=1)  # which mean nothing beside steps
     if config.test_size is None and not config.holdout and config.task.sizes is not None:
         config = config.replace(test_size=min(_TEST_SIZE, config.task.sizes[1]))
     return config
