@@ -448,7 +448,6 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
     host = re.search(r"on host (\S+?)(?:,|$)", answer.first)
     where = host[1] if host else str(facts.start.get("host") or "its node")
     again = f"{resume}   (continues from {_describe_saved(answer)})"
-    was_stopped_early = STOPPED_EARLY in facts.log.last_line
     first = {
         "memory": f"give it more memory{_ask_memory(facts)}, or a smaller --micro_batch, which changes no result but rounding",
         "GPU memory": "give it a smaller --micro_batch",
@@ -468,7 +467,7 @@ def _advise(facts: Facts, answer: Explanation) -> list[str]:
         "folder gone": "put the folder back under its name: the same command resumes from its last checkpoint",
         "checkpoint": "restore the checkpoint that the message names, or use another run_dir",
         "mistake": "correct what the message names",
-        "not started": "correct what the log says" if facts.logs and not was_stopped_early else None,
+        "not started": "correct what the log says" if facts.logs and STOPPED_EARLY not in facts.log.last_line else None,
         "failed": "correct what the message names",
         "rank failed": "correct what the message names",
         "damaged": "restore or remove the file that is named",

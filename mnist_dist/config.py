@@ -24,8 +24,6 @@ from mnist_dist.task import Task
 SIZE_NAMES = ("training_samples", "test_samples")
 _STEPS_MAX = 10**9
 _ROWS_MAX = 900_000  # of a record: more could not be read again
-
-
 # Options that matter only while another one has one of some values.
 _MIRRORED = ("wandb", ("auto", "online", "offline"))
 _ONLY_WITH = {

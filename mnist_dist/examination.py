@@ -169,7 +169,6 @@ class Subject:
             "device": "cpu",
             "precision": "fp32",
             "threads": 1,
-            "cuda_graph": False,
             **({} if self.config.holdout else {"test_size": count}),
         }
 

@@ -15,6 +15,7 @@ from mnist_dist.errors import UserError
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")
 _LINES_BYTES_MAX = 16 << 20
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def read_file(path: str | Path, bytes_max: int, *, tail: bool = False) -> bytes:
@@ -55,18 +56,15 @@ def read_kernel_count(path: str, name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)  # what it is instead, others say
-
-
 def check_readable(folder: str | Path) -> None:
     """Raise `UserError` for a folder that is there, as far as this user can tell, and may not be read: what it holds is not known."""
     try:
         os.scandir(folder).close()
         os.stat(os.path.join(folder, "."))  # one that can be listed and not entered
     except OSError as error:
-        if error.errno not in _NO_FOLDER:  # such as one of a file server that is gone
+        if error.errno not in _NO_FOLDER:  # of which others say what it is instead
             raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except ValueError:  # no name at all
         return
 
 

@@ -136,6 +136,9 @@ class Lock:
 
     def _look(self) -> None:
         """Note in words how this run has lost the folder for good, or for now, if it has; of the latter, warn once. Raises OSError."""
+        if self._is_removed():
+            self._lost = f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
+            return
         if self._is_in_place():
             self._gone = ""
             self._lost = self._keep_file()
@@ -143,9 +146,7 @@ class Lock:
         before, self._gone = self._gone, ""
         path = self._find_path()
         where = f": somebody moved it to {path}" if path else ""
-        if self._is_removed():
-            self._lost = f"run_dir {self.run_dir} is gone: somebody removed it, and the run stops"
-        elif os.path.lexists(self.run_dir):
+        if os.path.lexists(self.run_dir):
             self._lost = f"another folder is in the place of this run's, {self.run_dir}{where}; the run stops and leaves it alone"
         else:
             self._gone = f"run_dir {self.run_dir} is gone{where}; nothing of this run can be saved until it is back"
@@ -165,8 +166,7 @@ class Lock:
     def _is_in_place(self) -> bool:
         """Whether the folder that was locked has its name still. Raises OSError where the file server does not answer."""
         try:
-            here = os.stat(self.run_dir)
-            return not self._is_removed() and os.path.samestat(here, os.fstat(self._descriptors[0]))
+            return os.path.samestat(os.stat(self.run_dir), os.fstat(self._descriptors[0]))
         except (FileNotFoundError, NotADirectoryError):  # FUSE raises the first for an open folder that was moved or removed
             return False
 

@@ -5,7 +5,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,7 +347,7 @@ def _check_sums(subject: Subject, measured: int) -> None:
 def _move_weights(model: nn.Module, move: int) -> None:
     """At first at random, by half of their own mean size, by all of it, and so on; at last all biases down, or up, until they decide."""
     generator = torch.Generator().manual_seed(move)
-    for parameter in filter(attrgetter("requires_grad"), model.parameters()):
+    for parameter in (one for one in model.parameters() if one.requires_grad):
         if move < _MOVES - 2:
             size = float(parameter.abs().mean()) or _SIZE_OF_ZEROS
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2.0 ** (move - 1) * size)
