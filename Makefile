@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow-test cost-test slurm-test slurm-test-newer hosts-test gpu-test check help clean
+.PHONY: train test slow-test cost-test slurm-test slurm-test-newer hosts-test gpu-test oldest-test check help clean
 
 train: .venv/.installed
 	$(BIN)/python -m mnist_dist.train --config configs/mnist.yaml $(OPTIONS)
@@ -43,6 +43,10 @@ gpu-test: .venv/.installed-dev
 		tests/test_gpu.py tests/test_promises.py tests/test_shards.py tests/test_verify.py \
 		--deselect tests/test_verify.py::test_a_loader_that_is_sharded_twice_is_named $(OPTIONS)
 
+# The unit tests on the oldest packages that pyproject.toml allows, in an environment of their own.
+oldest-test: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 3 --dist loadfile $(OPTIONS)
+
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,5 +65,12 @@ check: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# "torch>=2.10" becomes torch==2.10.*
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed -n '/^dependencies/,/^dev/p' pyproject.toml | grep -o '"[a-z-]*>=[0-9.]*' | sed 's/"//; s/>=/==/; s/$$/.*/' > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/oldest.txt --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

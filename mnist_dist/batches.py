@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ class MicroBatch(NamedTuple):
         return len(self.places)
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """What one rank takes of one step: int64 `indices` into a split, in parts of micro-batches: a part for each of its shards, or one."""
 
     step: int
@@ -70,10 +72,10 @@ class Batch(NamedTuple):
 
     def _map(self, change: Callable[[MicroBatch, Any], MicroBatch], values: Iterable[Any]) -> "Batch":
         rest = iter(values)
-        return self._replace(parts=tuple(tuple(change(micro_batch, next(rest)) for micro_batch in part) for part in self.parts))
+        return replace(self, parts=tuple(tuple(change(micro_batch, next(rest)) for micro_batch in part) for part in self.parts))
 
     def pin_memory(self) -> "Batch":
-        """The same, ready to be sent to a GPU. torch asks for it, and would else make lists of the places."""
+        """The same, ready to be sent to a GPU. torch asks for it: of a tuple not every version would, and it makes lists of the places."""
         return self.fill(pin_memory(micro_batch.samples) for micro_batch in self.micro_batches)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,7 +98,7 @@ class Sent(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> "Sent":
         """A batch, ready to be sent."""
-        return cls(bytes(_Pickler.dumps(tuple(batch))))
+        return cls(bytes(_Pickler.dumps((batch.step, batch.indices, batch.parts))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _receive, (self.content,)

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -227,7 +228,7 @@ class Reader:
             if isinstance(batch, _Failure):
                 raise RunError(batch.reason)
             if isinstance(self._kept, Seeded) and self.device.type != "cpu":
-                batch = batch._replace(parts=send_to_device(batch.parts, self.device, non_blocking=True))
+                batch = replace(batch, parts=send_to_device(batch.parts, self.device, non_blocking=True))
             yield batch
             self._is_waiting = True
         self._is_waiting = False

@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 import subprocess
@@ -36,6 +37,15 @@ def handlers():
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def log_lines():
+    """Nor does a program that sent its log lines to standard error keep those of the next test from pytest."""
+    log = logging.getLogger("mnist_dist")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -1048,7 +1048,6 @@ def test_the_best_value_is_that_of_the_tasks_own_measure(tmp_path, monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
     with pytest.raises(UserError, match="log_with is aim, whose package is not installed"):
         AccelerateTracker.check("aim")
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     with join_group(World(), configure()):
         tracker = AccelerateTracker("tensorboard", tmp_path, configure().values(), 0)
         monkeypatch.setattr(tracker._tracker, "log", lambda *_, **__: 1 / 0)
@@ -1091,7 +1090,6 @@ def test_a_picture_that_a_full_disk_cut_short_is_written_again(tmp_path):
 
 
 def test_a_mirror_that_cannot_start_is_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     (tmp_path / "wandb").write_text("a file in the place of a folder")
     assert type(open_tracker("offline", tmp_path, {})) is NoTracker
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
@@ -1219,7 +1217,6 @@ def test_a_project_that_wandb_would_refuse_is_refused_before_the_run(starts, tmp
 
 
 def test_no_upload_is_advised_where_there_is_nothing_to_upload(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\nexit 3")
     broken.chmod(0o755)

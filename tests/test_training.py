@@ -201,7 +201,9 @@ class ShardTwice(Train):
 
         from mnist_dist import reader
 
-        reader.prepare_data_loader = lambda loader, num_processes, process_index, **rest: prepare_data_loader(loader, **rest)
+        reader.prepare_data_loader = lambda loader, num_processes, process_index, **rest: prepare_data_loader(
+            loader, even_batches=False, **rest
+        )
         return super().__call__()
 
 

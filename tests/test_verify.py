@@ -5,7 +5,7 @@ import math
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,13 +106,13 @@ def plant(mistake, rank, size):
         TrainingState._add_gradients = add_up
     elif mistake == "steps sharded twice":
         mnist_dist.reader.prepare_data_loader = lambda loader, **_: prepare_data_loader(
-            loader, num_processes=size, process_index=rank, put_on_device=False
+            loader, num_processes=size, process_index=rank, put_on_device=False, even_batches=False
         )
     elif mistake == "samples sharded twice":
 
         def share_again(self):
             for batch in sample(self):
-                yield Batch.of(batch.indices[rank::size], batch.places[rank::size])._replace(step=batch.step)
+                yield replace(Batch.of(batch.indices[rank::size], batch.places[rank::size]), step=batch.step)
 
         sample = StepSampler.__iter__
         StepSampler.__iter__ = lambda self: share_again(self) if self.dealt_to > 1 else sample(self)
