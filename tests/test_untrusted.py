@@ -182,9 +182,10 @@ def test_a_run_whose_options_are_lost_is_taken_for_no_other(run_dir, capsys):
     options = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").unlink()
     assert "holds result.json but no config.yaml, so nothing tells of which options" in resume(run_dir, expect=2)
-    for text in ("", options[: len(options) // 2]):
-        (run_dir / "config.yaml").write_text(text)
-        assert "config.yaml is damaged: it lacks" in resume(run_dir, expect=2)
+    name = options.index("batch_size")
+    for end, words in ((0, "is damaged: it lacks"), (name, "is damaged: it lacks"), (name + 3, "is not valid YAML")):
+        (run_dir / "config.yaml").write_text(options[:end])
+        assert f"config.yaml {words}" in resume(run_dir, expect=2)
         assert evaluate.main([str(run_dir)]) == report.main([str(run_dir)]) == 2
         assert jobs.main([str(run_dir.parent)]) == 0
         assert "damaged config.yaml" in capsys.readouterr().out

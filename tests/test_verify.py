@@ -7,6 +7,7 @@ import re
 import socket
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,15 +56,12 @@ class Verify:
 
 def plant(mistake, rank, size):
     """Make the mistake in this process; those of a single rank are on the last one."""
-    from accelerate.data_loader import prepare_data_loader
-
-    import mnist_dist.reader
     from mnist_dist.batches import Batch, StepSampler
     from mnist_dist.source import find_task
     from mnist_dist.state import TrainingState
 
     task, is_last = find_task(TASK), rank == size - 1
-    load, losses, order = task.load, task.losses, StepSampler._order
+    load, losses, order, sample = task.load, task.losses, StepSampler._order, StepSampler.__iter__
     train_on, add_gradients = TrainingState.train_on, TrainingState._add_gradients
     if mistake.startswith("a gradient off by ") and is_last:
         share = float(mistake.split()[-1])
@@ -105,16 +103,13 @@ def plant(mistake, rank, size):
 
         TrainingState._add_gradients = add_up
     elif mistake == "steps sharded twice":
-        mnist_dist.reader.prepare_data_loader = lambda loader, **_: prepare_data_loader(
-            loader, num_processes=size, process_index=rank, put_on_device=False, even_batches=False
-        )
+        StepSampler.__iter__ = lambda self: islice(sample(self), rank, None, size) if self.dealt_to > 1 else sample(self)
     elif mistake == "samples sharded twice":
 
         def share_again(self):
             for batch in sample(self):
                 yield replace(Batch.of(batch.indices[rank::size], batch.places[rank::size]), step=batch.step)
 
-        sample = StepSampler.__iter__
         StepSampler.__iter__ = lambda self: share_again(self) if self.dealt_to > 1 else sample(self)
     elif mistake == "random numbers of the step that follows":
         read = task.losses
