@@ -53,6 +53,7 @@ _SBATCH_VARIABLES = {
     "cpus_per_task": "CPUS_PER_GPU TRES_PER_TASK",
     "gpus_per_node": "GPUS GPUS_PER_NODE GPUS_PER_TASK GRES TRES_PER_TASK",
 }
+_GPUS = Path("/proc/driver/nvidia/gpus")  # an entry for each
 _LOST = 1  # status of a job that has not noted how it ended
 # What sbatch says where the controller may have taken the job, and the answer was lost.
 _UNSURE = re.compile(r"timed? ?out|unable to contact|communication|zero bytes|connection|response", re.IGNORECASE)
@@ -181,12 +182,12 @@ def list_srun_options(request: Request) -> list[str]:
     return [f"--{name}" if value is None else f"--{name}={value}" for name, value in split_options(request.srun).items()]
 
 
-def make_local_executor(request: Request, folder: Path) -> LocalExecutor:
-    """An executor that runs all tasks of all nodes on this machine."""
-    executor = LocalExecutor(folder, python=_PYTHON)
+def make_local_executor(request: Request, folder: Path, gpus: Sequence[str] = ()) -> LocalExecutor:
+    """An executor that runs all tasks of all nodes on this machine, which see `gpus` alone."""
+    # submitit would give every run the first GPUs of the machine, whichever its user has left.
+    executor = LocalExecutor(folder, python=f"env CUDA_VISIBLE_DEVICES={shlex.quote(','.join(gpus))} {_PYTHON}")
     executor.update_parameters(
         tasks_per_node=request.world_size,
-        gpus_per_node=request.gpus_per_node,
         timeout_min=request.time,
         signal_delay_s=request.signal_delay_s,
         stderr_to_stdout=True,
@@ -334,10 +335,11 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
 
     As in a cluster, a run that saves before its time limit is started again. Ctrl-C and TERM stop and save all of them.
     """
+    gpus = find_gpus(request.nodes * request.gpus_per_node)
     for config in configs:
         _prepare_folders([config], Path(config.run_dir) / "slurm")
     _prepare_environment(group, type(configs[0].task))
-    runs = _LocalRuns(request, parallel, deque((config, 0) for config in configs))
+    runs = _LocalRuns(request, gpus, [*range(parallel)], deque((config, 0) for config in configs))
     try:
         with ending_as_interrupt():
             while runs.waiting or runs.active:
@@ -347,9 +349,32 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
                 except KeyboardInterrupt:
                     runs.stop()
     except BaseException:
-        _stop(runs.active.values())  # nobody would watch them any more
+        _stop(run.job for run in runs.active.values())  # nobody would watch them any more
         raise
     return runs.statuses
+
+
+def find_gpus(count: int) -> list[str]:
+    """The GPUs of this machine that its user may have, as CUDA_VISIBLE_DEVICES names them. Raises `UserError` for fewer than `count`."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        there = [str(number) for number in range(len([*_GPUS.glob("*")]) or count)]  # where the driver does not tell, torch will
+    else:
+        there = [name for name in given.replace(" ", "").split(",") if name]
+    if len(there) < count:
+        known = "this machine has" if given is None else f"CUDA_VISIBLE_DEVICES is {given!r}, which names"
+        raise UserError(f"nodes times gpus_per_node is {count}, and {known} {len(there)}")
+    return there
+
+
+@dataclass(frozen=True)
+class _LocalRun:
+    """A run that trains on this machine: how often it was started again, and its place among those that train at a time."""
+
+    config: Config
+    restarts: int
+    place: int
+    job: LocalJob[None]
 
 
 @dataclass
@@ -357,40 +382,49 @@ class _LocalRuns:
     """Runs on this machine, some of them at a time: those that wait, each with how often it was started again, and those that train."""
 
     request: Request
-    parallel: int
+    gpus: list[str]
+    free: list[int]  # places
     waiting: deque[tuple[Config, int]]
-    active: dict[str, tuple[Config, int, LocalJob[None]]] = field(default_factory=dict)
+    active: dict[str, _LocalRun] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
     is_stopping: bool = False
 
     def start_and_collect(self) -> None:
         """Start as many as there is room for, and note the exit statuses of those that have ended."""
-        while self.waiting and len(self.active) < self.parallel:
+        while self.waiting and self.free:
             config, restarts = self.waiting.popleft()
+            place = self.free.pop(0)
             with deferring_signals():  # a job that is not known here yet would not be told to save
-                self.active[config.run_dir] = (config, restarts, _start_locally(self.request, config))
-        for run_dir, (config, restarts, job) in list(self.active.items()):
-            if not job.done():
+                job = _start_locally(self.request, config, self._list_gpus(place))
+                self.active[config.run_dir] = _LocalRun(config, restarts, place, job)
+        for run_dir, run in list(self.active.items()):
+            if not run.job.done():
                 continue
             del self.active[run_dir]
+            self.free.append(run.place)
             end = read_own_note(Path(run_dir), "end")
-            status = end.get("status") if end.get("job") == job.job_id else None
+            status = end.get("status") if end.get("job") == run.job.job_id else None
             self.statuses[run_dir] = status if isinstance(status, int) else _LOST
-            asks_again = self.statuses[run_dir] == Stop.REQUEUE.exit_code and restarts < self.request.max_requeues
+            asks_again = self.statuses[run_dir] == Stop.REQUEUE.exit_code and run.restarts < self.request.max_requeues
             if asks_again and not self.is_stopping:
-                self.waiting.appendleft((config, restarts + 1))
+                self.waiting.appendleft((run.config, run.restarts + 1))
+
+    def _list_gpus(self, place: int) -> list[str]:
+        """The GPUs of a run in that place: others than its neighbours have, as far as there are enough."""
+        count = self.request.nodes * self.request.gpus_per_node
+        return [self.gpus[(place * count + number) % len(self.gpus)] for number in range(count)]
 
     def stop(self) -> None:
         """Let all save and end; the second time, end them at once."""
         at_once, self.is_stopping = self.is_stopping, True
         print("stopping at once" if at_once else "saving and stopping; Ctrl-C again stops at once")
         self.waiting.clear()
-        _stop(self.active.values(), at_once=at_once)
+        _stop((run.job for run in self.active.values()), at_once=at_once)
 
 
-def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]], *, at_once: bool = False) -> None:
+def _stop(jobs: Iterable[LocalJob[None]], *, at_once: bool = False) -> None:
     """Tell jobs on this machine to save and end, or end them `at_once`."""
-    for _, _, job in active:
+    for job in jobs:
         if job._process is None or job._process.poll() is not None:
             continue
         if not at_once:
@@ -401,12 +435,12 @@ def _stop(active: Iterable[tuple[Config, int, LocalJob[None]]], *, at_once: bool
                 process.kill()
 
 
-def _start_locally(request: Request, config: Config) -> LocalJob[None]:
+def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> LocalJob[None]:
     folder = Path(config.run_dir) / "slurm"
     # Ctrl-C on the terminal reaches every process; submitit's controller would kill the ranks a second later, while they save.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        job = make_local_executor(request, folder).submit(_make_training(config))
+        job = make_local_executor(request, folder, gpus).submit(_make_training(config))
     finally:
         signal.signal(signal.SIGINT, before)
     assert isinstance(job, LocalJob)

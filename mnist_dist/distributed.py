@@ -262,7 +262,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
     group: Group | None = None
     board: Board | None = None
     store: Any = None
-    with patch_environment(**_choose_variables(world, device, threads, place)), repeating_bits():
+    with patch_environment(**_choose_variables(world, device, threads, place)), repeating_bits(device):
         try:
             with _watchdog(world, config.timeout_s):
                 with explaining_start(world, timeout):

@@ -1,6 +1,5 @@
 """A training step as a CUDA graph: its hundreds of small kernels are launched at once, where launching each takes longer than it runs."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,14 @@ from mnist_dist.errors import UserError
 # Libraries choose their kernels, and optimizers make their state, in the first steps: these are done one kernel at a time.
 _EAGER_STEPS = 3
 
+Form = tuple[torch.Size, torch.dtype]  # of a tensor
+
 
 class GraphedStep:
     """`compute`, which takes tensors on the GPU and gives a scalar there, recorded in the fourth call and replayed from then on.
 
-    What it takes may be tensors on one device, or lists, tuples and dictionaries of them. The tensors must have the same shapes in every
-    call. Anything else raises `UserError`.
+    What it takes may be tensors on one device, or lists, tuples and dictionaries of them. The tensors must have the same shapes and types
+    in every call. Anything else raises `UserError`, and so does a `compute` that cannot be recorded.
 
     What else `compute` reads and changes must stay where it is in memory, and no Python number may differ between calls: the graph keeps
     the addresses and the numbers that it was recorded with.
@@ -29,50 +30,83 @@ class GraphedStep:
         self._compute = compute
         self._note_replay = note_replay
         self._calls = 0
-        self._inputs: Any = ()
+        self._inputs: dict[str, Tensor] = {}
+        self._forms: dict[str, Form] = {}
         self._replay: Callable[[], None] | None = None
         self._output = torch.empty(0)
 
     def __call__(self, *inputs: Any) -> Tensor:
         """What `compute(*inputs)` gives and does."""
-        given = _list_inputs(inputs)
+        given = _name_inputs(inputs)
         self._calls += 1
         if self._calls <= _EAGER_STEPS:
             return self._compute(*inputs)
         if self._replay is None:
-            self._inputs = recursively_apply(Tensor.clone, inputs)
-            self._replay, self._output = record(self._compute, self._inputs)
-        for kept, now in itertools.zip_longest(_list_inputs(self._inputs), given):
-            if kept is None or now is None or kept.shape != now.shape:
-                here, was = ("missing" if tensor is None else list(tensor.shape) for tensor in (now, kept))
-                raise UserError(
-                    f"cuda_graph records one shape of each tensor in a batch; here it is {here}, and was {was}: leave it out, or give all "
-                    "batches the same shapes"
-                )
-            kept.copy_(now, non_blocking=True)
+            copies = recursively_apply(Tensor.clone, inputs)
+            self._inputs = _name_inputs(copies)
+            self._forms = _find_forms(self._inputs)
+            self._replay, self._output = record(self._compute, copies)
+        if (forms := _find_forms(given)) != self._forms:
+            name = next(name for name in [*self._forms, *forms] if forms.get(name) != self._forms.get(name))
+            here, was = (_describe(found.get(name)) for found in (forms, self._forms))
+            raise UserError(
+                f"cuda_graph records one shape and type of each tensor in a batch; here one is {here}, and was {was}: leave it out, or "
+                "give all batches the same"
+            )
+        for name, tensor in self._inputs.items():
+            tensor.copy_(given[name], non_blocking=True)
         self._note_replay()
         self._replay()
         return self._output.clone()  # the next replay writes over it
 
 
-def _list_inputs(value: Any) -> list[Tensor]:
-    tensors, rest = [], [value]
+def _name_inputs(value: Any) -> dict[str, Tensor]:
+    """The tensors in what a step takes, by their places in it: a dictionary may have its keys in another order each time."""
+    tensors: dict[str, Tensor] = {}
+    rest = [("", value)]
     while rest:
-        value = rest.pop()
+        name, value = rest.pop()
         if isinstance(value, Tensor):
-            tensors.append(value)
+            tensors[name] = value
         elif isinstance(value, dict | list | tuple):
-            rest += value.values() if isinstance(value, dict) else value
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            rest += [(f"{name}[{key!r}]", item) for key, item in items]
         elif value is not None and not isinstance(value, range):  # the places of the samples
             raise UserError(f"cuda_graph records tensors alone, and a batch holds a {type(value).__name__}: leave it out")
-    if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
+    if len(devices := {str(tensor.device) for tensor in tensors.values()}) > 1:
         raise UserError(f"cuda_graph records tensors on one device, and a batch holds some on {', '.join(sorted(devices))}: leave it out")
     return tensors
 
 
+def _find_forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _describe(form: Form | None) -> str:
+    return "missing" if form is None else f"{str(form[1]).removeprefix('torch.')} {list(form[0])}"
+
+
 def record(compute: Callable[..., Tensor], inputs: tuple[Any, ...]) -> tuple[Callable[[], None], Tensor]:
-    """What does `compute(*inputs)` again at each call, and the tensor that holds its output then. Recording computes nothing."""
+    """What does `compute(*inputs)` again at each call, and the tensor that holds its output then. Recording computes nothing.
+
+    Raises `UserError` where the GPU refuses to record it, and whatever else `compute` raises.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = compute(*inputs)
+    failed: list[Exception] = []
+    try:
+        # Other threads go on meanwhile: one of torch's gets pinned memory for the batches of workers.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            try:
+                output = compute(*inputs)
+            except Exception as error:
+                failed.append(error)
+                raise
+    except Exception as error:
+        # A recording that has failed cannot be ended either, and CUDA's words for that tell nothing.
+        first = failed[0] if failed else error
+        if "captur" not in str(first):
+            raise first from None
+        raise UserError(
+            f"cuda_graph cannot record the step, which may read no values, as .item(), bool() and x[mask] do: leave it out ({first})"
+        ) from first
     return graph.replay, output

@@ -24,6 +24,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 _FILES_ENOUGH = 65_536
+_FUSED = ("flash", "mem_efficient", "cudnn")  # kernels of attention
 
 _log = logging.getLogger(__name__)
 
@@ -156,15 +157,22 @@ def on_one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def repeating_bits() -> Iterator[None]:
+def repeating_bits(device: str) -> Iterator[None]:
     """Let torch add numbers up in the same order each time. By itself it does not: two threads hurry to the gradient of `x[rows]`.
 
-    Where torch knows of an operation that cannot, a warning names that once.
+    Where torch knows of an operation that cannot, a warning names that once. On a GPU (`device` is cuda) attention is computed step by
+    step: as long as torch is to warn and not to fail, its fused kernels hurry. A task may still ask for them by name (`sdpa_kernel`).
     """
     settings: Any = torch.utils.deterministic
     cudnn: Any = torch.backends.cudnn
     mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    fixed, short, products = cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    fixed, tries = cudnn.deterministic, cudnn.benchmark
+    short = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    products = None
+    if "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in os.environ:  # some containers set it; a task's own choice stays
+        with contextlib.suppress(RuntimeError):  # of a choice by torch's newer names
+            products = torch.get_float32_matmul_precision()
+    fused = {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _FUSED if device == "cuda"}
     show, told = warnings.showwarning, set[str]()
 
     def tell(message: Warning | str, *more: Any, **others: Any) -> None:
@@ -173,23 +181,37 @@ def repeating_bits() -> Iterator[None]:
             show(message, *more, **others)
         elif match[1] not in told:
             told.add(match[1])
-            _log.warning("torch has no %s that gives the same bits each time: two equal runs may differ", match[1])
+            _log.warning("torch's %s does not give the same bits each time: two equal runs may differ", match[1])
 
     # As `torch.use_deterministic_algorithms(True, warn_only=True)` does, which would make torch import its compiler.
     torch.set_deterministic_debug_mode(max(mode, 1))
     settings.fill_uninitialized_memory = False  # nothing of ours reads it
-    cudnn.deterministic, cudnn.allow_tf32 = True, False  # float32 means float32; who wants less asks for bf16
-    if "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in os.environ:  # some containers set it; a task's own choice stays
+    cudnn.deterministic, cudnn.benchmark = True, False  # the quickest kernel may be another one each time
+    _set_precision("ieee", "ieee")  # float32 means float32; who wants less asks for bf16
+    if products is not None:
         torch.set_float32_matmul_precision("highest")
+    for kind in fused:
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     warnings.showwarning = tell
     try:
         yield
     finally:
         warnings.showwarning = show
         settings.fill_uninitialized_memory = fills
-        cudnn.deterministic, cudnn.allow_tf32 = fixed, short
-        torch.set_float32_matmul_precision(products)
+        cudnn.deterministic, cudnn.benchmark = fixed, tries
+        _set_precision(*short)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for kind, was_enabled in fused.items():
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(was_enabled)
         torch.set_deterministic_debug_mode(mode)
+
+
+def _set_precision(convolutions: str, recurrent: str) -> None:
+    """Set what cuDNN computes float32 with: ieee or tf32."""
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = convolutions == recurrent == "tf32"  # torch's older name, which some of its code reads, and refuses to if it differs
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = convolutions, recurrent
 
 
 def describe_arithmetic(device: torch.device) -> str:

@@ -290,6 +290,9 @@ def test_a_checkpoint_that_fails_in_another_way_than_the_disk_is_raised_once(tmp
     monkeypatch.setattr(checkpoint, "encode", fail)
     writer.submit(1, STATE)
     with pytest.raises(MemoryError):
+        writer.submit(2, STATE)
+    writer.submit(3, STATE)
+    with pytest.raises(MemoryError):
         writer.close()
     writer.close()
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import platform
@@ -100,12 +101,36 @@ def test_a_run_leaves_the_settings_of_torch_as_they_were():
         cudnn = torch.backends.cudnn
         mode = torch.get_deterministic_debug_mode()
         fills = torch.utils.deterministic.fill_uninitialized_memory
-        return mode, cudnn.deterministic, cudnn.allow_tf32, fills, torch.get_float32_matmul_precision()
+        return mode, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, fills, torch.get_float32_matmul_precision()
 
     before = read()
-    with machine.repeating_bits():
-        assert read() == (1, True, False, False, "highest")
-    assert read() == before == (0, False, True, True, "highest")
+    for device in ("cpu", "cuda"):
+        with machine.repeating_bits(device):
+            assert read() == (1, True, False, False, False, "highest")
+            assert torch.backends.cuda.flash_sdp_enabled() == torch.backends.cuda.cudnn_sdp_enabled() == (device == "cpu")
+            assert torch.backends.cuda.math_sdp_enabled()
+        assert read() == before == (0, False, False, True, True, "highest")
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision"])
+def test_a_task_may_have_set_the_precision_by_torchs_newer_names(name):
+    owner, _, setting = f"torch.backends.{name}".rpartition(".")
+    owner = functools.reduce(getattr, owner.split(".")[1:], torch)
+    chosen = "tf32" if name != "cudnn.conv.fp32_precision" else "ieee"
+    cudnn = torch.backends.cudnn
+    try:
+        setattr(owner, setting, chosen)
+        cudnn.benchmark = True
+        with machine.repeating_bits("cuda"):
+            assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark) == ("ieee", "ieee", False)
+            with cudnn.flags(enabled=False):  # which some of torch's code does, and which fails where its names contradict each other
+                pass
+        assert getattr(owner, setting) == chosen
+        assert cudnn.benchmark
+    finally:
+        setattr(owner, setting, "none")
+        cudnn.allow_tf32, cudnn.benchmark = True, False
 
 
 @pytest.mark.slow
@@ -113,7 +138,7 @@ def test_float32_means_float32_though_the_environment_says_otherwise():
     program = """import torch
 from mnist_dist.machine import repeating_bits
 found = [torch.get_float32_matmul_precision()]
-with repeating_bits():
+with repeating_bits("cpu"):
     found.append(torch.get_float32_matmul_precision())
 print(*found, torch.get_float32_matmul_precision())"""
     environ = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
@@ -205,7 +230,7 @@ def test_a_sum_that_threads_hurry_to_has_the_same_bits_each_time(caplog):
             for _ in range(2):
                 torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         warnings = [record.getMessage() for record in caplog.records if "threads is" not in record.getMessage()]
-        assert warnings == ["torch has no put_ that gives the same bits each time: two equal runs may differ"]
+        assert warnings == ["torch's put_ does not give the same bits each time: two equal runs may differ"]
         assert count_results() > 1  # else this would show nothing
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,7 @@
-"""The promises on a GPU. `make gpu-test` runs these; where there is one GPU only, two ranks share it, which NCCL 2.30 can do."""
+"""The promises on a GPU. `make gpu-test` runs these; where there is one GPU only, two ranks share it, which NCCL 2.30 can do.
+
+Most of them are run on a CPU as well, with the slow tests: so they stay right where no GPU is at hand.
+"""
 
 import json
 import os
@@ -16,6 +19,8 @@ from test_promises import STEPS, Story, assert_same_bits, read_lines
 from mnist_dist.config import parse_command_line
 
 pytestmark = pytest.mark.gpu
+on_cpu_too = pytest.mark.slow
+DEVICE = "cuda" if os.environ.get("TEST_ON_GPU") == "1" else "cpu"
 
 RUN = [
     "--dataset",
@@ -29,7 +34,7 @@ RUN = [
     "--learning_rate",
     "0.002",
     "--device",
-    "cuda",
+    DEVICE,
 ]
 RUN += ["--log_every", "1", "--evaluate_every", "4", "--report", "false", "--wandb", "disabled", "--threads", "1"]
 KINDS = {
@@ -43,14 +48,15 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _gpu():
-    assert torch.cuda.is_available(), "these tests need a GPU"
+@pytest.fixture(autouse=True)
+def _gpu(request):
+    if DEVICE == "cuda" or request.node.get_closest_marker("slow") is None:
+        assert torch.cuda.is_available(), "this test needs a GPU"
 
 
 def in_twos():
     """Skip a test where two ranks cannot have a GPU each, nor share one."""
-    if torch.cuda.device_count() < 2 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+    if DEVICE == "cuda" and torch.cuda.device_count() < 2 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         pytest.skip("two ranks need two GPUs, or NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1")
 
 
@@ -62,29 +68,20 @@ def read_losses(folder):
     return [row["train/loss"] for row in read_lines(folder / "metrics.jsonl")]
 
 
-class ShortStory(Story):
-    """One with all of its options its own, and without damage."""
-
-    def __call__(self):
-        from mnist_dist import loop
-
-        ports = iter(self.ports)
-        for name, *stops in [("unbroken", 99), *((f"stopped {step}", step, 99) for step in self.stops)]:
-            for stop in stops:
-                if self.ports:
-                    os.environ["MASTER_PORT"] = str(next(ports))
-                loop.train(parse_command_line([*self.options, "--run_dir", str(self.folder / name)]), StopAt(stop))
+def list_kinds():
+    """The kinds as a test takes them: a graph needs a GPU."""
+    return [kind if "--cuda_graph" in options else pytest.param(kind, marks=on_cpu_too) for kind, options in KINDS.items()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list_kinds())
 def test_a_stopped_run_has_the_bits_of_the_unbroken_one_and_so_has_a_second(tmp_path, kind):
     options = [*RUN, *KINDS[kind], "--steps", str(STEPS + 2)]
-    run_ranks(tmp_path, ShortStory(tmp_path, options, (1, 3, 5)))
+    run_ranks(tmp_path, Story(tmp_path, options, (1, 3, 5), rounds=4 if kind == "shards" else 3, evaluate_every=4))
     for step in (1, 3, 5):
         assert [start["step"] for start in read_lines(tmp_path / f"stopped {step}/starts.jsonl")] == [0, step]
         assert_same_bits(tmp_path / f"stopped {step}", tmp_path / "unbroken")
     [start] = read_lines(tmp_path / "unbroken/starts.jsonl")
-    assert (start["device"], start["precision"]) == ("cuda", options[options.index("--precision") + 1])
+    assert (start["device"], start["precision"]) == (DEVICE, options[options.index("--precision") + 1])
     run_ranks(tmp_path, Train([*options, "--run_dir", str(tmp_path / "second")]))
     assert_same_bits(tmp_path / "second", tmp_path / "unbroken")
 
@@ -97,6 +94,7 @@ def test_a_graph_does_what_the_steps_do(tmp_path, optimizer):
     assert read_losses(tmp_path / "graph") == pytest.approx(read_losses(tmp_path / "steps"), rel=1e-4)
 
 
+@on_cpu_too
 def test_two_ranks_train_as_one_over_nccl(tmp_path):
     in_twos()
     calm = [*RUN, "--precision", "fp32", "--optimizer", "sgd", "--momentum", "0", "--steps", "8", "--schedule", "constant"]
@@ -105,6 +103,7 @@ def test_two_ranks_train_as_one_over_nccl(tmp_path):
     assert read_losses(tmp_path / "2") == pytest.approx(read_losses(tmp_path / "1"), rel=1e-5)
 
 
+@on_cpu_too
 def test_shards_give_the_same_bits_on_one_rank_and_on_two(tmp_path):
     in_twos()
     for world in (1, 2):
@@ -113,10 +112,11 @@ def test_shards_give_the_same_bits_on_one_rank_and_on_two(tmp_path):
     assert read_losses(tmp_path / "1") == read_losses(tmp_path / "2")
 
 
+@on_cpu_too
 def test_on_two_ranks_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path):
     in_twos()
     options = [*RUN, *KINDS["muon in bf16"], "--steps", str(STEPS + 2)]
-    run_ranks(tmp_path, ShortStory(tmp_path, options, (1, 3), find_free_ports(5)), 2)
+    run_ranks(tmp_path, Story(tmp_path, options, (1, 3), rounds=3, evaluate_every=4, ports=find_free_ports(5)), 2)
     for step in (1, 3):
         assert [start["step"] for start in read_lines(tmp_path / f"stopped {step}/starts.jsonl")] == [0, step + 1]
         assert_same_bits(tmp_path / f"stopped {step}", tmp_path / "unbroken")
@@ -141,6 +141,7 @@ def test_a_killed_rank_is_named_although_nccl_waits_for_it(tmp_path, victim, log
     assert "Traceback" not in other.text
 
 
+@on_cpu_too
 def test_a_signal_stops_two_ranks_together(tmp_path):
     in_twos()
     options = [*RUN, "--steps", "100000", "--log_every", "5", "--run_dir", str(tmp_path / "run")]
@@ -195,10 +196,11 @@ def test_the_other_programs_read_a_run_of_a_gpu(tmp_path):
     assert (tmp_path / "model.pt2").exists()
 
 
+@on_cpu_too
 def test_workers_feed_a_gpu_with_the_same_samples(tmp_path):
     pictures = str(write_classes(tmp_path / "pictures"))
     options = ["--task", f"{ROOT}/examples/image_folder.py", "--arch", "mobilenet_v3_small", "--side", "32", "--data_dir", pictures]
-    options += ["--device", "cuda", "--steps", "4", "--batch_size", "12", "--log_every", "1", "--report", "false", "--wandb", "disabled"]
+    options += ["--device", DEVICE, "--steps", "4", "--batch_size", "12", "--log_every", "1", "--report", "false", "--wandb", "disabled"]
     lines = [["train", *options, "--workers", str(workers), "--run_dir", str(tmp_path / str(workers))] for workers in (0, 2)]
     run_ranks(tmp_path, Programs(lines), environ={"XDG_STATE_HOME": str(tmp_path)})
     assert read_weights(tmp_path / "0") == read_weights(tmp_path / "2")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mnist_dist import distributed, graph
 from mnist_dist.config import configure
-from mnist_dist.errors import UserError
+from mnist_dist.errors import RunError, UserError
 from mnist_dist.graph import GraphedStep
 from mnist_dist.loop import train as train_config
 
@@ -49,7 +49,7 @@ def test_a_batch_of_another_shape_is_refused_and_not_spread_over_the_first(recor
     step = GraphedStep(lambda samples: samples["x"].sum())
     for _ in range(4):
         step({"x": torch.zeros(64, 37)})
-    with pytest.raises(UserError, match=r"here it is \[64, 1\], and was \[64, 37\]"):
+    with pytest.raises(UserError, match=r"here one is float32 \[64, 1\], and was float32 \[64, 37\]"):
         step({"x": torch.zeros(64, 1)})
 
 
@@ -70,8 +70,55 @@ def test_a_batch_with_a_tensor_less_is_refused(recorded):
     step = GraphedStep(lambda samples: samples[0].sum())
     for _ in range(4):
         step([torch.zeros(2), torch.zeros(3)])
-    with pytest.raises(UserError, match=r"here it is (missing|\[2\]), and was"):
+    with pytest.raises(UserError, match=r"here one is missing, and was float32 \[3\]"):
         step([torch.zeros(2)])
+
+
+def test_a_batch_of_another_type_is_refused_and_not_rounded(recorded):
+    step = GraphedStep(lambda samples: samples["x"].sum())
+    for _ in range(4):
+        step({"x": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(UserError, match=r"here one is float32 \[3\], and was int64 \[3\]"):
+        step({"x": torch.full((3,), 0.5)})
+
+
+def test_a_dictionary_may_have_its_keys_in_another_order(recorded):
+    step = GraphedStep(lambda samples: (samples["x"] - samples["y"]).sum())
+    for _ in range(4):
+        step({"x": torch.full((2,), 4.0), "y": torch.ones(2)})
+    assert step({"y": torch.ones(2), "x": torch.full((2,), 4.0)}) == 6
+
+
+class Recording:
+    """A recording as torch's: to end one that has failed fails as well."""
+
+    def __init__(self, _, **how):
+        assert how == {"capture_error_mode": "thread_local"}  # beside the thread that pins memory for the batches of workers
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, *_):
+        if kind is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "words"),
+    [
+        (RunError("task t failed: t.py:3 in losses: operation not permitted when stream is capturing"), UserError, r"\.item\(\).*t\.py:3"),
+        (RunError("task t failed: t.py:3 in losses: KeyError: 'x'"), RunError, "^task t failed: t.py:3 in losses: KeyError: 'x'$"),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_is_told_by_its_own_words(monkeypatch, failure, raised, words):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+
+    def compute(_):
+        raise failure
+
+    with pytest.raises(raised, match=words):
+        graph.record(compute, (torch.zeros(1),))
 
 
 def test_a_graph_is_recorded_after_some_steps_and_once(recorded):

@@ -463,6 +463,60 @@ def test_a_signal_while_a_job_on_this_machine_is_started_leaves_none_behind(tmp_
     assert events == ["started", "told"]
 
 
+@pytest.mark.parametrize(
+    ("visible", "driver", "expected"),
+    [
+        ("2,3", 8, ["2", "3", "2"]),  # the user's own, and no others
+        ("GPU-8f12, MIG-77", 8, ["GPU-8f12", "MIG-77", "GPU-8f12"]),
+        ("3", 8, ["3", "3", "3"]),  # two runs at a time share it
+        (None, 8, ["0", "1", "0"]),
+        (None, 0, ["0", "0", "0"]),  # where the driver does not tell
+    ],
+)
+def test_runs_on_this_machine_have_the_gpus_that_their_user_has(tmp_path, monkeypatch, visible, driver, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(submission, "_GPUS", tmp_path / "gpus")
+    for number in range(driver):
+        (tmp_path / "gpus" / f"0000:{number:02}:00.0").mkdir(parents=True)
+    given, running = [], []
+
+    class Started:
+        job_id, _process = "1", None
+
+        def done(self):
+            is_first = running[0] is self
+            if is_first and len(running) > 1:  # the older of two ends
+                running.remove(self)
+                return True
+            return len(given) == 3
+
+    def start(request, config, gpus):
+        given.append(*gpus)
+        running.append(Started())
+        return running[-1]
+
+    monkeypatch.setattr(submission, "_start_locally", start)
+    monkeypatch.setattr(submission, "_prepare_environment", lambda *_: None)
+    configs = [make_config({"run_dir": str(tmp_path / name)}) for name in "abc"]
+    submission.run_locally(make_options(Request, {"cluster": "local", "gpus_per_node": 1}), configs, parallel=2)
+    assert given == expected
+
+
+@pytest.mark.parametrize(("visible", "words"), [("2", "names 1"), ("", "names 0"), (None, "this machine has 1")])
+def test_more_gpus_than_this_machine_has_are_refused(tmp_path, monkeypatch, capsys, visible, words):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(submission, "_GPUS", tmp_path / "gpus")
+    arguments = ["--cluster", "local", "--nodes", "2", "--gpus_per_node", "1", "--run_dir", str(tmp_path / "run")]
+    assert submit.main(arguments) == 2
+    assert re.search(rf"nodes times gpus_per_node is 2, and .*{words}$", capsys.readouterr().err.strip())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_ended(tmp_path, monkeypatch):
     gone = subprocess.Popen(["sleep", "60"])
     list_gone = [psutil.Process(gone.pid)]
@@ -476,8 +530,8 @@ def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_
         time.sleep(0.01)
     (rank,) = list_children(psutil.Process(controller.pid))
     config = make_config({"run_dir": str(tmp_path / "run")})
-    runs = submission._LocalRuns(make_options(Request, {}), 1, deque())
-    runs.active[config.run_dir] = (config, 0, SimpleNamespace(_process=controller))
+    runs = submission._LocalRuns(make_options(Request, {}), [], [], deque())
+    runs.active[config.run_dir] = submission._LocalRun(config, 0, 0, SimpleNamespace(_process=controller))
     runs.is_stopping = True
     runs.stop()
     assert controller.wait(10) == -signal.SIGKILL

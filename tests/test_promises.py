@@ -74,6 +74,8 @@ class Story:
     options: list[str]
     stops: tuple[int, ...]  # of each run that is stopped once
     rounds: int  # batches of an evaluation, between which a stop is asked for as well
+    evaluate_every: int = 2
+    with_damage: bool = False
     ports: list[int] = field(default_factory=list)  # a start of several ranks joins at a port of its own
 
     def __call__(self):
@@ -82,23 +84,21 @@ class Story:
         def train(name, *stops):
             from mnist_dist import loop
 
-            for asked in stops:
+            for step in stops:
                 if self.ports:
                     os.environ["MASTER_PORT"] = str(next(ports))
-                loop.train(parse_command_line([*self.options, *OPTIONS, "--run_dir", str(self.folder / name)]), StopAt(asked))
-
-        def count_asked(step):
-            return step + (self.rounds - 1) * (step // 2)
+                asked = step + (self.rounds - 1) * (step // self.evaluate_every)
+                loop.train(parse_command_line([*self.options, "--run_dir", str(self.folder / name)]), StopAt(asked))
 
         train("unbroken", 99)
         for step in self.stops:
-            train(f"stopped {step}", count_asked(step), 99)
-        if not self.ports:
-            train("damaged", count_asked(2), count_asked(2))
+            train(f"stopped {step}", step, 99)
+        if self.with_damage:
+            train("damaged", 2, 2)
             newest, _ = list_newest_first(self.folder / "damaged/checkpoints")
             newest.write_bytes(newest.read_bytes()[:-1] + b"x")
             train("damaged", 99)
-            train("interrupted", count_asked(2))
+            train("interrupted", 2)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,8 @@ def story(request, tmp_path_factory, environ):
     """What `Story` made of a task in one process: the case, the folder, and what was printed."""
     folder = tmp_path_factory.mktemp(request.param)
     case = CASES[request.param]
-    text = run_ranks(
-        folder, Story(folder, case.options, tuple(range(1, STEPS)), math.ceil(case.tested / (2 * BATCH_SIZE))), environ=environ
-    )
+    rounds = math.ceil(case.tested / (2 * BATCH_SIZE))
+    text = run_ranks(folder, Story(folder, [*case.options, *OPTIONS], tuple(range(1, STEPS)), rounds, with_damage=True), environ=environ)
     return case, folder, text
 
 
@@ -194,7 +193,7 @@ def test_resumed_on_another_number_of_processes_it_goes_on_or_is_refused(story, 
 @pytest.mark.parametrize("name", [pytest.param("forecast", marks=pytest.mark.slow), "noisy"])
 def test_on_two_processes_a_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path, environ, name):
     # A stop is agreed upon in one step and heeded after the next.
-    run_ranks(tmp_path, Story(tmp_path, CASES[name].options, (1, 2, 3), 1, find_free_ports(7)), 2, environ)
+    run_ranks(tmp_path, Story(tmp_path, [*CASES[name].options, *OPTIONS], (1, 2, 3), 1, ports=find_free_ports(7)), 2, environ)
     for step in (1, 2, 3):
         assert [start["step"] for start in read_lines(tmp_path / f"stopped {step}/starts.jsonl")] == [0, step + 1]
         assert_same_bits(tmp_path / f"stopped {step}", tmp_path / "unbroken")
