@@ -202,7 +202,8 @@ class SampleProbe:
                 f"task {config.task.name}: its training data still hold the graph of how they were computed, through which gradients go "
                 "back only once: detach them (x.detach()), or compute them under torch.no_grad()"
             )
-        sent = send_to_device(self.whole.samples, torch.device("cpu"))
+        with explaining(config.task.name, f"as its batch, a {type(self.whole.samples).__name__}, was sent to a device"):
+            sent = send_to_device(self.whole.samples, torch.device("cpu"))
         if len(list_tensors(sent)) != len(list_tensors(self.whole.samples)):
             raise UserError(
                 f"task {config.task.name}: collate makes a {type(self.whole.samples).__name__}, whose method `to` returns "

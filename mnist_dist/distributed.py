@@ -48,6 +48,9 @@ _SLOW_S = 4.0  # of what takes milliseconds: a lookup waits 5 s for a name serve
 _SHOWN_CHOICES = 8
 _FOREVER = timedelta(days=365)
 
+# The second is its old name, which is deprecated since torch 2.14.
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Group:
     """The processes of one run, once they have found each other."""
@@ -107,6 +110,14 @@ class Group:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor on the device, on every rank."""
         return self.accelerator.reduce(values, reduction="sum")
+
+    def gather_rows(self, row: torch.Tensor) -> torch.Tensor:
+        """The `row` of each rank, a tensor on the device of one shape on all, one below the other on the CPU, on every rank."""
+        if self.size == 1:
+            return row.unsqueeze(0).cpu()
+        rows = torch.empty(self.size * row.numel(), dtype=row.dtype, device=row.device)
+        all_gather(rows, row.contiguous().view(-1))
+        return rows.view(self.size, *row.shape).cpu()
 
     @contextlib.contextmanager
     def sharing_failures(self) -> Iterator[None]:

@@ -24,7 +24,10 @@ class RunError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What `error` says, in one line: the name of its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip()
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # of a DataLoader: its own words are below
+        text = "\n".join(line for line in text.splitlines()[2:] if not line.startswith(" ")) or text
+    return (text or type(error).__name__).splitlines()[0]
 
 
 class NotFiniteError(RunError):

@@ -7,13 +7,12 @@ process, in an order that does not depend on how many there are; as much is sent
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mnist_dist.distributed import Group
+from mnist_dist.distributed import Group, all_gather
 
 Range = tuple[int, int]  # of shards: from the first to before the last
 
@@ -84,12 +83,8 @@ class TreeSum:
         nodes = [node for subtrees in self.subtrees for node in subtrees]
         known = {node: [values] for node, values in zip(nodes, received.view(-1, segment), strict=True)}
         total = torch.empty(size * segment, dtype=sent.dtype, device=sent.device)
-        _gather(total, add_up((0, self.shards), known.get)[0])
+        all_gather(total, add_up((0, self.shards), known.get)[0])
         return total[:length]
-
-
-# Its old name is deprecated since torch 2.14.
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Flat:

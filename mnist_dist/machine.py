@@ -43,8 +43,10 @@ def choose_device(config: Config, world: World) -> str:
     if config.device == "cpu" or not available:
         return "cpu"
     gpus = torch.cuda.device_count()
-    # Slurm may give each task a GPU of its own, and then shows it no other.
-    has_own = gpus >= world.local_size or (gpus == 1 and world.launcher == "srun")
+    # Slurm may give each task GPUs of its own, and then shows it no others. Under mpirun a script may do so. Where two of these have one
+    # GPU all the same, NCCL says so.
+    shows_own = {"srun": gpus == 1 or gpus < world.gpus, "mpirun": bool(os.environ.get("CUDA_VISIBLE_DEVICES"))}
+    has_own = gpus >= world.local_size or shows_own.get(world.launcher, False)
     if not has_own and not may_share_gpus():
         raise UserError(
             f"{world.local_size} processes on this node share {gpus} GPU{'s' * (gpus != 1)}; allowed: at most one process for each GPU "

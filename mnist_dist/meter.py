@@ -49,7 +49,7 @@ class Meter:
         """
         if not self._losses:
             return math.nan
-        losses = self.group.accelerator.gather(torch.stack(self._losses).unsqueeze(0)).cpu()  # [world_size, steps]
+        losses = self.group.gather_rows(torch.stack(self._losses))  # [world_size, steps]
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             state.unsettle()
@@ -72,7 +72,7 @@ class Meter:
         elapsed_s = time.perf_counter() - self._since_s
         health = {"health/step_s": round(elapsed_s / steps, 6), "health/memory_gb": round(self._measure_memory_gb(), 3)}
         if self.group.size > 1 and self.group.device.type == "cpu":  # a GPU runs behind the clock of its host
-            forward_s = self.group.accelerator.gather(torch.tensor([self._forward_s], dtype=torch.float64))
+            forward_s = self.group.gather_rows(torch.tensor(self._forward_s, dtype=torch.float64))
             slowest = int(forward_s.argmax())
             health |= {"health/slowest_rank": slowest, "health/slowest_to_median": round(float(forward_s[slowest] / forward_s.median()), 3)}
         self.reset_clock()

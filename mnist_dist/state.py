@@ -324,7 +324,7 @@ class TrainingState:
                 self._refuse_late(f"by step {self.step} a forward pass has changed", [*self._fixed][same.index(False)])
         if self.group.size == 1:
             return
-        sums = self.group.accelerator.gather(sum_bits(self.trained).unsqueeze(0)).cpu()  # [world_size, parameters]
+        sums = self.group.gather_rows(sum_bits(self.trained))  # [world_size, parameters]
         for kind in dict.fromkeys(self._kinds):
             alike = [rank for rank, own in enumerate(self._kinds) if own == kind]
             odd = sums[alike] != sums[alike].mode(dim=0).values

@@ -64,6 +64,16 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
     with pytest.raises(UserError, match="2 processes on this node share 1 GPU; allowed"):
         machine.choose_device(configure(), find_world(SUBMITIT))
+    all_on_one = {"size": 4, "local_size": 4, "port": 20_000, "launcher": "srun", "gpus": 4}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.choose_device(configure(), World(**all_on_one)) == "cuda"  # --gpus-per-task=2 shows each task its own two of more
+    with pytest.raises(UserError, match="4 processes on this node share 2 GPUs; allowed"):
+        machine.choose_device(configure(), World(**all_on_one | {"gpus": 2}))
+    with pytest.raises(UserError, match="4 processes on this node share 2 GPUs; allowed"):
+        machine.choose_device(configure(), World(**all_on_one | {"launcher": "mpirun"}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # by a script that mpirun starts
+    assert machine.choose_device(configure(), World(**all_on_one | {"launcher": "mpirun"})) == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert machine.choose_device(configure(), find_world(SUBMITIT)) == "cuda"
     assert machine.choose_gpu(find_world(SUBMITIT)) == 0

@@ -719,6 +719,17 @@ def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
     assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
 
 
+def test_of_what_nccl_says_its_reason_is_told():
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+        "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+        "Last error:\nError while creating shared memory segment /dev/shm/nccl-a (size 33030528), error: No space left on device (28)"
+    )
+    text = board._describe_broken(error)
+    assert text.startswith("NCCL failed, though all answer: Error while creating shared memory segment /dev/shm/nccl-a (size 33030528), ")
+    assert find_kind(text) not in ("rank gone", "cut off")
+
+
 def test_a_gpu_that_two_ranks_share_is_named():
     error = torch.distributed.DistBackendError(
         "NCCL error in: NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"

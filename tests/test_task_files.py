@@ -541,6 +541,16 @@ WRONG = [
         2,
     ),
     (
+        "a batch of a kind that is made in another way",
+        [
+            ("class Mine", STORED.format("pass").replace("class Mine", "from collections import defaultdict\n\n\nclass Mine")),
+            (DATA, "return Data(Stored(), Stored())"),
+            (BUILD, "    def collate(self, samples):\n        return defaultdict(list, rows=samples[0][0])\n\n" + BUILD),
+        ],
+        ["as its batch, a defaultdict, was sent to a device: TypeError"],
+        2,
+    ),
+    (
         "a buffer that becomes another type",
         [
             (SEQUENTIAL, "Widening()"),

@@ -31,7 +31,7 @@ from mnist_dist.batches import Batch, MicroBatch, StepSampler
 from mnist_dist.config import configure, make_config
 from mnist_dist.data import SampleProbe, load_data
 from mnist_dist.distributed import join_group
-from mnist_dist.errors import RunError, UserError
+from mnist_dist.errors import RunError, UserError, first_line
 from mnist_dist.model import build_model
 from mnist_dist.reader import Reader, keep_split, read, read_on
 from mnist_dist.samples import digest, find_immovable, list_tensors, take_samples
@@ -408,6 +408,16 @@ def test_a_batch_that_cannot_be_sent_is_named(tmp_path, batch, words):
         Reader(config.task.load().train, config, group, "training", [Batch.of(range(12), range(12))]) as reader,
     ):
         next(iter(reader))
+
+
+def test_of_an_error_in_the_thread_that_pins_memory_the_first_line_is_its_own():
+    try:
+        raise MemoryError("out of memory\nmore")
+    except MemoryError:
+        wrapper = torch._utils.ExceptionWrapper(where="in pin memory thread for device 0")
+    with pytest.raises(MemoryError) as caught:
+        wrapper.reraise()
+    assert first_line(caught.value) == "MemoryError: out of memory"
 
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
