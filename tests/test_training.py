@@ -25,7 +25,7 @@ from mnist_dist.errors import RunError
 from mnist_dist.evaluation import evaluate, open_evaluation
 from mnist_dist.model import build_model
 from mnist_dist.muon import Muon
-from mnist_dist.optimization import build_optimizer, learning_rate_at
+from mnist_dist.optimization import build_optimizer, describe_state, learning_rate_at
 from mnist_dist.options import read_options_file
 from mnist_dist.reader import InMemory, Reader
 from mnist_dist.tasks.mnist import Mnist
@@ -265,6 +265,32 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert steps == pytest.approx([0.5] * 75 + [0.05] * 25)
     for warmup in (0.0, 1.0):
         assert all(0 < learning_rate_at(config.replace(warmup=warmup), step) <= 0.5 for step in range(100))
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "muon"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"optimizer": "adamw"}]
+)
+def test_what_an_optimizer_keeps_is_known_before_its_first_step(options):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3), torch.nn.LayerNorm(3))
+    model[0].bias.requires_grad_(requires_grad=False)
+    config = configure(**options)
+    built = build_optimizer(model.parameters(), config, "fp32")
+    model(torch.ones(2, 1, 4, 4)).pow(2).sum().backward()
+    built.step()
+    state = built.state_dict()["state"]
+    found = {f"{index}/{name}": [*value.shape] for index, slots in state.items() for name, value in slots.items() if value is not None}
+    assert found == describe_state(model.parameters(), config)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_momentum_of_sgd_is_the_one_that_was_chosen(nesterov):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    built = build_optimizer(
+        [weight], configure(optimizer="sgd", momentum=0.5, nesterov=nesterov, weight_decay=0.0, learning_rate=1.0), "fp32"
+    )
+    weight.grad = torch.ones(1)
+    built.step()
+    assert weight.item() == (-1.5 if nesterov else -1.0)
 
 
 @pytest.mark.parametrize(
