@@ -40,6 +40,19 @@ def test_a_checkpoint_comes_back_and_only_the_newest_are_kept(tmp_path):
     assert torch.equal(torch.load(path, weights_only=True)["model"]["weight"], STATE["model"]["weight"])
 
 
+def test_a_checkpoint_may_be_as_large_as_its_optimizer_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_ROOM_BYTES", 10_000)
+    weight = torch.arange(100_000.0)
+    slots = {"exp_avg": weight.clone(), "exp_avg_sq": weight.clone(), "third": weight.clone()}
+    path = checkpoint.write(
+        tmp_path, 1, checkpoint.encode({**STATE, "model": {"weight": weight}, "optimizer": {"state": {0: slots}}}), keep=2
+    )
+    assert path.stat().st_size > 3.9 * weight.nbytes
+    assert checkpoint.read_newest(tmp_path, weight.nbytes).path == path
+    with pytest.raises(RunError, match="cannot be read"):
+        checkpoint.read_newest(tmp_path, weight.nbytes // 2)  # of a model that is half as large
+
+
 @dataclass(frozen=True)
 class KillDuringSave:
     """A writer that is killed at the nth thing it asks of the disk; `half` kills it in the middle of the write instead."""
