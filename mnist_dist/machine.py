@@ -44,7 +44,7 @@ def choose_device(config: Config, world: World) -> str:
         return "cpu"
     gpus = torch.cuda.device_count()
     # Slurm may give each task GPUs of its own, and then shows it no others. Under mpirun a script may do so. Where two of these have one
-    # GPU all the same, NCCL says so.
+    # GPU all the same, NCCL refuses it.
     shows_own = {"srun": gpus == 1 or gpus < world.gpus, "mpirun": bool(os.environ.get("CUDA_VISIBLE_DEVICES"))}
     has_own = gpus >= world.local_size or shows_own.get(world.launcher, False)
     if not has_own and not may_share_gpus():
