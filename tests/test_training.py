@@ -293,13 +293,9 @@ def test_the_momentum_of_sgd_is_the_one_that_was_chosen(nesterov):
     assert weight.item() == (-1.5 if nesterov else -1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("optimizer", "name", "kind"),
-    [
-        pytest.param("muon", "_MUON", Muon, marks=pytest.mark.slow),
-        ("sgd", "_SGD", torch.optim.SGD),
-        ("adamw", "_ADAMW", torch.optim.AdamW),
-    ],
+    ("optimizer", "name", "kind"), [("muon", "_MUON", Muon), ("sgd", "_SGD", torch.optim.SGD), ("adamw", "_ADAMW", torch.optim.AdamW)]
 )
 def test_every_optimizer_learns_what_it_does_with_torchs_compiler(monkeypatch, optimizer, name, kind):
     def follow(steps=5, saved=None):
