@@ -1,7 +1,8 @@
 # make train   train the default recipe on the embedded MNIST     make test   the unit tests
 # make check   lint, format and types                             make slow-test   long tests, and make cost-test the timings
 # make help    the options of a training                          make slurm-test  the job script on a real Slurm of three small nodes
-# make gpu-test  the promises on a GPU                            make hosts-test  several hosts, as network namespaces (root, iproute2)
+# make gpu-test  the promises on a GPU                            make oldest-test  the unit tests on the oldest packages allowed
+#                                                                 make hosts-test  several hosts, as network namespaces (root, iproute2)
 PYTHON ?= python3
 BIN := .venv/bin
 

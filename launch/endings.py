@@ -15,6 +15,7 @@ LINES_MAX = 40_000  # of a log that are looked at
 _WORDS = (
     ("GPU memory", r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|OutOfMemoryError"),
     ("NaN", r"the (loss|gradient norm) is (nan|-?inf)|are not finite"),
+    ("NCCL", r"NCCL failed"),  # it may be for want of room, though not on the run's disk
     ("disk full", r"No space left on device|[Dd]isk quota exceeded"),
     ("file too large", r"File too large"),
     ("no threads", r"no more threads or processes can be started|can't start new thread|Thread creation failed|pthread_create failed"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,10 +183,9 @@ def list_srun_options(request: Request) -> list[str]:
     return [f"--{name}" if value is None else f"--{name}={value}" for name, value in split_options(request.srun).items()]
 
 
-def make_local_executor(request: Request, folder: Path, gpus: Sequence[str] = ()) -> LocalExecutor:
-    """An executor that runs all tasks of all nodes on this machine, which see `gpus` alone."""
-    # submitit would give every run the first GPUs of the machine, whichever its user has left.
-    executor = LocalExecutor(folder, python=f"env CUDA_VISIBLE_DEVICES={shlex.quote(','.join(gpus))} {_PYTHON}")
+def make_local_executor(request: Request, folder: Path) -> LocalExecutor:
+    """An executor that runs all tasks of all nodes on this machine. What GPUs they see, their `Training` says."""
+    executor = LocalExecutor(folder, python=_PYTHON)
     executor.update_parameters(
         tasks_per_node=request.world_size,
         timeout_min=request.time,
@@ -339,7 +339,7 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     for config in configs:
         _prepare_folders([config], Path(config.run_dir) / "slurm")
     _prepare_environment(group, type(configs[0].task))
-    runs = _LocalRuns(request, gpus, [*range(parallel)], deque((config, 0) for config in configs))
+    runs = _LocalRuns(request, parallel, gpus, deque((config, 0) for config in configs))
     try:
         with ending_as_interrupt():
             while runs.waiting or runs.active:
@@ -359,8 +359,9 @@ def find_gpus(count: int) -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         there = [str(number) for number in range(len([*_GPUS.glob("*")]) or count)]  # where the driver does not tell, torch will
-    else:
-        there = [name for name in given.replace(" ", "").split(",") if name]
+    else:  # CUDA heeds what stands before the first name that is none, such as -1
+        names = [name.strip() for name in given.split(",")]
+        there = [*dict.fromkeys(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-\S+").fullmatch, names))]
     if len(there) < count:
         known = "this machine has" if given is None else f"CUDA_VISIBLE_DEVICES is {given!r}, which names"
         raise UserError(f"nodes times gpus_per_node is {count}, and {known} {len(there)}")
@@ -369,11 +370,11 @@ def find_gpus(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _LocalRun:
-    """A run that trains on this machine: how often it was started again, and its place among those that train at a time."""
+    """A run that trains on this machine: how often it was started again, and its GPUs."""
 
     config: Config
     restarts: int
-    place: int
+    gpus: list[str]
     job: LocalJob[None]
 
 
@@ -382,8 +383,8 @@ class _LocalRuns:
     """Runs on this machine, some of them at a time: those that wait, each with how often it was started again, and those that train."""
 
     request: Request
+    parallel: int
     gpus: list[str]
-    free: list[int]  # places
     waiting: deque[tuple[Config, int]]
     active: dict[str, _LocalRun] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
@@ -391,17 +392,15 @@ class _LocalRuns:
 
     def start_and_collect(self) -> None:
         """Start as many as there is room for, and note the exit statuses of those that have ended."""
-        while self.waiting and self.free:
+        while self.waiting and len(self.active) < self.parallel:
             config, restarts = self.waiting.popleft()
-            place = self.free.pop(0)
+            gpus = self._choose_gpus()
             with deferring_signals():  # a job that is not known here yet would not be told to save
-                job = _start_locally(self.request, config, self._list_gpus(place))
-                self.active[config.run_dir] = _LocalRun(config, restarts, place, job)
+                self.active[config.run_dir] = _LocalRun(config, restarts, gpus, _start_locally(self.request, config, gpus))
         for run_dir, run in list(self.active.items()):
             if not run.job.done():
                 continue
             del self.active[run_dir]
-            self.free.append(run.place)
             end = read_own_note(Path(run_dir), "end")
             status = end.get("status") if end.get("job") == run.job.job_id else None
             self.statuses[run_dir] = status if isinstance(status, int) else _LOST
@@ -409,10 +408,10 @@ class _LocalRuns:
             if asks_again and not self.is_stopping:
                 self.waiting.appendleft((run.config, run.restarts + 1))
 
-    def _list_gpus(self, place: int) -> list[str]:
-        """The GPUs of a run in that place: others than its neighbours have, as far as there are enough."""
-        count = self.request.nodes * self.request.gpus_per_node
-        return [self.gpus[(place * count + number) % len(self.gpus)] for number in range(count)]
+    def _choose_gpus(self) -> list[str]:
+        """The GPUs of the next run: others than those that train have, as far as there are enough."""
+        used = Counter(itertools.chain(*(run.gpus for run in self.active.values())))
+        return sorted(self.gpus, key=used.__getitem__)[: self.request.nodes * self.request.gpus_per_node]
 
     def stop(self) -> None:
         """Let all save and end; the second time, end them at once."""
@@ -440,7 +439,7 @@ def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> Loc
     # Ctrl-C on the terminal reaches every process; submitit's controller would kill the ranks a second later, while they save.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        job = make_local_executor(request, folder, gpus).submit(_make_training(config))
+        job = make_local_executor(request, folder).submit(_make_training(config, gpus))
     finally:
         signal.signal(signal.SIGINT, before)
     assert isinstance(job, LocalJob)
@@ -451,8 +450,8 @@ def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> Loc
     return job
 
 
-def _make_training(config: Config) -> Training:
-    return Training(config.run_dir, list_arguments(config))
+def _make_training(config: Config, gpus: Sequence[str] | None = None) -> Training:
+    return Training(config.run_dir, list_arguments(config), None if gpus is None else ",".join(gpus))
 
 
 def _prepare_folders(configs: Sequence[Config], folder: Path) -> list[Path]:

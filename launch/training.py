@@ -22,15 +22,21 @@ from mnist_dist.world import find_world
 
 @dataclass(frozen=True)
 class Training:
-    """One run: the folder that it is kept in, and the options of `mnist_dist.train`. submitit calls it on every rank."""
+    """One run: the folder that it is kept in, and the options of `mnist_dist.train`. submitit calls it on every rank.
+
+    `gpus` are those that it may see, as CUDA_VISIBLE_DEVICES names them; None: those that whoever starts it shows.
+    """
 
     run_dir: str
     arguments: tuple[str, ...]
+    gpus: str | None = None
 
     def __call__(self) -> None:
         """Train. Always ends the process, with the training's exit status."""
         # The program's own handlers replace submitit's, which would save and requeue from one rank, between any two bytecodes.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        if self.gpus is not None:  # on one machine submitit would show every run the first ones, whichever its user has left
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         was_there = os.path.lexists(self.run_dir)
         self._note_end(None)  # this start may end without noting how
         status = main(self.arguments)

@@ -361,9 +361,11 @@ def _describe_broken(error: Exception, aside: str = ", though all answer") -> st
     """Why a collective failed though all ranks answer: NCCL does so also where it cannot work here at all, and then may say why."""
     if duplicate := re.search(r"Duplicate GPU detected *:? *(.*)", str(error)):
         return f"two processes have the same GPU ({duplicate[1]}): start at most one process for each GPU"
-    if reason := re.search(r"Last error:\s*(\S.*)", str(error)):  # NCCL's, some lines below its source and its version
-        return f"NCCL failed{aside}: {reason[1]}"
     words = re.sub(r"^\[\S*gloo\S*\] ", "", first_line(error)).partition(". This ")[0]  # of gloo, its source and a guess
+    if reason := re.search(r"Last error:[ \t]*\n?[ \t]*(\S.*)", str(error)):  # NCCL's, some lines below its source and its version
+        words = reason[1]
+        if not re.search("ncclRemoteError|network error", str(error)):
+            return f"NCCL failed{aside}: {words}"
     return f"the connection to another rank broke{aside}: {words}"
 
 

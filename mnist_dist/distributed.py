@@ -29,13 +29,22 @@ from mnist_dist.machine import (
     choose_precision,
     count_open_files,
     describe_choice,
+    identify_gpu,
     keep_memory,
     raise_file_limit,
     repeating_bits,
 )
 from mnist_dist.program import end_at_once_at_exit, list_variables
 from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
-from mnist_dist.world import MPI_VARIABLES, RANK_VARIABLES, World, choose_threads, count_usable_cores
+from mnist_dist.world import (
+    MPI_VARIABLES,
+    RANK_VARIABLES,
+    SHARED_GPUS,
+    World,
+    choose_threads,
+    count_usable_cores,
+    may_share_gpus,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -343,7 +352,7 @@ def _start_group(world: World, config: Config, place: Place, device: str, timeou
             "that does not answer (see /etc/resolv.conf) holds up every start",
             took_s,
         )
-    _check_devices(store, world, place, device, describe_choice(config, device))
+    _check_devices(store, world, place, device, describe_choice(config, device), identify_gpu(world) if device == "cuda" else "")
     board = Board(lambda: _connect(place, timeout, is_master=False), world.rank, place.hosts, timeout, on_gpu=device == "cuda")
     # Gloo must be the first to notice a silent rank: NCCL ends the process and leaves no reason.
     nccl = device == "cuda"
@@ -365,18 +374,25 @@ def _telling(board: Board | None) -> Iterator[None]:
         raise
 
 
-def _check_devices(store: Any, world: World, place: Place, device: str, choice: str) -> None:
+def _check_devices(store: Any, world: World, place: Place, device: str, choice: str, gpu: str) -> None:
     """Raise `RunError` on all ranks where some have chosen another device: one would start NCCL, the other gloo, and both would wait.
 
-    On other nodes, or when the GPU that was lost is back, the same command may do.
+    On other nodes, or when the GPU that was lost is back, the same command may do. Raises `UserError` where two ranks have the same `gpu`.
     """
-    ranks = range(world.size)
-    store.multi_set([f"choice/{world.rank}", f"device/{world.rank}"], [choice, device])
-    if len(set(store.multi_get([f"device/{rank}" for rank in ranks]))) == 1:
+    store.multi_set([f"{name}/{world.rank}" for name in ("choice", "device", "gpu")], [choice, device, gpu])
+
+    def find_alike(name: str) -> dict[str, list[int]]:
+        alike: dict[str, list[int]] = {}
+        for rank, text in enumerate(store.multi_get([f"{name}/{rank}" for rank in range(world.size)])):
+            alike.setdefault(text.decode(), []).append(rank)
+        return alike
+
+    is_mixed, sharing = len(find_alike("device")) > 1, list[int]()
+    if device == "cuda" and not is_mixed and not may_share_gpus():
+        sharing = next((ranks for name, ranks in find_alike("gpu").items() if name and len(ranks) > 1), [])
+    if not is_mixed and not sharing:
         return
-    alike: dict[str, list[int]] = {}
-    for rank, text in enumerate(store.multi_get([f"choice/{rank}" for rank in ranks])):
-        alike.setdefault(text.decode(), []).append(rank)
+    alike = find_alike("choice")
     # Rank zero serves the store: it lets the others read before it ends.
     end = time.monotonic() + _READING_S
     read = store.add("choices read", 1)
@@ -384,6 +400,11 @@ def _check_devices(store: Any, world: World, place: Place, device: str, choice: 
         time.sleep(0.02)
         read = store.add("choices read", 0)
     hosts = dict(enumerate(place.hosts))
+    if sharing:
+        raise UserError(
+            f"{name_with_hosts(sharing, hosts)} have the same GPU; allowed: at most one process for each GPU (or {SHARED_GPUS}=1, with "
+            "NCCL 2.30 or newer, for a test)"
+        )
     found = [f"{name_with_hosts(ranks, hosts)} would compute {text}" for text, ranks in list(alike.items())[:_SHOWN_CHOICES]]
     raise RunError(f"{'; '.join(found)}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
 

@@ -26,7 +26,8 @@ def first_line(error: BaseException) -> str:
     """What `error` says, in one line: the name of its kind where it says nothing."""
     text = str(error).strip()
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # of a DataLoader: its own words are below
-        text = "\n".join(line for line in text.splitlines()[2:] if not line.startswith(" ")) or text
+        words = [line for line in text.rpartition("Traceback (most recent call last):\n")[2].splitlines() if not line.startswith(" ")]
+        text = re.sub(rf"^(\w+\.)*{type(error).__name__}: ", "", "\n".join(words)) or text
     return (text or type(error).__name__).splitlines()[0]
 
 

@@ -1,5 +1,6 @@
 """A training step as a CUDA graph: its hundreds of small kernels are launched at once, where launching each takes longer than it runs."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from mnist_dist.errors import UserError
 
 # Libraries choose their kernels, and optimizers make their state, in the first steps: these are done one kernel at a time.
 _EAGER_STEPS = 3
+_REFUSED = re.compile(r"stream is capturing|capturing (blocking )?stream|during (CUDA graph )?capture")  # CUDA's words, and torch's
 
-Form = tuple[torch.Size, torch.dtype]  # of a tensor
+Place = tuple[Any, ...]  # of a tensor in what a step takes: the keys and numbers that lead to it
+Form = tuple[torch.Size, torch.dtype]
 
 
 class GraphedStep:
@@ -30,47 +33,47 @@ class GraphedStep:
         self._compute = compute
         self._note_replay = note_replay
         self._calls = 0
-        self._inputs: dict[str, Tensor] = {}
-        self._forms: dict[str, Form] = {}
+        self._inputs: dict[Place, Tensor] = {}
+        self._forms: dict[Place, Form] = {}
         self._replay: Callable[[], None] | None = None
         self._output = torch.empty(0)
 
     def __call__(self, *inputs: Any) -> Tensor:
         """What `compute(*inputs)` gives and does."""
-        given = _name_inputs(inputs)
+        given = _place_inputs(inputs)
         self._calls += 1
         if self._calls <= _EAGER_STEPS:
             return self._compute(*inputs)
         if self._replay is None:
             copies = recursively_apply(Tensor.clone, inputs)
-            self._inputs = _name_inputs(copies)
+            self._inputs = _place_inputs(copies)
             self._forms = _find_forms(self._inputs)
             self._replay, self._output = record(self._compute, copies)
         if (forms := _find_forms(given)) != self._forms:
-            name = next(name for name in [*self._forms, *forms] if forms.get(name) != self._forms.get(name))
-            here, was = (_describe(found.get(name)) for found in (forms, self._forms))
+            place = next(place for place in [*self._forms, *forms] if forms.get(place) != self._forms.get(place))
+            here, was = (_describe(found.get(place)) for found in (forms, self._forms))
             raise UserError(
                 f"cuda_graph records one shape and type of each tensor in a batch; here one is {here}, and was {was}: leave it out, or "
                 "give all batches the same"
             )
-        for name, tensor in self._inputs.items():
-            tensor.copy_(given[name], non_blocking=True)
+        for place, tensor in self._inputs.items():
+            tensor.copy_(given[place], non_blocking=True)
         self._note_replay()
         self._replay()
         return self._output.clone()  # the next replay writes over it
 
 
-def _name_inputs(value: Any) -> dict[str, Tensor]:
-    """The tensors in what a step takes, by their places in it: a dictionary may have its keys in another order each time."""
-    tensors: dict[str, Tensor] = {}
-    rest = [("", value)]
+def _place_inputs(value: Any) -> dict[Place, Tensor]:
+    """The tensors in what a step takes, by their places: a dictionary may have its keys in another order each time."""
+    tensors: dict[Place, Tensor] = {}
+    rest: list[tuple[Place, Any]] = [((), value)]
     while rest:
-        name, value = rest.pop()
+        place, value = rest.pop()
         if isinstance(value, Tensor):
-            tensors[name] = value
+            tensors[place] = value
         elif isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            rest += [(f"{name}[{key!r}]", item) for key, item in items]
+            rest += [((*place, key), item) for key, item in items]
         elif value is not None and not isinstance(value, range):  # the places of the samples
             raise UserError(f"cuda_graph records tensors alone, and a batch holds a {type(value).__name__}: leave it out")
     if len(devices := {str(tensor.device) for tensor in tensors.values()}) > 1:
@@ -78,8 +81,8 @@ def _name_inputs(value: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _find_forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+def _find_forms(tensors: dict[Place, Tensor]) -> dict[Place, Form]:
+    return {place: (tensor.shape, tensor.dtype) for place, tensor in tensors.items()}
 
 
 def _describe(form: Form | None) -> str:
@@ -104,7 +107,7 @@ def record(compute: Callable[..., Tensor], inputs: tuple[Any, ...]) -> tuple[Cal
     except Exception as error:
         # A recording that has failed cannot be ended either, and CUDA's words for that tell nothing.
         first = failed[0] if failed else error
-        if "captur" not in str(first):
+        if not _REFUSED.search(str(first)):
             raise first from None
         raise UserError(
             f"cuda_graph cannot record the step, which may read no values, as .item(), bool() and x[mask] do: leave it out ({first})"

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mnist_dist.config import Config
 from mnist_dist.errors import UserError
-from mnist_dist.world import SHARED_GPUS, World, may_share_gpus
+from mnist_dist.world import World
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 _FILES_ENOUGH = 65_536
-_FUSED = ("flash", "mem_efficient", "cudnn")  # kernels of attention
 
 _log = logging.getLogger(__name__)
 
@@ -40,19 +40,7 @@ def choose_device(config: Config, world: World) -> str:
             world.gpus,
             explain_no_gpu(),
         )
-    if config.device == "cpu" or not available:
-        return "cpu"
-    gpus = torch.cuda.device_count()
-    # Slurm may give each task GPUs of its own, and then shows it no others. Under mpirun a script may do so. Where two of these have one
-    # GPU all the same, NCCL refuses it.
-    shows_own = {"srun": gpus == 1 or gpus < world.gpus, "mpirun": bool(os.environ.get("CUDA_VISIBLE_DEVICES"))}
-    has_own = gpus >= world.local_size or shows_own.get(world.launcher, False)
-    if not has_own and not may_share_gpus():
-        raise UserError(
-            f"{world.local_size} processes on this node share {gpus} GPU{'s' * (gpus != 1)}; allowed: at most one process for each GPU "
-            f"(or {SHARED_GPUS}=1, with NCCL 2.30 or newer, for a test)"
-        )
-    return "cuda"
+    return "cpu" if config.device == "cpu" or not available else "cuda"
 
 
 def describe_choice(config: Config, device: str) -> str:
@@ -82,6 +70,11 @@ def _is_kept_on_cpu() -> bool:
 def choose_gpu(world: World) -> int:
     """The number of this process's GPU among those that it sees."""
     return world.local_rank % torch.cuda.device_count()
+
+
+def identify_gpu(world: World) -> str:
+    """What tells this process's GPU from all others, on any host; empty where torch does not know."""
+    return str(getattr(torch.cuda.get_device_properties(choose_gpu(world)), "uuid", ""))
 
 
 def check_graph(config: Config, device: str) -> None:
@@ -174,7 +167,6 @@ def repeating_bits(device: str) -> Iterator[None]:
     if "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in os.environ:  # some containers set it; a task's own choice stays
         with contextlib.suppress(RuntimeError):  # of a choice by torch's newer names
             products = torch.get_float32_matmul_precision()
-    fused = {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _FUSED if device == "cuda"}
     show, told = warnings.showwarning, set[str]()
 
     def tell(message: Warning | str, *more: Any, **others: Any) -> None:
@@ -192,11 +184,10 @@ def repeating_bits(device: str) -> Iterator[None]:
     _set_precision("ieee", "ieee")  # float32 means float32; who wants less asks for bf16
     if products is not None:
         torch.set_float32_matmul_precision("highest")
-    for kind in fused:
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     warnings.showwarning = tell
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if device == "cuda" else contextlib.nullcontext():
+            yield
     finally:
         warnings.showwarning = show
         settings.fill_uninitialized_memory = fills
@@ -204,8 +195,6 @@ def repeating_bits(device: str) -> Iterator[None]:
         _set_precision(*short)
         if products is not None:
             torch.set_float32_matmul_precision(products)
-        for kind, was_enabled in fused.items():
-            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(was_enabled)
         torch.set_deterministic_debug_mode(mode)
 
 

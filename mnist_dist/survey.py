@@ -27,7 +27,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import describe_error, read_file, write_atomically
 from mnist_dist.finding import WORDS, Finding
 from mnist_dist.lock import Lock
-from mnist_dist.machine import choose_device, choose_gpu, explain_no_gpu
+from mnist_dist.machine import choose_device, choose_gpu, explain_no_gpu, identify_gpu
 from mnist_dist.model import build_model
 from mnist_dist.network import check_exchange, list_first
 from mnist_dist.randomness import make_generator
@@ -139,8 +139,7 @@ def describe_device(world: World, config: Config) -> dict[str, str]:
         missed = world.gpus if config.device == "auto" else 0
         problem = f"Slurm gave this node {_count(missed, 'GPU')}, and torch finds none ({explain_no_gpu()})" if missed else ""
         return {"device": "no GPU", "identity": "", "problem": problem}
-    properties = torch.cuda.get_device_properties(choose_gpu(world))
-    return {"device": properties.name, "identity": str(getattr(properties, "uuid", "")), "problem": ""}
+    return {"device": torch.cuda.get_device_name(choose_gpu(world)), "identity": identify_gpu(world), "problem": ""}
 
 
 def _judge_devices(told: list[dict[str, Any]], hosts: Hosts) -> list[Finding]:

@@ -62,20 +62,6 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     variables = distributed._choose_variables(task, "cuda", 1)
     assert (task.local_rank, variables["LOCAL_RANK"], variables["RANK"]) == (1, "0", "3")
     assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
-    with pytest.raises(UserError, match="2 processes on this node share 1 GPU; allowed"):
-        machine.choose_device(configure(), find_world(SUBMITIT))
-    all_on_one = {"size": 4, "local_size": 4, "port": 20_000, "launcher": "srun", "gpus": 4}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert machine.choose_device(configure(), World(**all_on_one)) == "cuda"  # --gpus-per-task=2 shows each task its own two of more
-    with pytest.raises(UserError, match="4 processes on this node share 2 GPUs; allowed"):
-        machine.choose_device(configure(), World(**all_on_one | {"gpus": 2}))
-    with pytest.raises(UserError, match="4 processes on this node share 2 GPUs; allowed"):
-        machine.choose_device(configure(), World(**all_on_one | {"launcher": "mpirun"}))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # by a script that mpirun starts
-    assert machine.choose_device(configure(), World(**all_on_one | {"launcher": "mpirun"})) == "cuda"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert machine.choose_device(configure(), find_world(SUBMITIT)) == "cuda"
     assert machine.choose_gpu(find_world(SUBMITIT)) == 0
 
 
@@ -357,7 +343,36 @@ class LackGpu(Train):
     def __call__(self):
         distributed.choose_device = lambda *_: "cpu" if os.environ["RANK"] == str(self.without) else "cuda"
         distributed.choose_gpu = lambda _: 0
+        distributed.identify_gpu = lambda world: f"GPU-{world.rank}"
         return super().__call__()
+
+
+@dataclass(frozen=True)
+class ShareGpu(Train):
+    """Ranks that find a GPU each, some of them the same."""
+
+    names: str
+
+    def __call__(self):
+        distributed.choose_device = lambda *_: "cuda"
+        distributed.choose_gpu = lambda _: 0
+        distributed.identify_gpu = lambda world: self.names[world.rank].strip()
+        return super().__call__()
+
+
+@pytest.mark.parametrize(("names", "sharing"), [("aba", "ranks 0, 2"), ("abb", "ranks 1-2"), ("aaa", "ranks 0-2")])
+def test_ranks_that_have_the_same_gpu_are_named_on_every_rank(tmp_path, names, sharing):
+    text = run_ranks(tmp_path, ShareGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names), 3, expect=2)
+    assert text.count(f"{sharing} on host {platform.node()} have the same GPU; allowed: at most one process for each GPU") == 3
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("names", "environ"), [("abc", {}), ("   ", {}), ("aaa", {"NCCL_MULTI_RANK_GPU_ENABLE": "1"})])
+def test_ranks_with_a_gpu_each_or_that_may_share_one_go_on(tmp_path, names, environ):
+    work = ShareGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names)
+    text = run_ranks(tmp_path, work, 3, environ, expect=1)  # NCCL finds none here
+    assert "the same GPU" not in text
 
 
 @pytest.mark.parametrize("without", [0, 2])

@@ -89,6 +89,16 @@ def test_a_dictionary_may_have_its_keys_in_another_order(recorded):
     assert step({"y": torch.ones(2), "x": torch.full((2,), 4.0)}) == 6
 
 
+def test_keys_are_told_apart_by_what_they_are_and_not_by_how_they_are_shown(recorded):
+    class Key(int):
+        def __repr__(self):
+            return "key"
+
+    step = GraphedStep(lambda samples: (samples[Key(1)] - samples[Key(2)]).sum())
+    outputs = [step({Key(1): torch.full((2,), float(number)), Key(2): torch.ones(2)}) for number in range(8)]
+    assert torch.stack(outputs).tolist() == [2.0 * number - 2 for number in range(8)]
+
+
 class Recording:
     """A recording as torch's: to end one that has failed fails as well."""
 
@@ -106,8 +116,8 @@ class Recording:
 @pytest.mark.parametrize(
     ("failure", "raised", "words"),
     [
-        (RunError("task t failed: t.py:3 in losses: operation not permitted when stream is capturing"), UserError, r"\.item\(\).*t\.py:3"),
-        (RunError("task t failed: t.py:3 in losses: KeyError: 'x'"), RunError, "^task t failed: t.py:3 in losses: KeyError: 'x'$"),
+        (RunError("t failed: t.py:3 in losses: operation not permitted when stream is capturing"), UserError, r"\.item\(\).*t\.py:3"),
+        (RunError("t failed: capture.py:3 in losses: KeyError: 'x'"), RunError, "^t failed: capture.py:3 in losses: KeyError: 'x'$"),
     ],
 )
 def test_a_step_that_cannot_be_recorded_is_told_by_its_own_words(monkeypatch, failure, raised, words):

@@ -467,6 +467,7 @@ def test_a_signal_while_a_job_on_this_machine_is_started_leaves_none_behind(tmp_
     ("visible", "driver", "expected"),
     [
         ("2,3", 8, ["2", "3", "2"]),  # the user's own, and no others
+        (" 2 ,3,2,-1,5", 8, ["2", "3", "2"]),
         ("GPU-8f12, MIG-77", 8, ["GPU-8f12", "MIG-77", "GPU-8f12"]),
         ("3", 8, ["3", "3", "3"]),  # two runs at a time share it
         (None, 8, ["0", "1", "0"]),
@@ -504,7 +505,29 @@ def test_runs_on_this_machine_have_the_gpus_that_their_user_has(tmp_path, monkey
     assert given == expected
 
 
-@pytest.mark.parametrize(("visible", "words"), [("2", "names 1"), ("", "names 0"), (None, "this machine has 1")])
+def test_a_run_on_this_machine_sees_its_gpus_alone(tmp_path, monkeypatch):
+    submitted, seen = [], []
+
+    def submit(_, work):
+        submitted.append(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submission.LocalExecutor, "submit", submit)
+    monkeypatch.setattr("launch.training.main", lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or 0)
+    config = make_config({"run_dir": str(tmp_path / "run")})
+    for gpus in (["7", "MIG-3"], []):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        with pytest.raises(KeyboardInterrupt):
+            submission._start_locally(make_options(Request, {}), config, gpus)
+        with pytest.raises(SystemExit):
+            submitted[-1]()
+    assert seen == ["7,MIG-3", ""]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"),
+    [("2", "names 1"), ("", "names 0"), ("-1", "names 0"), ("NoDevFiles", "names 0"), ("0,0", "names 1"), (None, "this machine has 1")],
+)
 def test_more_gpus_than_this_machine_has_are_refused(tmp_path, monkeypatch, capsys, visible, words):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -530,8 +553,8 @@ def test_a_second_ctrl_c_ends_all_of_a_job_though_one_of_its_processes_has_just_
         time.sleep(0.01)
     (rank,) = list_children(psutil.Process(controller.pid))
     config = make_config({"run_dir": str(tmp_path / "run")})
-    runs = submission._LocalRuns(make_options(Request, {}), [], [], deque())
-    runs.active[config.run_dir] = submission._LocalRun(config, 0, 0, SimpleNamespace(_process=controller))
+    runs = submission._LocalRuns(make_options(Request, {}), 1, [], deque())
+    runs.active[config.run_dir] = submission._LocalRun(config, 0, [], SimpleNamespace(_process=controller))
     runs.is_stopping = True
     runs.stop()
     assert controller.wait(10) == -signal.SIGKILL

@@ -727,7 +727,24 @@ def test_of_what_nccl_says_its_reason_is_told():
     )
     text = board._describe_broken(error)
     assert text.startswith("NCCL failed, though all answer: Error while creating shared memory segment /dev/shm/nccl-a (size 33030528), ")
-    assert find_kind(text) not in ("rank gone", "cut off")
+    assert find_kind(text) == "NCCL"  # and not that the run's disk is full
+
+
+def test_of_what_nccl_says_a_broken_connection_is_one():
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.27.5\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+        "Last error:\nsocketProgress: Connection closed by remote peer node2<40123>"
+    )
+    text = board._describe_broken(error)
+    assert text == "the connection to another rank broke, though all answer: socketProgress: Connection closed by remote peer node2<40123>"
+    assert find_kind(text) == "cut off"
+
+
+def test_of_what_nccl_says_an_empty_reason_is_none():
+    first = "NCCL error in: x.cpp:94, internal error"
+    error = torch.distributed.DistBackendError(f"{first}\nLast error:\n\nException raised from f at x.cpp:94")
+    assert board._describe_broken(error) == f"the connection to another rank broke, though all answer: {first}"
 
 
 def test_a_gpu_that_two_ranks_share_is_named():

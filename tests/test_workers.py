@@ -412,12 +412,15 @@ def test_a_batch_that_cannot_be_sent_is_named(tmp_path, batch, words):
 
 def test_of_an_error_in_the_thread_that_pins_memory_the_first_line_is_its_own():
     try:
-        raise MemoryError("out of memory\nmore")
+        try:
+            {}["key"]
+        except KeyError as error:
+            raise MemoryError("out of memory\nmore") from error
     except MemoryError:
         wrapper = torch._utils.ExceptionWrapper(where="in pin memory thread for device 0")
     with pytest.raises(MemoryError) as caught:
         wrapper.reraise()
-    assert first_line(caught.value) == "MemoryError: out of memory"
+    assert first_line(caught.value) == "out of memory"
 
 
 def test_a_batch_for_a_gpu_keeps_its_places(monkeypatch):
