@@ -719,43 +719,40 @@ def test_what_nccl_says_is_not_taken_for_a_lost_rank(boards):
     assert {own.explain(error) for own in boards} == {"the connection to another rank broke, though all answer: NCCL error: invalid usage"}
 
 
-def test_of_what_nccl_says_its_reason_is_told():
-    error = torch.distributed.DistBackendError(
-        "NCCL error in: NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
-        "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
-        "Last error:\nError while creating shared memory segment /dev/shm/nccl-a (size 33030528), error: No space left on device (28)"
-    )
-    text = board._describe_broken(error)
-    assert text.startswith("NCCL failed, though all answer: Error while creating shared memory segment /dev/shm/nccl-a (size 33030528), ")
-    assert find_kind(text) == "NCCL"  # and not that the run's disk is full
-
-
-def test_of_what_nccl_says_a_broken_connection_is_one():
-    error = torch.distributed.DistBackendError(
-        "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.27.5\n"
-        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
-        "Last error:\nsocketProgress: Connection closed by remote peer node2<40123>"
-    )
-    text = board._describe_broken(error)
-    assert text == "the connection to another rank broke, though all answer: socketProgress: Connection closed by remote peer node2<40123>"
-    assert find_kind(text) == "cut off"
-
-
-def test_of_what_nccl_says_an_empty_reason_is_none():
-    first = "NCCL error in: x.cpp:94, internal error"
-    error = torch.distributed.DistBackendError(f"{first}\nLast error:\n\nException raised from f at x.cpp:94")
-    assert board._describe_broken(error) == f"the connection to another rank broke, though all answer: {first}"
-
-
-def test_a_gpu_that_two_ranks_share_is_named():
-    error = torch.distributed.DistBackendError(
-        "NCCL error in: NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
-        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
-        "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
-    )
-    text = board._describe_broken(error)
-    assert text == ("two processes have the same GPU (rank 1 and rank 0 both on CUDA device 1b000): start at most one process for each GPU")
-    assert find_kind(text) == ""  # and not that a rank is gone
+@pytest.mark.parametrize(
+    ("what", "reason", "told", "kind"),
+    [
+        (  # and not that the run's disk is full
+            "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.",
+            "Error while creating shared memory segment /dev/shm/nccl-a (size 9), error: No space left on device (28)",
+            "NCCL failed, though all answer: Error while creating shared memory segment /dev/shm/nccl-a (size 9), error: No space left on "
+            "device (28)",
+            "NCCL",
+        ),
+        (
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+            "socketProgress: Connection closed by remote peer node2<40123>",
+            "the connection to another rank broke, though all answer: socketProgress: Connection closed by remote peer node2<40123>",
+            "cut off",
+        ),
+        (  # and not that a rank is gone
+            "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+            "two processes have the same GPU (rank 1 and rank 0 both on CUDA device 1b000): start at most one process for each GPU",
+            "",
+        ),
+        (
+            "ncclInternalError: Internal check failed.",
+            "\nException raised from f at x.cpp:94",
+            "the connection to another rank broke, though all answer: NCCL error in: NCCLUtils.cpp:94, NCCL version 2.27.5",
+            "cut off",
+        ),
+    ],
+)
+def test_of_what_nccl_says_its_reason_is_told(what, reason, told, kind):
+    error = torch.distributed.DistBackendError(f"NCCL error in: NCCLUtils.cpp:94, NCCL version 2.27.5\n{what}\nLast error:\n{reason}")
+    assert board._describe_broken(error) == told
+    assert find_kind(told) == kind
 
 
 def test_the_first_reason_is_everybodys(boards, pool):
