@@ -74,7 +74,10 @@ def choose_gpu(world: World) -> int:
 
 def identify_gpu(world: World) -> str:
     """What tells this process's GPU from all others, on any host; empty where torch does not know."""
-    return str(getattr(torch.cuda.get_device_properties(choose_gpu(world)), "uuid", ""))
+    try:
+        return str(getattr(torch.cuda.get_device_properties(choose_gpu(world)), "uuid", ""))
+    except RuntimeError:  # of a GPU that fails: whoever computes on it will tell
+        return ""
 
 
 def check_graph(config: Config, device: str) -> None:

@@ -63,6 +63,7 @@ def test_a_task_with_a_gpu_of_its_own_calls_it_number_zero(monkeypatch):
     assert (task.local_rank, variables["LOCAL_RANK"], variables["RANK"]) == (1, "0", "3")
     assert "LOCAL_RANK" not in distributed._choose_variables(World(), "cuda", 1)  # or Accelerate would look for other processes
     assert machine.choose_gpu(find_world(SUBMITIT)) == 0
+    assert machine.identify_gpu(find_world(SUBMITIT)) == ""  # there is none here
 
 
 @pytest.mark.parametrize(
