@@ -145,6 +145,11 @@ class Request(Options):
         """Processes of the whole job."""
         return self.nodes * self.tasks
 
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of the whole job."""
+        return self.nodes * self.gpus_per_node
+
     def describe_size(self) -> str:
         """Its processes and nodes, in words."""
         processes = f"{self.world_size} process{'es' * (self.world_size > 1)}"

@@ -335,7 +335,7 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
 
     As in a cluster, a run that saves before its time limit is started again. Ctrl-C and TERM stop and save all of them.
     """
-    gpus = find_gpus(request.nodes * request.gpus_per_node)
+    gpus = _find_gpus(request.all_gpus)
     for config in configs:
         _prepare_folders([config], Path(config.run_dir) / "slurm")
     _prepare_environment(group, type(configs[0].task))
@@ -354,7 +354,7 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     return runs.statuses
 
 
-def find_gpus(count: int) -> list[str]:
+def _find_gpus(count: int) -> list[str]:
     """The GPUs of this machine that its user may have, as CUDA_VISIBLE_DEVICES names them. Raises `UserError` for fewer than `count`."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
@@ -411,7 +411,7 @@ class _LocalRuns:
     def _choose_gpus(self) -> list[str]:
         """The GPUs of the next run: others than those that train have, as far as there are enough."""
         used = Counter(itertools.chain(*(run.gpus for run in self.active.values())))
-        return sorted(self.gpus, key=used.__getitem__)[: self.request.nodes * self.request.gpus_per_node]
+        return sorted(self.gpus, key=used.__getitem__)[: self.request.all_gpus]
 
     def stop(self) -> None:
         """Let all save and end; the second time, end them at once."""

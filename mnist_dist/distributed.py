@@ -387,26 +387,28 @@ def _check_devices(store: Any, world: World, place: Place, device: str, choice: 
             alike.setdefault(text.decode(), []).append(rank)
         return alike
 
-    is_mixed, sharing = len(find_alike("device")) > 1, list[int]()
-    if device == "cuda" and not is_mixed and not may_share_gpus():
-        sharing = next((ranks for name, ranks in find_alike("gpu").items() if name and len(ranks) > 1), [])
-    if not is_mixed and not sharing:
+    hosts = dict(enumerate(place.hosts))
+    gpus = {} if device == "cpu" or may_share_gpus() else find_alike("gpu")
+    sharing = next((ranks for name, ranks in gpus.items() if name and len(ranks) > 1), [])
+    problem: UserError | RunError
+    if len(find_alike("device")) > 1:
+        choices = [*find_alike("choice").items()][:_SHOWN_CHOICES]
+        found = "; ".join(f"{name_with_hosts(ranks, hosts)} would compute {text}" for text, ranks in choices)
+        problem = RunError(f"{found}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
+    elif sharing:
+        problem = UserError(
+            f"{name_with_hosts(sharing, hosts)} have the same GPU; allowed: at most one process for each GPU (or {SHARED_GPUS}=1, with "
+            "NCCL 2.30 or newer, for a test)"
+        )
+    else:
         return
-    alike = find_alike("choice")
     # Rank zero serves the store: it lets the others read before it ends.
     end = time.monotonic() + _READING_S
     read = store.add("choices read", 1)
     while world.rank == 0 and read < world.size and time.monotonic() < end:
         time.sleep(0.02)
         read = store.add("choices read", 0)
-    hosts = dict(enumerate(place.hosts))
-    if sharing:
-        raise UserError(
-            f"{name_with_hosts(sharing, hosts)} have the same GPU; allowed: at most one process for each GPU (or {SHARED_GPUS}=1, with "
-            "NCCL 2.30 or newer, for a test)"
-        )
-    found = [f"{name_with_hosts(ranks, hosts)} would compute {text}" for text, ranks in list(alike.items())[:_SHOWN_CHOICES]]
-    raise RunError(f"{'; '.join(found)}: all must have a GPU (look at the driver with nvidia-smi), or give all of them --device cpu")
+    raise problem
 
 
 def open_store(place: Place, timeout: timedelta) -> Any:

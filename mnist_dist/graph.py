@@ -14,7 +14,7 @@ from mnist_dist.errors import UserError
 _EAGER_STEPS = 3
 _REFUSED = re.compile(r"stream is capturing|capturing (blocking )?stream|during (CUDA graph )?capture")  # CUDA's words, and torch's
 
-Place = tuple[Any, ...]  # of a tensor in what a step takes: the keys and numbers that lead to it
+KeyPath = tuple[Any, ...]  # the keys and numbers that lead to a tensor in what a step takes
 Form = tuple[torch.Size, torch.dtype]
 
 
@@ -33,47 +33,45 @@ class GraphedStep:
         self._compute = compute
         self._note_replay = note_replay
         self._calls = 0
-        self._inputs: dict[Place, Tensor] = {}
-        self._forms: dict[Place, Form] = {}
+        self._inputs: dict[KeyPath, Tensor] = {}
         self._replay: Callable[[], None] | None = None
         self._output = torch.empty(0)
 
     def __call__(self, *inputs: Any) -> Tensor:
         """What `compute(*inputs)` gives and does."""
-        given = _place_inputs(inputs)
+        given = _find_inputs(inputs)
         self._calls += 1
         if self._calls <= _EAGER_STEPS:
             return self._compute(*inputs)
         if self._replay is None:
             copies = recursively_apply(Tensor.clone, inputs)
-            self._inputs = _place_inputs(copies)
-            self._forms = _find_forms(self._inputs)
+            self._inputs = _find_inputs(copies)
             self._replay, self._output = record(self._compute, copies)
-        if (forms := _find_forms(given)) != self._forms:
-            place = next(place for place in [*self._forms, *forms] if forms.get(place) != self._forms.get(place))
-            here, was = (_describe(found.get(place)) for found in (forms, self._forms))
+        if (forms := _find_forms(given)) != (recorded := _find_forms(self._inputs)):
+            path = next(path for path in [*recorded, *forms] if forms.get(path) != recorded.get(path))
+            here, was = (_describe(found.get(path)) for found in (forms, recorded))
             raise UserError(
                 f"cuda_graph records one shape and type of each tensor in a batch; here one is {here}, and was {was}: leave it out, or "
                 "give all batches the same"
             )
-        for place, tensor in self._inputs.items():
-            tensor.copy_(given[place], non_blocking=True)
+        for path, tensor in self._inputs.items():
+            tensor.copy_(given[path], non_blocking=True)
         self._note_replay()
         self._replay()
         return self._output.clone()  # the next replay writes over it
 
 
-def _place_inputs(value: Any) -> dict[Place, Tensor]:
-    """The tensors in what a step takes, by their places: a dictionary may have its keys in another order each time."""
-    tensors: dict[Place, Tensor] = {}
-    rest: list[tuple[Place, Any]] = [((), value)]
+def _find_inputs(value: Any) -> dict[KeyPath, Tensor]:
+    """The tensors in what a step takes, by their paths: a dictionary may have its keys in another order each time."""
+    tensors: dict[KeyPath, Tensor] = {}
+    rest: list[tuple[KeyPath, Any]] = [((), value)]
     while rest:
-        place, value = rest.pop()
+        path, value = rest.pop()
         if isinstance(value, Tensor):
-            tensors[place] = value
+            tensors[path] = value
         elif isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            rest += [((*place, key), item) for key, item in items]
+            rest += [((*path, key), item) for key, item in items]
         elif value is not None and not isinstance(value, range):  # the places of the samples
             raise UserError(f"cuda_graph records tensors alone, and a batch holds a {type(value).__name__}: leave it out")
     if len(devices := {str(tensor.device) for tensor in tensors.values()}) > 1:
@@ -81,8 +79,8 @@ def _place_inputs(value: Any) -> dict[Place, Tensor]:
     return tensors
 
 
-def _find_forms(tensors: dict[Place, Tensor]) -> dict[Place, Form]:
-    return {place: (tensor.shape, tensor.dtype) for place, tensor in tensors.items()}
+def _find_forms(tensors: dict[KeyPath, Tensor]) -> dict[KeyPath, Form]:
+    return {path: (tensor.shape, tensor.dtype) for path, tensor in tensors.items()}
 
 
 def _describe(form: Form | None) -> str:
@@ -95,18 +93,18 @@ def record(compute: Callable[..., Tensor], inputs: tuple[Any, ...]) -> tuple[Cal
     Raises `UserError` where the GPU refuses to record it, and whatever else `compute` raises.
     """
     graph = torch.cuda.CUDAGraph()
-    failed: list[Exception] = []
+    failure: Exception | None = None
     try:
         # Other threads go on meanwhile: one of torch's gets pinned memory for the batches of workers.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             try:
                 output = compute(*inputs)
             except Exception as error:
-                failed.append(error)
+                failure = error
                 raise
     except Exception as error:
         # A recording that has failed cannot be ended either, and CUDA's words for that tell nothing.
-        first = failed[0] if failed else error
+        first = error if failure is None else failure
         if not _REFUSED.search(str(first)):
             raise first from None
         raise UserError(

@@ -336,26 +336,13 @@ def test_ranks_that_were_given_different_options_are_refused(tmp_path, option):
 
 
 @dataclass(frozen=True)
-class LackGpu(Train):
-    """Ranks of which two find a GPU, and one none."""
-
-    without: int
-
-    def __call__(self):
-        distributed.choose_device = lambda *_: "cpu" if os.environ["RANK"] == str(self.without) else "cuda"
-        distributed.choose_gpu = lambda _: 0
-        distributed.identify_gpu = lambda world: f"GPU-{world.rank}"
-        return super().__call__()
-
-
-@dataclass(frozen=True)
-class ShareGpu(Train):
-    """Ranks that find a GPU each, some of them the same."""
+class PretendGpus(Train):
+    """Ranks that find a GPU each, by these names of one letter: a space is one whose name is not known, and - is none."""
 
     names: str
 
     def __call__(self):
-        distributed.choose_device = lambda *_: "cuda"
+        distributed.choose_device = lambda _, world: "cpu" if self.names[world.rank] == "-" else "cuda"
         distributed.choose_gpu = lambda _: 0
         distributed.identify_gpu = lambda world: self.names[world.rank].strip()
         return super().__call__()
@@ -363,7 +350,7 @@ class ShareGpu(Train):
 
 @pytest.mark.parametrize(("names", "sharing"), [("aba", "ranks 0, 2"), ("abb", "ranks 1-2"), ("aaa", "ranks 0-2")])
 def test_ranks_that_have_the_same_gpu_are_named_on_every_rank(tmp_path, names, sharing):
-    text = run_ranks(tmp_path, ShareGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names), 3, expect=2)
+    text = run_ranks(tmp_path, PretendGpus([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names), 3, expect=2)
     assert text.count(f"{sharing} on host {platform.node()} have the same GPU; allowed: at most one process for each GPU") == 3
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
@@ -371,15 +358,15 @@ def test_ranks_that_have_the_same_gpu_are_named_on_every_rank(tmp_path, names, s
 
 @pytest.mark.parametrize(("names", "environ"), [("abc", {}), ("   ", {}), ("aaa", {"NCCL_MULTI_RANK_GPU_ENABLE": "1"})])
 def test_ranks_with_a_gpu_each_or_that_may_share_one_go_on(tmp_path, names, environ):
-    work = ShareGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names)
+    work = PretendGpus([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names)
     text = run_ranks(tmp_path, work, 3, environ, expect=1)  # NCCL finds none here
     assert "the same GPU" not in text
 
 
-@pytest.mark.parametrize("without", [0, 2])
-def test_a_rank_without_the_gpu_that_the_others_have_is_named_on_every_rank(tmp_path, without):
+@pytest.mark.parametrize(("names", "without"), [("-bc", 0), ("ab-", 2)])
+def test_a_rank_without_the_gpu_that_the_others_have_is_named_on_every_rank(tmp_path, names, without):
     begun = time.monotonic()
-    work = LackGpu([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], without)
+    work = PretendGpus([*TINY, "--run_dir", str(tmp_path / "run"), "--timeout_s", "20"], names)
     text = run_ranks(tmp_path, work, 3, expect=1)
     assert time.monotonic() - begun < 15
     assert text.count(f"rank {without} on host {platform.node()} would compute on the CPU (torch ") == 3
