@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from launch.cluster import Job, describe_state, is_suspended
 from launch.endings import STRONG_STATES, shorten
 from launch.request import Request
@@ -199,10 +201,11 @@ def _find_controller(path: Path, noted: Row) -> int | None:
     job = str(noted.get("job"))
     if not (job.isdecimal() and str(noted.get("log")).endswith(LOCAL_LOG)):
         return None
-    with contextlib.suppress(OSError, IndexError):  # no such process, or somebody else's
-        words = Path(f"/proc/{job}/cmdline").read_bytes().split(b"\0")
-        folder = Path(f"/proc/{job}/cwd", os.fsdecode(words[-2]))
-        if b"submitit.local._local" in words and os.path.samefile(folder, path / "slurm"):  # and no other of the same number
+    with contextlib.suppress(OSError, OverflowError, psutil.Error):  # no such process, or somebody else's
+        controller = psutil.Process(int(job))
+        words = controller.cmdline()
+        # And no other of the same number.
+        if "submitit.local._local" in words and os.path.samefile(Path(controller.cwd(), words[-1]), path / "slurm"):
             return int(job)
     return None
 

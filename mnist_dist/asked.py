@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mnist_dist.errors import UserError
 
@@ -35,8 +37,8 @@ class Asked:
 
 def count_asked(environ: Mapping[str, str]) -> Asked:
     """What the `accelerate launch` that started this process was asked for; one process where no such command did."""
-    for pid in list_ancestors():
-        words = [os.fsdecode(word) for word in read_command(pid)]
+    for ancestor in list_ancestors():
+        words = read_command(ancestor)
         launch = _LAUNCH.search("\0".join(words[:8]) + "\0")
         if launch:
             asked = _read_options(words[launch.string[: launch.end() - 1].count("\0") + 1 :], environ)
@@ -48,23 +50,17 @@ def count_asked(environ: Mapping[str, str]) -> Asked:
     return Asked(0) if several and not environ.get("RANK") else Asked()
 
 
-def list_ancestors() -> Iterator[int]:
-    """The nearest ancestors of this process, parent first (Linux only; elsewhere the parent alone)."""
-    pid = os.getppid()
-    for _ in range(_ANCESTORS_MAX):
-        yield pid
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except (OSError, IndexError, ValueError):
-            return
-        if pid <= 1:
-            return
+def list_ancestors() -> list[int]:
+    """The nearest ancestors of this process, parent first."""
+    with contextlib.suppress(OSError, psutil.Error):
+        return [parent.pid for parent in psutil.Process().parents()[:_ANCESTORS_MAX]]
+    return []
 
 
-def read_command(pid: int) -> list[bytes]:
+def read_command(pid: int) -> list[str]:
     """The command line of a process; empty where it cannot be read."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    with contextlib.suppress(OSError, OverflowError, psutil.Error):
+        return psutil.Process(pid).cmdline()
     return []
 
 

@@ -5,7 +5,6 @@ other is read sample by sample, in this process or by workers, each sample under
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -38,10 +37,10 @@ from mnist_dist.preemption import STOP_SIGNALS
 from mnist_dist.randomness import can_read_places, derive_seed, read_places, seed_generators
 from mnist_dist.samples import is_in_memory, locate, name_sample
 from mnist_dist.source import describe_exception
+from mnist_dist.starter import make_die_with_parent
 from mnist_dist.task import Task
 
 _log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _OPEN_FILES = "/proc/self/fd"  # of Linux
 _SHOWN = 32  # numbers of samples in a message
 _LOOK_S = 1.0  # between two looks at the workers
@@ -201,7 +200,7 @@ class Reader:
             kept.at = self.workers.share_memory_()  # type: ignore[union-attr, no-untyped-call]
             # Forked: a data set of the user's file need not be pickled, nor be found by a fresh interpreter.
             several = {"multiprocessing_context": "fork", "persistent_workers": True, "timeout": self.timeout_s}
-            several |= {"worker_init_fn": partial(_begin_work, self.workers)}
+            several |= {"worker_init_fn": partial(_begin_work, self.workers, make_die_with_parent())}
         pinned = self.device.type == "cuda" and isinstance(kept, Seeded)
         with _allowing_workers():
             loader: DataLoader[Any] = DataLoader(
@@ -327,14 +326,12 @@ def _kill_children(numbers: Collection[int]) -> None:
             process.kill()
 
 
-def _begin_work(workers: Tensor, number: int) -> None:
+def _begin_work(workers: Tensor, die_with_parent: Callable[[], None], number: int) -> None:
     """Make this process a worker that ends with the process it reads for, and never before."""
     # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     workers[number, 0] = os.getpid()
     _reopen_files()
 

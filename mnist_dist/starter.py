@@ -75,11 +75,13 @@ def start_ranks(size: int, signals: StopSignals | None = None) -> int:
 
 
 def make_die_with_parent() -> Callable[[], None]:
-    """What a child of this process calls before it becomes another program (`preexec_fn`), so that it ends with this one."""
-    libc, parent = ctypes.CDLL(None), os.getpid()
+    """What a child of this process calls, before it becomes another program (`preexec_fn`) or works, so that it ends with this one."""
+    parent = os.getpid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux alone
 
     def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:
             os._exit(1)
 

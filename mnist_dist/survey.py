@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import math
-import os
 import secrets
 import shutil
 import statistics
@@ -34,7 +33,7 @@ from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
 from mnist_dist.source import BUILT_IN, find_task
-from mnist_dist.world import World, find_host, may_share_gpus, read_quota
+from mnist_dist.world import World, find_host, list_cores, may_share_gpus, read_quota
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
 
@@ -100,7 +99,7 @@ def _count(number: int, one: str) -> str:
 
 def check_joined(group: Group, hosts: Hosts, world: World, config: Config) -> list[Finding]:
     """Ranks and hosts; ranks that share too few CPUs; ranks that share a GPU, or lack one."""
-    own: dict[str, Any] = {"cpus": sorted(os.sched_getaffinity(0)), "quota": read_quota(), **describe_device(world, config)}
+    own: dict[str, Any] = {"cpus": list_cores(), "quota": read_quota(), **describe_device(world, config)}
     told = group.gather(own)
     problems = []
     for host, ranks in _by_value(hosts).items():

@@ -181,7 +181,7 @@ def _read_mpi_world(environ: Mapping[str, str]) -> World | None:
 def _find_mpi_proxy() -> int:
     """The process of MPI that all ranks of this host descend from: the parent, but for what a script puts between."""
     for pid in list_ancestors():
-        if re.search("hydra|pmi|mpi|orted|prte", Path(os.fsdecode((read_command(pid) or [b""])[0])).name):
+        if re.search("hydra|pmi|mpi|orted|prte", Path((read_command(pid) or [""])[0]).name):
             return pid
     return os.getppid()
 
@@ -244,14 +244,19 @@ def _is_typed_in_task(environ: Mapping[str, str]) -> bool:
     task = environ.get("SLURM_TASK_PID", "")
     if not environ.get("SLURM_PTY_PORT") or not task.isdigit() or int(task) == os.getpid():
         return False
-    name, *options = [os.fsdecode(word) for word in read_command(int(task))] or [""]
+    name, *options = read_command(int(task)) or [""]
     return name.endswith("sh") and all(re.fullmatch("-[il]+|--login|--norc", option) for option in options)
 
 
 def count_usable_cores() -> int:
     """CPU cores that this process may use: its affinity, cut by the control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(list_cores())
     return min(cores, read_quota() or cores)
+
+
+def list_cores() -> list[int]:
+    """The numbers of the CPU cores that this process may use by its affinity; of all where the system knows none, as macOS."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def read_quota() -> int | None:

@@ -1,5 +1,6 @@
 """Data that are not in memory: the same samples wherever they are read, and a worker that fails is named."""
 
+import ctypes
 import gc
 import itertools
 import json
@@ -84,6 +85,29 @@ def test_samples_are_the_same_at_any_number_of_workers_and_after_any_stop(tmp_pa
     run_ranks(tmp_path, Train([*arguments, "--workers", "1"]))
     assert 2 <= json.loads((tmp_path / "stopped/starts.jsonl").read_text().splitlines()[1])["step"] < 10
     assert_same(read_run(tmp_path / "stopped"), runs[0])
+
+
+class TrainElsewhere(Train):
+    """Without what only Linux and glibc have."""
+
+    def __call__(self):
+        for module, name in ((os, "sched_getaffinity"), (os, "posix_fadvise")):
+            delattr(module, name)
+
+        class Library(ctypes.CDLL):
+            def __getattr__(self, name):
+                if name in ("prctl", "mallopt"):
+                    raise AttributeError(name)
+                return super().__getattr__(name)
+
+        ctypes.CDLL = Library
+        return super().__call__()
+
+
+def test_training_needs_nothing_that_only_linux_has(tmp_path):
+    for name, kind in (("here", Train), ("elsewhere", TrainElsewhere)):
+        run_ranks(tmp_path, kind([*NOISY, "--threads", "0", "--workers", "1", "--run_dir", str(tmp_path / name)]))
+    assert_same(read_run(tmp_path / "elsewhere"), read_run(tmp_path / "here"))
 
 
 def test_samples_are_the_same_on_any_number_of_ranks(tmp_path):
