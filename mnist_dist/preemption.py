@@ -3,6 +3,7 @@
 Imports next to nothing: the programs import this first, and Ctrl-C before it has taken over ends in a traceback.
 """
 
+import atexit
 import contextlib
 import enum
 import os
@@ -84,6 +85,8 @@ class StopSignals:
             # until this program can heed them.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
+        # Python puts handlers of its own back before torch is torn down. A signal then would end this process with another status.
+        atexit.register(_ignore_signals)
         threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
         return self
@@ -110,6 +113,11 @@ class StopSignals:
                     os._exit(stop.exit_code)
                 if stop == Stop.INTERRUPT and self._announced:
                     _say(_FINISHED if self.is_finished else _STOPPING)
+
+
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _take_standard_descriptors() -> None:

@@ -54,6 +54,25 @@ def saved_steps(folder):
     return [int(path.name[5:13]) for path in checkpoint.list_newest_first(folder / "checkpoints")]
 
 
+ENDING = """
+import os, sys
+from mnist_dist.preemption import StopSignals
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=int(sys.argv[1])):  # while Python tears down what is left
+        kill(process, number)
+
+last = Last()
+StopSignals().install()
+sys.exit(85)
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_while_python_ends_does_not_change_the_exit_status(number):
+    assert subprocess.run([sys.executable, "-c", ENDING, str(int(number))]).returncode == 85
+
+
 def list_signals(to):
     """Where and which; those that do as another one does are for slow tests, but for one rank alone."""
     quick = {"alone": CODES, "one": (signal.SIGTERM,)}.get(to, (signal.SIGINT, signal.SIGUSR1))
