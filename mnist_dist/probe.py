@@ -78,7 +78,7 @@ def probe(check: str, answer: Path | None, folder: Path | None, timeout_s: float
         config = configure(run_dir=f"probe-{check}", timeout_s=patience_s, precision="fp32", wandb="disabled", report=False)
         try:
             findings = survey(check, world, config, folder, out.made)
-        except RunError as error:
+        except (UserError, RunError) as error:
             out.give([_make_failure(check, first_line(error))])
             raise
         out.give(findings)

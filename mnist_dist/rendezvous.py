@@ -30,11 +30,12 @@ from typing import Any
 import psutil
 
 from mnist_dist.errors import RunError, UserError
+from mnist_dist.source import hash_package
 from mnist_dist.world import World
 
 PATIENCE_S = 10.0  # how long a port that is somebody else's is tried again: another run's ranks may be about to have met
 _PAUSE_S = 0.2
-_BANNER = b'{"mnist_dist": 1}\n'
+_BANNER = b'{"mnist_dist": 2}\n'
 _GREETING_S, _GREETING_BYTES = 10.0, 8192  # of one rank, or stranger
 _ANSWER_BYTES = 4 << 20
 _BAD_MESSAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what it may come to, with whatever a stranger sends
@@ -233,7 +234,7 @@ class _Host:
         self._world, self._run, self._listener, self._timeout_s = world, run, listener, timeout_s
         self._selector = selectors.DefaultSelector()
         self._came: dict[int, _Guest] = {}
-        self._hosts = {0: platform.node()}
+        self._hosts, self._codes = {0: platform.node()}, {0: hash_package()}
         self._warned: set[str] = set()
         self._is_here = True
         threading.Thread(target=self._look_for_address, daemon=True).start()  # a name server may take half a minute
@@ -258,6 +259,9 @@ class _Host:
                     said = True
                     _log.info("waiting for the other ranks: %s", self._name_missing())
                 self._serve(min(0.5, self._timeout_s - waited_s + 0.01))
+            if reason := self._name_other_codes():
+                self._tell_all({"mistake": reason})
+                raise UserError(reason)
             return self._share()
         finally:
             for guest in self._guests():
@@ -314,8 +318,8 @@ class _Host:
 
     def _judge(self, guest: _Guest, greeting: Message) -> Message:
         """The answer to a greeting; one of a rank of this run makes the guest that rank."""
-        run, rank, host = greeting["run"], greeting["rank"], greeting["host"]
-        if not (isinstance(run, dict) and isinstance(rank, int) and isinstance(host, str)):
+        run, rank, host, code = (greeting[name] for name in ("run", "rank", "host", "code"))
+        if not (isinstance(run, dict) and isinstance(rank, int) and isinstance(host, str) and isinstance(code, str)):
             raise ValueError("not a greeting")
         differing = sorted(name for name in {*run, *self._run} if run.get(name) != self._run.get(name))
         host = _show(host, 64)
@@ -326,7 +330,7 @@ class _Host:
             return {"refused": f"another run meets there ({what} differ)", "own": False}
         if 0 < rank < self._world.size and rank not in self._came:
             guest.rank = rank
-            self._came[rank], self._hosts[rank] = guest, host
+            self._came[rank], self._hosts[rank], self._codes[rank] = guest, host, _show(code, 64)
             return {"accepted": True}
         self._warn(f"a second {visitor} came to port {self._port} and was refused")
         if rank in self._came:
@@ -362,6 +366,15 @@ class _Host:
         if not self._is_here:
             text += f"; no address of this host is MASTER_ADDR, {self._world.address}, where the others look for rank zero"
         return text
+
+    def _name_other_codes(self) -> str:
+        """Which ranks run other code than rank zero, in words; empty where none does."""
+        others = [rank for rank, code in self._codes.items() if code != self._codes[0]]
+        if not others:
+            return ""
+        who, main = name_with_hosts(others, self._hosts), name_with_hosts([0], self._hosts)
+        found = ", ".join(sorted({self._codes[rank] for rank in others}))
+        return f"mnist_dist of {who} is {found}, and {self._codes[0]} of {main}: all nodes need the same version, or the same checkout"
 
     def _share(self) -> Place:
         world = self._world
@@ -451,7 +464,7 @@ class _Visitor:
             try:
                 if reader.read(_GREETING_S) != json.loads(_BANNER):
                     raise _RefusalError("by another version of mnist_dist")
-                greeting = {"run": self._run, "rank": self._world.rank, "host": platform.node()}
+                greeting = {"run": self._run, "rank": self._world.rank, "host": platform.node(), "code": hash_package()}
                 connection.sendall(json.dumps(greeting).encode() + b"\n")
                 answer = reader.read(_GREETING_S)
             except _BAD_MESSAGE:
@@ -465,10 +478,14 @@ class _Visitor:
                 answer = reader.read(self._timeout_s + _GREETING_S)
                 if "failed" in answer:
                     raise RunError(describe_missed_meeting(self._world, self._timeout_s, _show(answer["failed"])))
+                if "mistake" in answer:
+                    raise UserError(_show(answer["mistake"]))
                 own, store = (_unmap(name[0]) for name in (connection.getsockname(), connection.getpeername()))
                 hosts, is_local = tuple(_show(host, 64) for host in answer["hosts"]), answer["is_local"] is True
                 address = str(answer["address"]) if _is_loopback(own) or own == store else own
                 return Place(hosts, address, is_local, _LOOPBACK if is_local else store, int(answer["port"]), str(answer["secret"]))
+            except UserError:
+                raise
             except _BAD_MESSAGE:
                 raise RunError(
                     f"rank {self._world.rank} of {self._world.size} was left by rank zero at {self._host}:{self._port} "

@@ -43,7 +43,7 @@ from mnist_dist.record import (
     read_starts,
     remove_temporary_files,
 )
-from mnist_dist.source import find_changed, note_named
+from mnist_dist.source import find_changed, hash_package, note_named
 from mnist_dist.task import Data, Evaluation, Panel, Row
 from mnist_dist.tracking import AccelerateTracker, NoTracker, check_project, open_tracker
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from mnist_dist.state import TrainingState
 
 # What the rounding of sums depends on, of the facts of a start.
-_BIT_NAMES = ("processor", "device", "precision", "threads", "micro_batch", "torch")
+_BIT_NAMES = ("processor", "device", "precision", "threads", "micro_batch", "torch", "mnist_dist")
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +176,7 @@ class RunFolder:
             **facts,
             **_describe_origin(),
             "source": self.config.task.source,
+            "mnist_dist": hash_package(),
         }
         start["memory_kills"] = self._memory_kills  # a start that is killed can note nothing more
         writer = checkpoint.Writer(self.path / CHECKPOINTS, self.config.keep_checkpoints, self._sync)
@@ -216,6 +217,8 @@ class RunFolder:
                 self.config.task.name,
                 ", ".join(changed),
             )
+        if before:  # older versions noted none
+            before = {"mnist_dist": "of an older version"} | before
         differing = [f"{name} {before[name]}, now {start[name]}" for name in _BIT_NAMES if before.get(name, start[name]) != start[name]]
         what = "shards give" if self.config.shards else "a run that is resumed has"
         # On another number of processes a run without shards is the same up to rounding anyway.

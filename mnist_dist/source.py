@@ -15,7 +15,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -177,6 +178,26 @@ def _hash_files(files: list[Path]) -> str:
             digest = "unreadable"
         words.append(f"{file.relative_to(files[0].parent)} {digest}")
     return ", ".join(words)
+
+
+def hash_files(root: Path, files: Iterable[Path]) -> str:
+    """The beginning of a SHA-256 over the names, as seen from `root`, and the contents of files."""
+    found = hashlib.sha256()
+    for file in sorted(files):
+        try:
+            content = read_file(file, _FILE_BYTES_MAX)
+        except OSError as error:
+            return f"unreadable ({file.name}: {error.strerror})"
+        found.update(f"{file.relative_to(root)} {len(content)}\n".encode())
+        found.update(content)
+    return found.hexdigest()[:12]
+
+
+@functools.cache
+def hash_package() -> str:
+    """The hash of this package's code."""
+    package = Path(str(resources.files("mnist_dist")))
+    return hash_files(package, package.rglob("*.py"))
 
 
 def find_changed(before: str, now: str) -> list[str]:

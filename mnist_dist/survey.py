@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import math
 import secrets
 import shutil
@@ -32,7 +31,7 @@ from mnist_dist.network import check_exchange, list_first
 from mnist_dist.randomness import make_generator
 from mnist_dist.rendezvous import name_ranks, name_with_hosts
 from mnist_dist.run_folder import describe_versions
-from mnist_dist.source import BUILT_IN, find_task
+from mnist_dist.source import BUILT_IN, find_task, hash_files, hash_package
 from mnist_dist.world import World, find_host, list_cores, may_share_gpus, read_quota
 
 SLOW_TIMES = 1.6  # a rank is slow where the median rank is so much faster
@@ -50,7 +49,6 @@ _SEEN_S = 20.0
 _CHECKPOINT_BYTES = 7 << 20  # of the built-in model, with its optimizer
 _CHECKPOINT_SLOW_S, _CHECKPOINT_TRIES = 5.0, 3
 _FREE_BYTES = 1 << 30
-_FILE_BYTES_MAX = 64 << 20
 
 Hosts = Mapping[int, str]
 
@@ -241,27 +239,14 @@ def check_agreement(group: Group, hosts: Hosts) -> list[Finding]:
 
 def describe_software() -> dict[str, str]:
     """Versions, the beginnings of the hashes of this package's code and data, and where Python's packages are."""
-    package, data = (Path(str(resources.files(name))) for name in ("mnist_dist", "mnist_dist.tasks.mnist"))
+    data = Path(str(resources.files("mnist_dist.tasks.mnist")))
     return {
         **describe_versions(),
         "numpy": np.__version__,
-        "code": hash_files(package, package.rglob("*.py")),
+        "code": hash_package(),
         "data": hash_files(data, [*data.glob("*.json"), *data.glob("files/*.xz")]),
         "prefix": sys.prefix,
     }
-
-
-def hash_files(root: Path, files: Iterable[Path]) -> str:
-    """The beginning of a SHA-256 over the names, as seen from `root`, and the contents of files."""
-    found = hashlib.sha256()
-    for file in sorted(files):
-        try:
-            content = read_file(file, _FILE_BYTES_MAX)
-        except OSError as error:
-            return f"unreadable ({file.name}: {error.strerror})"
-        found.update(f"{file.relative_to(root)} {len(content)}\n".encode())
-        found.update(content)
-    return found.hexdigest()[:12]
 
 
 def read_clock() -> float:

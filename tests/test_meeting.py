@@ -30,6 +30,7 @@ from mnist_dist.errors import RunError, UserError
 from mnist_dist.machine import count_open_files, raise_file_limit
 from mnist_dist.meter import Meter
 from mnist_dist.rendezvous import describe_run, find_interface, meet, name_ranks, name_with_hosts
+from mnist_dist.source import hash_package
 from mnist_dist.tasks.mnist import Mnist
 from mnist_dist.world import World
 
@@ -150,11 +151,12 @@ RUBBISH = [
     b"[" * 5000 + b"\n",
     b"[]\n",
     b"{}\n",
-    b'{"run": 1, "rank": 1, "host": "x"}\n',
-    b'{"run": {"job": "7"}, "rank": "1", "host": "x"}\n',
-    b'{"run": {"job": "7"}, "rank": 1, "host": 5}\n',
-    b'{"run": {"job": "7"}, "rank": 1e99, "host": "x"}\n',
-    b'{"run": {"job": "7"}, "rank": -1, "host": "x"}\n',
+    b'{"run": 1, "rank": 1, "host": "x", "code": "1"}\n',
+    b'{"run": {"job": "7"}, "rank": "1", "host": "x", "code": "1"}\n',
+    b'{"run": {"job": "7"}, "rank": 1, "host": 5, "code": "1"}\n',
+    b'{"run": {"job": "7"}, "rank": 1, "host": "x", "code": 5}\n',
+    b'{"run": {"job": "7"}, "rank": 1e99, "host": "x", "code": "1"}\n',
+    b'{"run": {"job": "7"}, "rank": -1, "host": "x", "code": "1"}\n',
     b"\xff\xfe\n",
 ]
 
@@ -178,7 +180,7 @@ def test_whatever_else_comes_to_the_port_does_no_harm(pool):
     main.result().listener.close()
 
 
-@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"mnist_dist": 2}\n', b"close"])
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"mnist_dist": 1}\n', b"close"])
 def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatch, says):
     monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.4)
     monkeypatch.setattr(rendezvous, "_GREETING_S", 0.4)
@@ -202,7 +204,7 @@ def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatc
         port = worlds[0].port
         with pytest.raises(UserError, match=f"^port {port} on host {HOST} is taken by another program: set MASTER_PORT to a free one$"):
             main.result()
-        by = "another version of mnist_dist" if b"2}" in says else "another program, which does not answer as rank zero of a run does"
+        by = "another version of mnist_dist" if b"1}" in says else "another program, which does not answer as rank zero of a run does"
         with pytest.raises(UserError, match=f"^port {port} on host 127.0.0.1 is taken: by {by}; set MASTER_PORT to a free one$"):
             other.result()
         server.shutdown(socket.SHUT_RDWR)
@@ -284,7 +286,7 @@ def test_a_rank_that_came_and_left_is_named_and_may_come_again(pool):
     worlds = make_worlds(3)
     [main] = start_meeting(pool, worlds[:1], timeout_s=3)
     wait_until(lambda: is_open(worlds[0].port))
-    greeting = b'{"run": {"job": "7"}, "rank": 1, "host": "else\\u001bwhere"}\n'
+    greeting = b'{"run": {"job": "7"}, "rank": 1, "host": "else\\u001bwhere", "code": "1"}\n'
     with socket.create_connection(("127.0.0.1", worlds[0].port)) as visitor:
         visitor.sendall(greeting)
         read_until(visitor, b"accepted")
@@ -300,6 +302,27 @@ def test_a_rank_that_came_and_left_is_named_and_may_come_again(pool):
     others = start_meeting(pool, worlds[1:])
     assert {other.result().hosts for other in others} == {(HOST,) * 3}
     main.result().listener.close()
+
+
+def test_ranks_that_run_other_code_are_named(pool):
+    worlds = make_worlds(4)
+    [main, other] = start_meeting(pool, worlds[:2])
+    wait_until(lambda: is_open(worlds[0].port))
+    with contextlib.ExitStack() as stack:
+        visitors = []
+        for rank, code in ((2, "older"), (3, "newer\x1b[2J")):
+            visitor = stack.enter_context(socket.create_connection(("127.0.0.1", worlds[0].port)))
+            visitor.sendall(json.dumps({"run": RUN, "rank": rank, "host": "else", "code": code}).encode() + b"\n")
+            visitors.append(visitor)
+        own = hash_package()
+        for meeting in (main, other):
+            with pytest.raises(
+                UserError,
+                match=rf"mnist_dist of ranks 2-3 on host else is newer\?\[2J, older, and {own} of rank 0 on host {HOST}: all",
+            ):
+                meeting.result()
+        for visitor in visitors:
+            read_until(visitor, b'"mistake": "mnist_dist of ranks 2-3 on host else')
 
 
 def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from processes import Programs, run_ranks, start_ranks
 
-from mnist_dist import survey
+from mnist_dist import source, survey
 from mnist_dist.config import configure
 from mnist_dist.errors import UserError
 from mnist_dist.finding import Finding, read_findings, write_findings
@@ -76,8 +76,8 @@ class Planted:
 
     def plant_code(self, rank):
         if rank == 1:
-            real = survey.read_file
-            survey.read_file = lambda path, size: real(path, size) + (b" " if path.name == "loop.py" else b"")
+            real = source.read_file
+            source.read_file = lambda path, size: real(path, size) + (b" " if path.name == "loop.py" else b"")
 
     def plant_sum(self, rank):
         import torch
@@ -170,7 +170,7 @@ class Planted:
 
 FAULTS = {
     "one_core": ("joined", 2, "WARN", r"ranks 0-1 on host node0 share 1 CPU \(\d+\)"),
-    "code": ("agree", 2, "WRONG", r"code of rank 1 on host node1 is \w{12}, of rank 0 \w{12}"),
+    "code": ("agree", 2, "WRONG", r"mnist_dist of rank 1 on host .* is \w{12}, and \w{12} of rank 0 on host .*: all nodes need the same"),
     "sum": (
         "exchange",
         2,

@@ -491,14 +491,17 @@ def test_a_run_whose_result_is_written_has_ended_well_though_a_rank_is_lost_then
         (None, {}, ""),
         (None, {"threads": 7, "processor": "x"}, "a run that is resumed has the same bits .* had processor x, now y; threads 7, now 1"),
         (None, {"torch": "2.10"}, "torch 2.10, now 2.11"),
+        (None, {"mnist_dist": "6"}, "mnist_dist 6, now 7"),
+        (None, {"mnist_dist": None}, "mnist_dist of an older version, now 7"),
         (None, {"threads": 7, "world_size": 4}, ""),  # which is the same up to rounding in any case
         (4, {"threads": 7, "world_size": 4}, "shards give the same bits .* had threads 7, now 1"),
     ],
 )
 def test_a_resumed_run_that_computes_otherwise_is_told_what_differs(tmp_path, caplog, shards, before, words):
     start = {"step": 0, "source": "", "world_size": 2, "processor": "y", "device": "cpu", "threads": 1, "torch": "2.11"}
-    start |= {"precision": "fp32", "micro_batch": 6}
-    (tmp_path / "starts.jsonl").write_text(json.dumps(start | before) + "\n")
+    start |= {"precision": "fp32", "micro_batch": 6, "mnist_dist": "7"}
+    noted = {name: value for name, value in (start | before).items() if value is not None}
+    (tmp_path / "starts.jsonl").write_text(json.dumps(noted) + "\n")
     RunFolder(configure(run_dir=str(tmp_path), shards=shards), Alone())._compare(start)
     assert re.search(words, caplog.text) if words else not caplog.text
 
