@@ -319,8 +319,11 @@ for _kind, _pattern in _NUMBERS.items():
 
 
 def write_options(values: dict[str, Any]) -> str:
-    """YAML text that `read_options_file` reads back to equal values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """YAML text that `read_options_file` reads back to equal values. Raises `UserError` where it is longer than is read."""
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if (size := len(text.encode())) > _FILE_BYTES_MAX:
+        raise UserError(f"the options take {size:,} bytes as a config file; allowed: {_FILE_BYTES_MAX:,}, the most that is read")
+    return text
 
 
 def read_options_file(path: Path) -> dict[str, Any]:

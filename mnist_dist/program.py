@@ -246,13 +246,10 @@ def make_printable(text: str, kept: str = "") -> str:
 def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
     texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else make_printable(str(cell)) for cell in row] for row in rows]
-    columns = [index for index in range(len(header)) if any(row[index] for row in texts)]
-    lines = []
-    for line in (header, *texts):
-        cells = []
-        for index in columns:
-            width = max(len(text) for text in (header[index], *(row[index] for row in texts)))
-            is_number = all(re.fullmatch(r"[-+]?[\d.,]+%?|-|\.|", row[index]) for row in texts)
-            cells.append(line[index].rjust(width) if is_number else line[index].ljust(width))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    columns = []
+    for name, *cells in zip(header, *texts, strict=True):
+        if any(cells):
+            width = max(map(len, (name, *cells)))
+            is_number = all(re.fullmatch(r"[-+]?[\d.,]+%?|-|\.|", cell) for cell in cells)
+            columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in (name, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import stat
 import threading
 from array import array
@@ -18,7 +19,7 @@ from typing import TypeGuard
 
 from mnist_dist.config import SIZE_NAMES, Config, make_config
 from mnist_dist.errors import UserError
-from mnist_dist.files import check_readable, describe_error, find_final_name, read_file, read_kernel_count, write_atomically
+from mnist_dist.files import as_argument, check_readable, describe_error, find_final_name, read_file, read_kernel_count, write_atomically
 from mnist_dist.options import read_options_file, spell
 from mnist_dist.source import BUILT_IN, Unknown, find_task, is_built_in, is_named_before, make_unknown, note_named
 from mnist_dist.task import Row, Task, shorten_name
@@ -234,7 +235,9 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     os.stat(run_dir / ".")  # a folder that can be listed and not entered
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
-        check_same_recipe(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
+        own = shlex.join(["--config", as_argument(run_dir / CONFIG_FILE), "--run_dir", as_argument(run_dir)])
+        what = f"run_dir {run_dir} holds another run; use another run_dir, or the same options, which are {own}"
+        check_same_recipe(there, config.recipe(), f"{what} (a newer version may have other defaults and recipes):")
     elif has_begun(run_dir):
         if os.path.lexists(run_dir / RESULT_FILE):
             raise UserError(

@@ -308,10 +308,14 @@ class Unknown(Task):
 
 def make_unknown(name: object, why: str = "") -> type[Unknown]:
     """A task of that name whose code is not run: `why` tells what stands in the way, by default that the user has not named it."""
+    short = str(name)[:4096]
+    return _make_stranger(short, why or f"its code has not been named on this account; --task {short[:200]} names it")
 
+
+@functools.lru_cache(64)  # a class takes a millisecond, and there may be a thousand runs of it
+def _make_stranger(name: str, why: str) -> type[Unknown]:
     class Stranger(Unknown):
         """One of these."""
 
-    Stranger.name = str(name)[:4096]
-    Stranger.why = why or f"its code has not been named on this account; --task {Stranger.name[:200]} names it"
+    Stranger.name, Stranger.why = name, why
     return Stranger

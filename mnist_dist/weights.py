@@ -19,7 +19,8 @@ from mnist_dist.record import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE, parse_obje
 from mnist_dist.source import BUILT_IN, Unknown, find_task, note_named
 from mnist_dist.task import Task
 
-_ROOM_BYTES = 16 << 20  # of a file of weights beside its tensors
+# What a file of weights has beside its tensors: their names, and the facts, of which JSON within JSON writes a quote as four bytes.
+_ROOM_BYTES = 80 << 20
 _HEADER = "mnist_dist"
 
 

@@ -335,7 +335,7 @@ def test_the_config_of_a_run_is_a_recipe_whatever_it_holds(tmp_path):
 
 
 INTERRUPTED = """
-import collections.abc, contextlib, enum, runpy, signal, sys, threading  # milliseconds, as Python itself
+import atexit, collections.abc, contextlib, enum, runpy, signal, sys, threading  # milliseconds, as Python itself
 
 class Interrupting:
     def find_spec(name, *_):

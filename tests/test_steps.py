@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from mnist_dist import tier
+from mnist_dist import checkpoint, tier
 from mnist_dist.batches import MicroBatch
 from mnist_dist.checkpoint import Writer
 from mnist_dist.config import make_config
@@ -109,6 +109,24 @@ def test_a_model_is_tried_without_a_trace():
         model = state.bare_model
         assert (model.mask, model.masks, model.passes, hasattr(model, "new")) == (None, {}, 0, False)
         assert not state.tier.is_any_world  # for it counts
+
+
+class Deep(Masking):
+    """Of very many, very small layers."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 2), *[nn.Linear(2, 2) for _ in range(100)])
+
+
+def test_a_checkpoint_of_many_small_tensors_is_no_larger_than_is_read():
+    config = make_config({"batch_size": 8, "device": "cpu", "precision": "fp32", "optimizer": "adamw"}, task=Deep)
+    with join_group(World(), config) as group:
+        state, data = make_state(group, config)
+        before = len(checkpoint.encode(state.copy([])))
+        state.train_on([read_batch(state.config, data, 1)], lambda: None)
+        content = checkpoint.encode(state.copy([]))
+        assert len(content) > 2 * before
+        assert len(content) < 4 * state.count_bytes()
 
 
 class Shuffling(Masking):

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import pytest
 import torch
-from processes import Train, run_ranks
+from processes import Programs, Train, run_ranks
 from safetensors.torch import load_file
 
 from launch import jobs, submit, sweep
@@ -1642,11 +1642,12 @@ def test_a_task_that_cannot_describe_its_evaluation_ends_no_run(tmp_path):
 @pytest.mark.slow
 def test_a_large_vocabulary_among_the_facts_is_read_back_and_a_too_large_one_refused(tmp_path):
     facts = "    def find_facts(self, train):\n        return {{'vocabulary': {{f'word {{i:012}}': i for i in range({})}}}}\n\n" + BUILD
-    name = write(tmp_path / "mine.py", SANE, (BUILD, facts.format(60_000)))
+    name = write(tmp_path / "mine.py", SANE, (BUILD, facts.format(550_000)))
     arguments = ["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]
     run_ranks(tmp_path / "logs", Train(arguments))
-    assert (tmp_path / "run/result.json").stat().st_size > 1 << 20
+    assert (tmp_path / "run/result.json").stat().st_size > 12 << 20
     assert "is finished" in run_ranks(tmp_path / "logs", Train(arguments))
+    run_ranks(tmp_path / "logs", Programs([["evaluate", str(tmp_path / "run")]]))
     write(tmp_path / "mine.py", SANE, (BUILD, facts.format(800_000)))
     text = run_ranks(tmp_path / "logs", Train([*arguments[:-1], "bf16", "--run_dir", str(tmp_path / "other")]), expect=2)
     assert "find_facts returned" in text
@@ -1805,4 +1806,12 @@ def test_ranks_with_another_code_are_refused(tmp_path):
         write(tmp_path / rank / "mine.py", SANE + f"# the file of node {rank}\n")
     text = run_ranks(tmp_path / "logs", TrainOwnFile(str(tmp_path)), 2, expect=None)
     assert "this rank has other options than rank zero (the source of the task)" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_are_too_long_to_be_read_again_are_refused_before_anything_is_made(tmp_path):
+    many = "".join(f"    text{number}: str = {'x' * 1000!r}\n" for number in range(70))
+    name = write(tmp_path / "mine.py", SANE, ("class Mine(Classification):\n", f"class Mine(Classification):\n{many}"))
+    text = run_ranks(tmp_path / "logs", Train(["--task", name, "--run_dir", str(tmp_path / "run"), *SHORT]), expect=2)
+    assert re.search(r"the options take 7\d,\d{3} bytes as a config file; allowed: 65,536", text)
     assert not (tmp_path / "run").exists()
