@@ -30,6 +30,7 @@ from mnist_dist.task import format_measure
 _RUNS = Path("runs")
 _POLL_S = 1.0
 _SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
+_ENDING_S = 300.0  # for which a run that is finished may still draw its report, and copy to W&B
 _UNANSWERED_S = 60.0  # for which Slurm may be busy, or be started again
 _CANCEL_TIMEOUT_S = 300.0
 
@@ -113,7 +114,7 @@ def describe_run(run: RunState, folder: Path) -> tuple[str, ...]:
 
 
 def follow(path: Path) -> int:
-    """Print the log of the run in `path` until the run ends. 0 if it is finished, 1 if not."""
+    """Print the log of the run in `path` until its processes end. 0 if it is finished, 1 if not."""
     log, position, ended_s = "", 0, 0.0
     patience, state = cluster.Patience(), ""
     jobs, unanswered = list[cluster.Job](), ""
@@ -130,7 +131,10 @@ def follow(path: Path) -> int:
             log, position = newest, 0
         position = _copy(log, position)
         ended_s = 0.0 if run.is_active else ended_s + _POLL_S
-        if run.is_finished or ended_s > (_UNANSWERED_S if unanswered else _SETTLE_S):
+        if run.is_finished:
+            if not run.is_ending or ended_s > _ENDING_S:
+                break
+        elif ended_s > (_UNANSWERED_S if unanswered else _SETTLE_S):
             break
         time.sleep(_POLL_S)
     _copy(log, position)
@@ -153,7 +157,7 @@ def _copy(log: str, position: int) -> int:
         if not os.path.isfile(log):  # not begun; or not a file, which would never end
             return position
         with open(log, "rb") as file:
-            file.seek(position)
+            file.seek(position if position <= os.fstat(file.fileno()).st_size else 0)  # somebody may have emptied it
             for line in file:
                 sys.stdout.write(line.decode(errors="replace"))
             sys.stdout.flush()

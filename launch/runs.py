@@ -93,6 +93,7 @@ class RunState:
     waiting: tuple[str, ...] = ()  # the other jobs of its chain that are in the queue
     nodes: str = ""
     pid: int | None = None  # of rank zero, where it runs on this machine
+    is_ending: bool = False  # finished, while its report is drawn, or its processes end
 
 
 def describe_best(run: RunState) -> str:
@@ -176,9 +177,10 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }
     damage = f"damaged {', '.join(damaged)}" if damaged else ""
-    if result:
-        return RunState(state=_join("finished", damage), is_finished=True, **values)
     pid = find_process(path, holder)
+    if result:
+        lives = pid or is_locked_elsewhere(path, holder) or _find_controller(path, noted) or (job is not None and job.is_running)
+        return RunState(state=_join("finished", damage), is_finished=True, is_ending=bool(lives), **values)
     if job is not None and job.is_active:
         waits = not job.is_running
         reason = job.reason if waits else ""

@@ -32,6 +32,7 @@ from launch.training import Training, write_note
 from mnist_dist.config import Config
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.preemption import Stop, deferring_signals, ending_as_interrupt, holding_back_signals
+from mnist_dist.program import say
 from mnist_dist.record import check_folder, make_timestamp
 from mnist_dist.source import find_root
 from mnist_dist.task import Task
@@ -396,7 +397,16 @@ class _LocalRuns:
             config, restarts = self.waiting.popleft()
             gpus = self._choose_gpus()
             with deferring_signals():  # a job that is not known here yet would not be told to save
-                self.active[config.run_dir] = _LocalRun(config, restarts, gpus, _start_locally(self.request, config, gpus))
+                try:
+                    job = _start_locally(self.request, config, gpus)
+                except UserError as error:  # another submission came first: the other runs of this one go on
+                    say(f"error: {error}")
+                    self.statuses[config.run_dir] = error.exit_code
+                    continue
+                if job is None:
+                    self.statuses[config.run_dir] = Stop.NONE.exit_code
+                else:
+                    self.active[config.run_dir] = _LocalRun(config, restarts, gpus, job)
         for run_dir, run in list(self.active.items()):
             if not run.job.done():
                 continue
@@ -434,18 +444,22 @@ def _stop(jobs: Iterable[LocalJob[None]], *, at_once: bool = False) -> None:
                 process.kill()
 
 
-def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> LocalJob[None]:
-    folder = Path(config.run_dir) / "slurm"
-    # Ctrl-C on the terminal reaches every process; submitit's controller would kill the ranks a second later, while they save.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        job = make_local_executor(request, folder).submit(_make_training(config, gpus))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert isinstance(job, LocalJob)
-    _make_private(folder, job.job_id)
-    log = folder / f"{job.job_id}{LOCAL_LOG}"
-    write_note(Path(config.run_dir), "job", {"job": job.job_id, "log": str(log), "request": note_request(request)})
+def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> LocalJob[None] | None:
+    """The job of a run; None where it has been finished meanwhile. Raises `UserError` where another one has it."""
+    path, folder = Path(config.run_dir), Path(config.run_dir) / "slurm"
+    with _submitting_alone(folder):
+        if not check_free(read_state(path, []), config):
+            return None
+        # Ctrl-C on the terminal reaches every process; submitit's controller would kill the ranks a second later, while they save.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            job = make_local_executor(request, folder).submit(_make_training(config, gpus))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert isinstance(job, LocalJob)
+        _make_private(folder, job.job_id)
+        log = folder / f"{job.job_id}{LOCAL_LOG}"
+        write_note(path, "job", {"job": job.job_id, "log": str(log), "request": note_request(request)})
     print(f"{config.run_dir}: started here, {request.describe_size()}; log: {log}")
     return job
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import TINY, find_free_port, run_ranks
+from processes import TINY, Train, find_free_port, run_ranks
 from pydantic import ValidationError
 from submitit.core.utils import JobPaths
 
@@ -34,6 +34,7 @@ from mnist_dist.config import Config, configure, make_config, parse_command_line
 from mnist_dist.console import format_duration
 from mnist_dist.errors import RunError, UserError
 from mnist_dist.files import mark_folder
+from mnist_dist.lock import Lock
 from mnist_dist.options import make_options
 from mnist_dist.world import find_world, list_inherited
 
@@ -505,6 +506,22 @@ def test_runs_on_this_machine_have_the_gpus_that_their_user_has(tmp_path, monkey
     assert given == expected
 
 
+def test_a_run_that_another_submission_has_come_to_first_is_left_out(tmp_path, monkeypatch, capsys):
+    configs = {name: make_config({"run_dir": str(tmp_path / name)}) for name in ("locked", "in use", "finished")}
+    read = lambda path, _: RunState(path, path.name, is_active=path.name == "in use", is_finished=path.name == "finished", job="12")  # noqa: E731
+    monkeypatch.setattr(submission, "read_state", read)
+    monkeypatch.setattr(submission, "_prepare_environment", lambda *_: None)
+    monkeypatch.setattr(submission.LocalExecutor, "submit", None)
+    (tmp_path / "locked/slurm").mkdir(parents=True)
+    with submission._submitting_alone(tmp_path / "locked/slurm"):
+        statuses = submission.run_locally(make_options(Request, {}), [*configs.values()])
+    assert statuses == {config.run_dir: 0 if name == "finished" else 2 for name, config in configs.items()}
+    locked, used = capsys.readouterr().err.splitlines()
+    assert locked == f"error: another submission to {tmp_path / 'locked'} is under way: wait for it"
+    assert used == f"error: run_dir {tmp_path / 'in use'} is in use by job 12 (in use): wait for it, or use another run_dir"
+    assert not list(tmp_path.glob("*/slurm/job.json"))
+
+
 def test_a_run_on_this_machine_sees_its_gpus_alone(tmp_path, monkeypatch):
     submitted, seen = [], []
 
@@ -515,6 +532,7 @@ def test_a_run_on_this_machine_sees_its_gpus_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(submission.LocalExecutor, "submit", submit)
     monkeypatch.setattr("launch.training.main", lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or 0)
     config = make_config({"run_dir": str(tmp_path / "run")})
+    (tmp_path / "run/slurm").mkdir(parents=True)
     for gpus in (["7", "MIG-3"], []):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         with pytest.raises(KeyboardInterrupt):
@@ -1477,3 +1495,33 @@ def test_follow_prints_a_log_once_though_slurm_falls_silent(tmp_path, monkeypatc
     monkeypatch.setattr(jobs, "_POLL_S", 0.01)
     assert jobs.follow(tmp_path) == 0
     assert capsys.readouterr().out == f"one\n{tmp_path}: finished, step 0\n"
+
+
+def test_follow_shows_a_log_to_its_end_and_anew_where_it_was_emptied(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "12_0_log.out"
+    log.write_text("step 20/20\n")
+    moments = [
+        lambda: RunState(tmp_path, "running", is_active=True),
+        lambda: log.write_text("emptied\n") and RunState(tmp_path, "finished", is_finished=True, is_ending=True),
+        lambda: log.open("a").write("report: x\n") and RunState(tmp_path, "finished", is_finished=True, is_ending=True),
+        lambda: RunState(tmp_path, "finished", is_finished=True),
+    ]
+    monkeypatch.setattr(jobs, "locate_log", lambda run: str(log))
+    monkeypatch.setattr(jobs, "read_state", lambda *_: moments.pop(0)())
+    monkeypatch.setattr(jobs, "_POLL_S", 0.01)
+    assert jobs.follow(tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == ["step 20/20", "emptied", "report: x"]
+    # A process that never ends is waited for no longer than that.
+    moments = [lambda: RunState(tmp_path, "finished", is_finished=True, is_ending=True)] * 9
+    monkeypatch.setattr(jobs, "_ENDING_S", 0.03)
+    assert jobs.follow(tmp_path) == 0
+
+
+def test_a_finished_run_whose_process_still_draws_its_report_is_ending(tmp_path):
+    folder = tmp_path / "run"
+    run_ranks(tmp_path, Train([*TINY, "--run_dir", str(folder)]))
+    assert not read_state(folder, []).is_ending
+    lock = Lock(folder)
+    state = read_state(folder, [])
+    lock.release()
+    assert (state.is_finished, state.is_ending, state.is_active) == (True, True, False)
