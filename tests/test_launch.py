@@ -756,6 +756,7 @@ def test_each_run_of_a_sweep_that_differs_is_told_with_its_differences(no_slurm,
     assert sweep.main(["lr=0.1,0.2", "--cluster", "local", "--run_dir", str(tmp_path / "sweep")]) == 2
     error = capsys.readouterr().err
     assert error.count("holds another run") == error.count("  seed: 4 there, 0 asked for") == 2
+    assert len(re.findall(r"options, which are --config (\S+)/config\.yaml --run_dir \1 \(a newer version", error)) == 2
 
 
 def test_a_file_that_is_the_value_of_a_tasks_option_is_not_taken_for_the_sweep(tmp_path, monkeypatch, capsys):
