@@ -122,7 +122,7 @@ def follow(path: Path) -> int:
         if patience.is_due():
             jobs, unanswered = cluster.find_jobs()
         run = read_state(path, jobs)
-        if not run.is_active or run.state != state:
+        if not (run.is_active or run.is_ending) or run.state != state:
             state = run.state
             patience.hasten()
         newest = locate_log(run) or log  # Slurm may be silent for a while

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
 def _find_controller(path: Path, noted: Row) -> int | None:
     """The process of this machine that a run without Slurm was started by, as long as it lives: its ranks may hold no lock yet."""
     job = str(noted.get("job"))
-    if not (job.isdecimal() and str(noted.get("log")).endswith(LOCAL_LOG)):
+    if not (re.fullmatch(r"\d{1,18}", job) and str(noted.get("log")).endswith(LOCAL_LOG)):
         return None
     with contextlib.suppress(OSError, OverflowError, psutil.Error):  # no such process, or somebody else's
         controller = psutil.Process(int(job))

@@ -337,8 +337,6 @@ def run_locally(request: Request, configs: Sequence[Config], parallel: int = 1, 
     As in a cluster, a run that saves before its time limit is started again. Ctrl-C and TERM stop and save all of them.
     """
     gpus = _find_gpus(request.all_gpus)
-    for config in configs:
-        _prepare_folders([config], Path(config.run_dir) / "slurm")
     _prepare_environment(group, type(configs[0].task))
     runs = _LocalRuns(request, parallel, gpus, deque((config, 0) for config in configs))
     try:
@@ -399,9 +397,9 @@ class _LocalRuns:
             with deferring_signals():  # a job that is not known here yet would not be told to save
                 try:
                     job = _start_locally(self.request, config, gpus)
-                except UserError as error:  # another submission came first: the other runs of this one go on
+                except (UserError, OSError) as error:  # another submission came first: the other runs of this one go on
                     say(f"error: {error}")
-                    self.statuses[config.run_dir] = error.exit_code
+                    self.statuses[config.run_dir] = UserError.exit_code
                     continue
                 if job is None:
                     self.statuses[config.run_dir] = Stop.NONE.exit_code
@@ -447,6 +445,7 @@ def _stop(jobs: Iterable[LocalJob[None]], *, at_once: bool = False) -> None:
 def _start_locally(request: Request, config: Config, gpus: Sequence[str]) -> LocalJob[None] | None:
     """The job of a run; None where it has been finished meanwhile. Raises `UserError` where another one has it."""
     path, folder = Path(config.run_dir), Path(config.run_dir) / "slurm"
+    _prepare_folders([config], folder)
     with _submitting_alone(folder):
         if not check_free(read_state(path, []), config):
             return None

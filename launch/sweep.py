@@ -47,6 +47,7 @@ from mnist_dist.record import check_folder
 from mnist_dist.source import BUILT_IN, find_task
 from mnist_dist.task import Task, format_measure
 
+_WORDS = "option=value"  # what argparse calls them: no option of a task can have this name
 _RUNS_MAX = 1000  # Slurm's own limit for an array is 1001, unless its site raised it
 _FIXED_OPTIONS = ("config", "task", "run_dir", "data_dir", "world_size")  # each run has its own, or all have one
 
@@ -72,7 +73,7 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         "Train once for each combination of some options. --run_dir is the folder of them all (default: runs/sweep, or runs/FILE).",
         usage="FILE.yaml | option=value,value ... [--config FILE] [--option of the sweep, the job or the training value ...]",
     )
-    parser.add_argument("words", nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")
+    parser.add_argument(_WORDS, nargs="*", metavar="option=value,value", help="values of one option; or a YAML file: config, sweep, fixed")
     task, recipe = _find_task(arguments)
     parser.add_options(Sweep)
     add_job_options(parser)
@@ -106,9 +107,11 @@ def _sweep(arguments: Sequence[str] | None) -> int:
         print(make_results(list(axes), placed, runs))
         return 0
     if request.cluster == "local":
-        statuses = run_locally(request, left, sweep.parallel or 1, folder.name)
-        print(make_results(list(axes), placed, _read_runs(placed, is_needed=False)))
-        return 0 if not any(statuses.values()) and len(statuses) == len(left) else RunError.exit_code
+        run_locally(request, left, sweep.parallel or 1, folder.name)
+        runs = _read_runs(placed, is_needed=False)
+        print(make_results(list(axes), placed, runs))
+        finished = {str(run.path) for run in runs if run.is_finished}
+        return 0 if finished.issuperset(config.run_dir for config in left) else RunError.exit_code
     submitted = submit_to_slurm(request, left, folder / "slurm", sweep.parallel, folder.name)
     job = submitted[0][0]
     print(f"submitted job {job.partition('_')[0]}: {len(left)} of {len(placed)} runs; logs: {folder / 'slurm'}")
@@ -124,7 +127,7 @@ def _read_runs(configs: Sequence[Config], *, is_needed: bool) -> list[RunState]:
 def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, Any]]:
     """The task of a sweep, and the options in its recipe. Looked for first, since the task's own options are part of the command line."""
     parser = Parser("launch.sweep", "", add_help=False)
-    parser.add_argument("words", nargs="*")
+    parser.add_argument(_WORDS, nargs="*")
     parser.add_options(Sweep)
     add_job_options(parser)
     add_config_options(parser, Task)
@@ -132,7 +135,7 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
     given, values = list(sys.argv[1:] if arguments is None else arguments), {}
     # The value of an option that is not known yet, a task's own, stands among the words. Behind a word that asks nothing it is the sweep's.
     behind = {word for option, word in itertools.pairwise(given) if option in unknown}
-    words = sorted((word for word in known.words if "=" not in word), key=lambda word: word in behind)
+    words = sorted((word for word in getattr(known, _WORDS) if "=" not in word), key=lambda word: word in behind)
     files = [file for file in map(find_file, words) if file and file.suffix != ".py"]  # `read_axes` says what is wrong with code
     if files:
         values = read_options_file(files[0])
@@ -144,7 +147,7 @@ def _find_task(arguments: Sequence[str] | None) -> tuple[type[Task], dict[str, A
 
 def read_axes(given: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]], str]:
     """The options that all runs share, the swept options with their values, and the sweep's name. Raises `UserError`."""
-    words, name = given.pop("words"), "sweep"
+    words, name = given.pop(_WORDS), "sweep"
     fixed: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
     if code := next((word for word in words if word.endswith(".py") and "=" not in word), None):

@@ -51,10 +51,12 @@ def count_asked(environ: Mapping[str, str]) -> Asked:
 
 
 def list_ancestors() -> list[int]:
-    """The nearest ancestors of this process, parent first."""
-    with contextlib.suppress(OSError, psutil.Error):
-        return [parent.pid for parent in psutil.Process().parents()[:_ANCESTORS_MAX]]
-    return []
+    """The nearest ancestors of this process, parent first, as far as they can be seen."""
+    found = [os.getppid()]
+    with contextlib.suppress(OSError, psutil.Error):  # of another user's, the system may tell nothing
+        while len(found) < _ANCESTORS_MAX and (parent := psutil.Process(found[-1]).ppid()):
+            found.append(parent)
+    return found
 
 
 def read_command(pid: int) -> list[str]:

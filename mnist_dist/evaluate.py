@@ -126,7 +126,7 @@ def _to_text(options: argparse.Namespace, evaluation: Evaluation, config: Config
     ]
     with explaining(task.name, "in tabulate", RunError):
         table = task.tabulate(evaluation.measures)
-    return "\n".join([*lines, "", make_table(*table)] if table is not None else lines)
+        return "\n".join([*lines, "", make_table(*table)] if table is not None else lines)
 
 
 if __name__ == "__main__":

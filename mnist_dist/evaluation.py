@@ -17,6 +17,7 @@ from mnist_dist.distributed import Group
 from mnist_dist.errors import NotFiniteError, RunError, UserError
 from mnist_dist.exchange import TreeSum
 from mnist_dist.model import describe_dtype, is_finite
+from mnist_dist.program import make_table
 from mnist_dist.randomness import seed_generators, seeding_generators
 from mnist_dist.reader import READING_RULE, Reader, Seeded, keep_split, read
 from mnist_dist.record import is_measure, is_number
@@ -146,8 +147,12 @@ def rehearse(config: Config, model: nn.Module, split: Any, group: Group, moved: 
         if measures is not None:  # so few samples may have no measures
             with _refusing_mistakes(task, group, count, "describe"):
                 task.describe(measures)
+            table: Any = None
             with _refusing_mistakes(task, group, count, "tabulate"):
-                task.tabulate(measures)
+                table = task.tabulate(measures)
+            with _refusing_mistakes(task, group, count, "tabulate", ValueError):
+                if table is not None:
+                    make_table(*table)
     if isinstance(kept, Seeded):
         _check_reading(task, model, group, kept, batch, moved)
 

@@ -244,7 +244,13 @@ def make_printable(text: str, kept: str = "") -> str:
 
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out."""
+    """Rows as text in columns: words to the left, columns of numbers to the right. A column in which nothing stands is left out.
+
+    Raises ValueError for a row that has not as many cells as the header.
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"a row of the table has {len(row)} cells, and its header {len(header)}")
     texts = [[f"{cell:,}" if type(cell) is int else "" if cell is None else make_printable(str(cell)) for cell in row] for row in rows]
     columns = []
     for name, *cells in zip(header, *texts, strict=True):

@@ -217,6 +217,7 @@ def with_noted_sizes(config: Config, starts: list[Row]) -> Config:
 
 def check_folder(run_dir: Path, config: Config) -> None:
     """Raise `UserError` if `run_dir` cannot be listed, or holds another run than `config`'s, or files of ours that belong to none."""
+    config.to_yaml()  # refused here where it is too long to be read again
     try:
         os.scandir(run_dir).close()
         _check_folder(run_dir, config)
@@ -236,8 +237,10 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
         own = shlex.join(["--config", as_argument(run_dir / CONFIG_FILE), "--run_dir", as_argument(run_dir)])
-        what = f"run_dir {run_dir} holds another run; use another run_dir, or the same options, which are {own}"
-        check_same_recipe(there, config.recipe(), f"{what} (a newer version may have other defaults and recipes):")
+        try:
+            check_same_recipe(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
+        except UserError as error:
+            raise UserError(f"{error}\n  to go on with what is there, as after an upgrade that has other defaults: {own}") from None
     elif has_begun(run_dir):
         if os.path.lexists(run_dir / RESULT_FILE):
             raise UserError(

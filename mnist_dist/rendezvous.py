@@ -374,7 +374,8 @@ class _Host:
             return ""
         who, main = name_with_hosts(others, self._hosts), name_with_hosts([0], self._hosts)
         found = ", ".join(sorted({self._codes[rank] for rank in others}))
-        return f"mnist_dist of {who} is {found}, and {self._codes[0]} of {main}: all nodes need the same version, or the same checkout"
+        differ = f"{who} run{'' if len(others) > 1 else 's'} other code of mnist_dist (hash {found}) than {main} ({self._codes[0]})"
+        return f"{differ}: all nodes need the same version, or the same checkout"
 
     def _share(self) -> Place:
         world = self._world
@@ -463,7 +464,7 @@ class _Visitor:
             reader = _Reader(connection)
             try:
                 if reader.read(_GREETING_S) != json.loads(_BANNER):
-                    raise _RefusalError("by another version of mnist_dist")
+                    raise _RefusalError("by another version of mnist_dist (another run's, or that of a node of this one)")
                 greeting = {"run": self._run, "rank": self._world.rank, "host": platform.node(), "code": hash_package()}
                 connection.sendall(json.dumps(greeting).encode() + b"\n")
                 answer = reader.read(_GREETING_S)

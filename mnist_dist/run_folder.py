@@ -105,7 +105,6 @@ class RunFolder:
             result = read_result(self.path, self.config)
             if result is not None:
                 return result
-            self.config.to_yaml()  # refused here where it is too long to be read again
             if self.config.wandb != "disabled" and self.config.wandb_project is not None:
                 check_project(self.config.wandb_project)
             if self.config.log_with is not None:

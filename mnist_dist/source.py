@@ -181,13 +181,13 @@ def _hash_files(files: list[Path]) -> str:
 
 
 def hash_files(root: Path, files: Iterable[Path]) -> str:
-    """The beginning of a SHA-256 over the names, as seen from `root`, and the contents of files."""
+    """The beginning of a SHA-256 over the names, as seen from `root`, and the contents of files. Hidden ones are left out."""
     found = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(file for file in files if not file.name.startswith(".")):
         try:
             content = read_file(file, _FILE_BYTES_MAX)
         except OSError as error:
-            return f"unreadable ({file.name}: {error.strerror})"
+            content = f"unreadable: {error.strerror}".encode()
         found.update(f"{file.relative_to(root)} {len(content)}\n".encode())
         found.update(content)
     return found.hexdigest()[:12]
@@ -195,7 +195,7 @@ def hash_files(root: Path, files: Iterable[Path]) -> str:
 
 @functools.cache
 def hash_package() -> str:
-    """The hash of this package's code."""
+    """The hash of this package's code, where that lies in files."""
     package = Path(str(resources.files("mnist_dist")))
     return hash_files(package, package.rglob("*.py"))
 

@@ -613,6 +613,14 @@ def test_how_a_failed_run_of_several_ranks_ends_is_noted(tmp_path):
         assert json.loads((tmp_path / name / "slurm/end.json").read_text())["status"] == 1
 
 
+@pytest.mark.parametrize("job", ["9" * 5000, "-1", "1e3", "x"])
+def test_a_note_of_a_job_that_can_be_none_is_no_obstacle(tmp_path, job):
+    (tmp_path / "slurm").mkdir()
+    note = {"job": job, "log": "1_0_log.out", "folder": mark_folder(tmp_path)}
+    (tmp_path / "slurm/job.json").write_text(json.dumps(note))
+    assert read_state(tmp_path, []).state == "not started"
+
+
 def test_a_run_on_this_machine_that_only_starts_is_active(tmp_path):
     folder = tmp_path / "run"
     (folder / "slurm").mkdir(parents=True)
@@ -756,7 +764,7 @@ def test_each_run_of_a_sweep_that_differs_is_told_with_its_differences(no_slurm,
     assert sweep.main(["lr=0.1,0.2", "--cluster", "local", "--run_dir", str(tmp_path / "sweep")]) == 2
     error = capsys.readouterr().err
     assert error.count("holds another run") == error.count("  seed: 4 there, 0 asked for") == 2
-    assert len(re.findall(r"options, which are --config (\S+)/config\.yaml --run_dir \1 \(a newer version", error)) == 2
+    assert len(re.findall(r"\n  to go on with what is there, .*: --config '(\S+)/config\.yaml' --run_dir '\1'", error)) == 2
 
 
 def test_a_file_that_is_the_value_of_a_tasks_option_is_not_taken_for_the_sweep(tmp_path, monkeypatch, capsys):
@@ -1141,14 +1149,14 @@ def test_a_sweep_of_a_file_and_of_words_is_the_same(no_slurm, tmp_path):
     (tmp_path / "s.yaml").write_text("config: smoke\nsweep: {learning_rate: [0.1, 0.10, 1e-3], seed: [0, 1]}\nfixed: {steps: 3}\n")
     task, recipe = sweep._find_task(["s.yaml"])
     options = [*Config.model_fields, *task.model_fields]
-    fixed, axes, name = sweep.read_axes({"words": ["s.yaml"], "config": None}, options)
+    fixed, axes, name = sweep.read_axes({sweep._WORDS: ["s.yaml"], "config": None}, options)
     configs = sweep.combine(axes, fixed, recipe, name)
     assert [config.run_dir for config in configs] == [
         f"runs/s/learning_rate={rate},seed={seed}" for rate in ("0.1", "0.001") for seed in (0, 1)
     ]
     words = ["lr=0.1,1e-3", "seed=0,1"]
     task, recipe = sweep._find_task([*words, "--config", "smoke"])
-    _, axes, _ = sweep.read_axes({"words": words, "config": "smoke"}, options)
+    _, axes, _ = sweep.read_axes({sweep._WORDS: words, "config": "smoke"}, options)
     assert sweep.combine(axes, {"steps": "3"}, recipe, "s") == configs
     assert {(config.task.dataset, config.steps) for config in configs} == {("synthetic", 3)}
 

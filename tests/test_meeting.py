@@ -204,7 +204,11 @@ def test_a_port_that_another_program_has_is_named_on_every_rank(pool, monkeypatc
         port = worlds[0].port
         with pytest.raises(UserError, match=f"^port {port} on host {HOST} is taken by another program: set MASTER_PORT to a free one$"):
             main.result()
-        by = "another version of mnist_dist" if b"1}" in says else "another program, which does not answer as rank zero of a run does"
+        by = (
+            r"another version of mnist_dist \(another run's, or that of a node of this one\)"
+            if b"1}" in says
+            else "another program, which does not answer as rank zero of a run does"
+        )
         with pytest.raises(UserError, match=f"^port {port} on host 127.0.0.1 is taken: by {by}; set MASTER_PORT to a free one$"):
             other.result()
         server.shutdown(socket.SHUT_RDWR)
@@ -318,11 +322,11 @@ def test_ranks_that_run_other_code_are_named(pool):
         for meeting in (main, other):
             with pytest.raises(
                 UserError,
-                match=rf"mnist_dist of ranks 2-3 on host else is newer\?\[2J, older, and {own} of rank 0 on host {HOST}: all",
+                match=rf"ranks 2-3 on host else run other code of mnist_dist \(hash newer\?\[2J, older\) than rank 0 on .* \({own}\): all",
             ):
                 meeting.result()
         for visitor in visitors:
-            read_until(visitor, b'"mistake": "mnist_dist of ranks 2-3 on host else')
+            read_until(visitor, b'"mistake": "ranks 2-3 on host else run other code')
 
 
 def test_a_rank_zero_that_dies_is_noticed_at_once(tmp_path, pool):

@@ -170,7 +170,12 @@ class Planted:
 
 FAULTS = {
     "one_core": ("joined", 2, "WARN", r"ranks 0-1 on host node0 share 1 CPU \(\d+\)"),
-    "code": ("agree", 2, "WRONG", r"mnist_dist of rank 1 on host .* is \w{12}, and \w{12} of rank 0 on host .*: all nodes need the same"),
+    "code": (
+        "agree",
+        2,
+        "WRONG",
+        r"rank 1 on host .* runs other code of mnist_dist \(hash \w{12}\) than rank 0 on .* \(\w{12}\): all",
+    ),
     "sum": (
         "exchange",
         2,
@@ -392,3 +397,17 @@ def test_findings_are_read_as_they_were_written_and_nothing_else_is(tmp_path):
     for name in ("absent", "fifo"):
         with pytest.raises(UserError, match="cannot be read"):
             read_findings(tmp_path / name)
+
+
+def test_a_file_that_an_editor_keeps_or_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    def hash_all():
+        return source.hash_files(tmp_path, tmp_path.rglob("*.py"))
+
+    (tmp_path / "one.py").write_text("1")
+    first = hash_all()
+    (tmp_path / ".#one.py").symlink_to("user@host.1234")
+    assert hash_all() == first
+    (tmp_path / "two.py").symlink_to("nowhere")
+    second = hash_all()
+    (tmp_path / "one.py").write_text("2")
+    assert len({first, second, hash_all()}) == 3

@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import ROOT
 from processes import TINY
 
-from mnist_dist.asked import Asked, _read_options
+from mnist_dist.asked import Asked, _read_options, list_ancestors
 from mnist_dist.errors import UserError
 from mnist_dist.world import count_usable_cores, find_world
 
@@ -405,3 +406,23 @@ def test_each_way_trains_with_as_many_as_it_was_asked_for(tmp_path, way, size):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/result.json").read_text())["world_size"] == size
     assert done.stderr.strip().splitlines()[-1].startswith("[rank 0] finished" if size > 1 else "finished")
+
+
+def test_the_ancestors_that_can_be_seen_are_listed(monkeypatch):
+    parent = os.getppid()
+    assert list_ancestors()[0] == parent
+    seen = {parent: 71, 71: 72}  # the parent of 72, another user's, is told to nobody
+
+    class Process:
+        def __init__(self, pid):
+            self.pid = pid
+
+        def ppid(self):
+            if self.pid not in seen:
+                raise psutil.AccessDenied(self.pid)
+            return seen[self.pid]
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    assert list_ancestors() == [parent, 71, 72]
+    seen[71] = 0  # of a container, whose first process has none
+    assert list_ancestors() == [parent, 71]

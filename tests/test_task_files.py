@@ -56,6 +56,7 @@ SEQUENTIAL = "nn.Sequential(nn.Linear(3, self.width), nn.ReLU(), nn.Linear(self.
 LOSSES = "    def losses(self, model, batch, drawn):\n        return {}\n\n    def build_model(self):"
 MEASURE = "    def measure(self, sums):\n        return super().measure(sums) | {{{}}}\n\n    def build_model(self):"
 DESCRIBE = "    def describe(self, measures):\n        return {}\n\n    def build_model(self):"
+TABULATE = "    def tabulate(self, measures):\n        return ('class', 'n'), [('a', 1, 'note')]\n\n    def build_model(self):"
 TALLY = "    def tally(self, model, batch):\n        {}\n\n    def build_model(self):"
 DATA = "return Data(TensorDataset(inputs, (numbers % 2).long()), TensorDataset(inputs[:20], (numbers[:20] % 2).long()))"
 MANY = DATA.replace("[:20]", "")  # of which an evaluation has several batches
@@ -446,6 +447,7 @@ WRONG = [
         ["failed in tally", "has no attribute 'nothing'", "broken.py"],
         2,
     ),
+    ("a table with a cell too many", [(BUILD, TABULATE)], ["failed in tabulate", "a row of the table has 3 cells, and its header 2"], 2),
     ("describe with a slip", [(BUILD, DESCRIBE.format("self.nothing"))], ["failed in describe", "has no attribute 'nothing'"], 2),
     (
         "tally with more sums for some batches",
