@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -29,6 +30,7 @@ from mnist_dist.task import format_measure
 
 _RUNS = Path("runs")
 _POLL_S = 1.0
+_PIECE_BYTES = 1 << 20  # of a log, which may be one line
 _SETTLE_S = 5.0  # while it is requeued, Slurm calls a job failed for a moment
 _ENDING_S = 300.0  # for which a run that is finished may still draw its report, and copy to W&B
 _UNANSWERED_S = 60.0  # for which Slurm may be busy, or be started again
@@ -147,8 +149,9 @@ def follow(path: Path) -> int:
 def locate_log(run: RunState) -> str:
     """The log of a run's last job; empty where there is none."""
     noted = read_own_note(run.path, "job")
-    if log := find_noted_log(noted, run.job):
-        return log
+    logs = [log for job in (run.job, run.done) if (log := find_noted_log(noted, job))]
+    if logs:
+        return next(filter(os.path.isfile, logs), logs[0])  # a job that waits has none yet
     return cluster.find_log(run.job) if run.job else str(noted.get("log", ""))
 
 
@@ -156,12 +159,13 @@ def _copy(log: str, position: int) -> int:
     try:
         if not os.path.isfile(log):  # not begun; or not a file, which would never end
             return position
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         with open(log, "rb") as file:
             file.seek(position if position <= os.fstat(file.fileno()).st_size else 0)  # somebody may have emptied it
-            for line in file:
-                sys.stdout.write(line.decode(errors="replace"))
+            while content := file.read(_PIECE_BYTES):
+                sys.stdout.write(decoder.decode(content))
             sys.stdout.flush()
-            return file.tell()
+            return file.tell() - len(decoder.getstate()[0])  # a letter may be written by half
     except OSError as error:
         raise RunError(f"the log {log} cannot be read: {error.strerror or error}") from error
 

@@ -143,6 +143,8 @@ requeue() {
         say "not requeued again (max_requeues is $MAX_REQUEUES); the same command, or the next job of its chain, resumes the run"
     elif ask_slurm requeue "${id:-$SLURM_JOB_ID}"; then
         say "requeued"
+    elif read_job && [[ $(read_field JobState) == PENDING ]]; then
+        say "requeued already"
     else
         say "could not be requeued; the same command, or the next job of its chain, resumes the run"
     fi

@@ -91,6 +91,7 @@ class RunState:
     silent_s: float | None = None
     restarts: int = 0
     job: str = ""
+    done: str = ""  # of the jobs of its chain, the last that did something
     waiting: tuple[str, ...] = ()  # the other jobs of its chain that are in the queue
     nodes: str = ""
     pid: int | None = None  # of rank zero, where it runs on this machine
@@ -164,6 +165,9 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     measures = [f"{split}/{best}" for split in ("holdout", "test")]
     found = {name: value for name in measures if is_number(value := {**measured, **result}.get(name))}
     measure = next(iter(found), "")
+    # A job of a chain that waits, or had nothing to do, tells less of a run than the one that did something.
+    done = find_last_done(noted, ended, *starts[-1:])
+    is_shown = job is not None and (job.is_running or (job.is_active and not result))
     values: dict[str, Any] = {
         "path": path,
         "step": result.get("step") or max(measured.get("step") or 0, find_saved_step(path) or 0),
@@ -173,7 +177,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "measure": measure,
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
-        "job": job.name if job else find_last_done(noted, ended, *starts[-1:]) or str(noted.get("job") or number),
+        "job": job.name if job and (is_shown or not done) else done or str(noted.get("job") or number),
+        "done": done,
         "waiting": tuple(other.name for other in matching if other.is_active and other is not job),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
     }

@@ -205,7 +205,12 @@ def submit_to_slurm(
     is queued; `RunError` names what is queued and could not be withdrawn.
     """
     made = _prepare_folders(configs, folder)
-    with _submitting_alone(folder):
+    first = Path(configs[0].run_dir)
+    with contextlib.ExitStack() as stack:
+        # A sweep excludes who submits one of its runs, without a lock for each of a thousand.
+        stack.enter_context(_submitting_alone(first.parent, fcntl.LOCK_EX if len(configs) > 1 else fcntl.LOCK_SH))
+        for private in {folder, first / "slurm"} if len(configs) == 1 else {folder}:
+            stack.enter_context(_submitting_alone(private))
         try:
             jobs = read_jobs()
             for config in configs:
@@ -217,15 +222,17 @@ def submit_to_slurm(
 
 
 @contextlib.contextmanager
-def _submitting_alone(folder: Path) -> Iterator[None]:
+def _submitting_alone(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Raise `UserError` where another submission to `folder` is under way: of two, each could find the folder free."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # of a file system without locks
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another submission to {folder.parent} is under way: wait for it") from None
+                raise UserError(
+                    f"another submission to {folder.parent if folder.name == 'slurm' else folder} is under way: wait for it"
+                ) from None
         yield
     finally:
         os.close(descriptor)

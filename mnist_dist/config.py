@@ -160,9 +160,10 @@ class Config(Options):
         rows = sum(self.total_steps // every for every in intervals.values()) - self.total_steps // math.lcm(*intervals.values())
         if rows > _ROWS_MAX:
             name = min(intervals, key=lambda name: intervals[name])
+            meant = "" if getattr(self, name) else f", an evaluation at the end of every epoch of {self.steps_per_epoch} steps"
             raise ValueError(
-                f"{name} is {intervals[name]}: {self.total_steps:,} steps make some {rows:,} rows, and a record has at most {_ROWS_MAX:,}; "
-                f"use a higher {name}"
+                f"{name} is {getattr(self, name)}{meant}: {self.total_steps:,} steps make some {rows:,} rows, and a record has at most "
+                f"{_ROWS_MAX:,}; use a higher {name}"
             )
 
     def with_sizes(self, sizes: tuple[int, int]) -> "Config":

@@ -240,6 +240,8 @@ def say(text: str) -> None:
 
 def make_printable(text: str, kept: str = "") -> str:
     """`text` without what could move a terminal's cursor or colour it: such characters, but for `kept` ones, become escapes."""
+    if text.translate(dict.fromkeys(map(ord, kept))).isprintable():  # most is: letter by letter, a long log would take minutes
+        return text
     return "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)
 
 

@@ -68,9 +68,10 @@ class Record:
         good, moved, damaged = 0, io.BytesIO(), []  # rows that lie where they belong, in bytes; those behind what goes
         for number, start, line in self._read_lines():
             row = parse_object(line)
-            if is_row(row) and row["step"] > step:
+            is_good = is_row(row)
+            if is_good and row["step"] > step:
                 continue
-            if not is_row(row) or (self.steps and row["step"] <= self.steps[-1]):
+            if not is_good or (self.steps and row["step"] <= self.steps[-1]):
                 if line.endswith(b"\n"):  # else it was torn: the run was killed while it wrote
                     damaged.append(number)
                 continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import importlib
 import json
 import math
@@ -764,7 +765,7 @@ def test_each_run_of_a_sweep_that_differs_is_told_with_its_differences(no_slurm,
     assert sweep.main(["lr=0.1,0.2", "--cluster", "local", "--run_dir", str(tmp_path / "sweep")]) == 2
     error = capsys.readouterr().err
     assert error.count("holds another run") == error.count("  seed: 4 there, 0 asked for") == 2
-    assert len(re.findall(r"\n  to go on with what is there, .*: --config '(\S+)/config\.yaml' --run_dir '\1'", error)) == 2
+    assert len(re.findall(r"\nerror: +to go on with what is there, .*: --config (\S+)/config\.yaml --run_dir \1", error)) == 2
 
 
 def test_a_file_that_is_the_value_of_a_tasks_option_is_not_taken_for_the_sweep(tmp_path, monkeypatch, capsys):
@@ -1047,7 +1048,39 @@ def test_a_chain_is_one_run_for_those_who_look(tmp_path):
     assert read("PREEMPTED") == ("12", "preempted", ())  # and no longer active: where a site cancels, it does not come back
     assert jobs.locate_log(read_state(tmp_path, [cluster.Job("13", "13", "RUNNING", "", "", 0)])) == f"{tmp_path}/slurm/13.log"
     (tmp_path / "slurm/end.json").write_text(json.dumps({"job": "12", "status": 1}))
-    assert read("FAILED", "COMPLETED", "COMPLETED") == ("14", "failed (exit status 1)", ())
+    assert read("FAILED", "COMPLETED", "COMPLETED") == ("12", "failed (exit status 1)", ())  # the others had nothing to do
+    # The next one waits, and has no log yet: what there is to see is in the last one's.
+    queue = [cluster.Job(str(number), str(number), "PENDING", "Dependency", "", 0) for number in (13, 14)]
+    assert read_state(tmp_path, queue).job == "13"
+    for number in (12, 13):
+        (tmp_path / f"slurm/{number}.log").touch()
+        assert jobs.locate_log(read_state(tmp_path, queue)) == f"{tmp_path}/slurm/{number}.log"
+    (tmp_path / "slurm/13.log").unlink()
+    result = {"step": 60, "elapsed_s": 1.0, "images_per_s": 1.0, "world_size": 1, "test/loss": 0.5, "test/accuracy": 0.9}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    run = read_state(tmp_path, queue)
+    assert (run.job, run.is_finished, run.is_ending, jobs.locate_log(run)) == ("12", True, False, f"{tmp_path}/slurm/12.log")
+
+
+def test_a_sweep_excludes_who_submits_one_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "_submit", lambda *_: [["12"]])
+    monkeypatch.setattr(submission, "read_jobs", list)
+    one, other = (make_config({"run_dir": str(tmp_path / f"sweep/{name}")}) for name in "ab")
+
+    def submit_one(config):
+        return submission.submit_to_slurm(make_options(Request, {}), [config], Path(config.run_dir) / "slurm")
+
+    assert submit_one(one) == [["12"]]
+    for how, expected in ((fcntl.LOCK_SH, [["12"]]), (fcntl.LOCK_EX, None)):
+        with submission._submitting_alone(tmp_path / "sweep", how):
+            if expected:
+                assert submit_one(other) == expected  # another run is submitted at the same time
+            else:
+                with pytest.raises(UserError, match=f"^another submission to {tmp_path}/sweep is under way: wait for it$"):
+                    submit_one(other)
+    # What is left of a sweep may be a single run.
+    with submission._submitting_alone(tmp_path / "sweep/a/slurm"), pytest.raises(UserError, match=r"sweep/a is under way"):
+        submission.submit_to_slurm(make_options(Request, {}), [one], tmp_path / "sweep/slurm")
 
 
 @pytest.fixture
@@ -1072,6 +1105,15 @@ def test_the_policy_says_what_srun_starts(policy):
     assert answer.stdout.endswith(" bash prog a b; none none none\n")  # what an outer job or launcher has left is gone
     assert policy("run_training prog", show="JobId=12 HetJobId=12 ").returncode == 2
     assert "--ntasks=3" in policy("run_training prog", show="", SLURM_NTASKS="3").stdout  # a controller that does not answer
+
+
+@pytest.mark.parametrize(("state", "words"), [("PENDING", "requeued already"), ("RUNNING", "could not be requeued; the same command")])
+def test_the_policy_says_whether_a_job_that_scontrol_does_not_requeue_is_requeued(policy, state, words):
+    show = f"JobId=12 JobState={state} NumTasks=2 CPUs/Task=1 NtasksPerN:B:S:C=0:0:*:* "
+    lines = f"scontrol() {{ [[ $1 != requeue ]] && echo '{show}'; }}\nMAX_REQUEUES=3\nrun_training prog"
+    answer = policy(lines, 85)
+    assert answer.returncode == 85
+    assert f"launch: {words}" in answer.stdout + answer.stderr
 
 
 def test_the_policy_leaves_srun_only_what_the_job_has(policy):
@@ -1524,6 +1566,16 @@ def test_follow_shows_a_log_to_its_end_and_anew_where_it_was_emptied(tmp_path, m
     moments = [lambda: RunState(tmp_path, "finished", is_finished=True, is_ending=True)] * 9
     monkeypatch.setattr(jobs, "_ENDING_S", 0.03)
     assert jobs.follow(tmp_path) == 0
+
+
+def test_a_letter_of_a_log_that_is_written_by_half_is_shown_when_it_is_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_PIECE_BYTES", 3)
+    log, text = tmp_path / "12.log", "so groß\rwie möglich\n"
+    log.write_bytes(text.encode()[:7])  # amid the ß
+    position = jobs._copy(str(log), 0)
+    log.write_bytes(text.encode())
+    assert jobs._copy(str(log), position) == len(text.encode())
+    assert capsys.readouterr().out == text
 
 
 def test_a_finished_run_whose_process_still_draws_its_report_is_ending(tmp_path):
