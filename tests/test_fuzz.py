@@ -225,7 +225,7 @@ def test_damaged_files_of_options_and_of_sweeps_are_read_or_named(tmp_path, monk
         with within_bounds(number):
             parse_command_line(["--config", "file.yaml", "--print_config"])
         with within_bounds(number):
-            sweep.read_axes({"words": ["file.yaml"], "config": None}, list(configure().fields()))
+            sweep.read_axes({sweep._WORDS: ["file.yaml"], "config": None}, list(configure().fields()))
     assert [path.name for path in tmp_path.iterdir()] == ["file.yaml"]
 
 
