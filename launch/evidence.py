@@ -15,7 +15,6 @@ from launch.endings import LINES_MAX, Log, read_log
 from launch.runs import (
     LOCAL_LOG,
     RunState,
-    find_last_done,
     find_noted_log,
     find_runs,
     is_of_last_job,
@@ -132,7 +131,7 @@ def gather_facts(path: Path, job: str) -> Facts:
     number = max((index for index, start in enumerate(starts, 1) if job and start.get("job") == job), default=len(starts))
     start = starts[number - 1] if number else {}
     if not state.is_active:
-        job = job or find_last_done(noted, ended, start)
+        job = job or state.done
     job = job or state.job or str(noted.get("job") or "") or (holder.job if holder else "") or str(start.get("job") or "")
     is_slurms = start.get("launcher") != "submitit"  # whose numbers on this machine are those of processes
     is_slurms &= not find_noted_log(noted, job).endswith(LOCAL_LOG)

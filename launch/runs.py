@@ -165,8 +165,8 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
     measures = [f"{split}/{best}" for split in ("holdout", "test")]
     found = {name: value for name in measures if is_number(value := {**measured, **result}.get(name))}
     measure = next(iter(found), "")
-    # A job of a chain that waits, or had nothing to do, tells less of a run than the one that did something.
-    done = find_last_done(noted, ended, *starts[-1:])
+    # A job of a chain that had nothing to do, or waits though the run is finished, tells less of it than the one that did something.
+    done, named = _find_last_done(noted, ended, *starts[-1:]), job.name if job else ""
     is_shown = job is not None and (job.is_running or (job.is_active and not result))
     values: dict[str, Any] = {
         "path": path,
@@ -177,7 +177,7 @@ def read_state(path: Path, jobs: list[Job]) -> RunState:
         "measure": measure,
         "images_per_s": result.get("images_per_s", measured.get("train/images_per_s")),
         "restarts": max(len(starts) - 1, 0),
-        "job": job.name if job and (is_shown or not done) else done or str(noted.get("job") or number),
+        "job": (named if is_shown else done or named) or str(noted.get("job") or number),
         "done": done,
         "waiting": tuple(other.name for other in matching if other.is_active and other is not job),
         "nodes": job.nodes if job and job.nodes else str(starts[-1].get("host", "")) if starts else "",
@@ -274,7 +274,7 @@ def list_noted_jobs(noted: Row) -> list[str]:
     return str(noted.get("chain") or noted.get("job") or "").split(":")
 
 
-def find_last_done(noted: Row, *rows: Row) -> str:
+def _find_last_done(noted: Row, *rows: Row) -> str:
     """Of the jobs in a note, the last that has done something, as some `rows` tell: those of a chain after it had nothing to do."""
     jobs = list_noted_jobs(noted)
     return max((name for row in rows if (name := str(row.get("job"))) in jobs), key=jobs.index, default="")

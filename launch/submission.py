@@ -399,19 +399,7 @@ class _LocalRuns:
     def start_and_collect(self) -> None:
         """Start as many as there is room for, and note the exit statuses of those that have ended."""
         while self.waiting and len(self.active) < self.parallel:
-            config, restarts = self.waiting.popleft()
-            gpus = self._choose_gpus()
-            with deferring_signals():  # a job that is not known here yet would not be told to save
-                try:
-                    job = _start_locally(self.request, config, gpus)
-                except (UserError, OSError) as error:  # another submission came first: the other runs of this one go on
-                    say(f"error: {error}")
-                    self.statuses[config.run_dir] = UserError.exit_code
-                    continue
-                if job is None:
-                    self.statuses[config.run_dir] = Stop.NONE.exit_code
-                else:
-                    self.active[config.run_dir] = _LocalRun(config, restarts, gpus, job)
+            self._start(*self.waiting.popleft())
         for run_dir, run in list(self.active.items()):
             if not run.job.done():
                 continue
@@ -422,6 +410,21 @@ class _LocalRuns:
             asks_again = self.statuses[run_dir] == Stop.REQUEUE.exit_code and run.restarts < self.request.max_requeues
             if asks_again and not self.is_stopping:
                 self.waiting.appendleft((run.config, run.restarts + 1))
+
+    def _start(self, config: Config, restarts: int) -> None:
+        """Start a run, or note that it is finished already, or that another submission came first: the other runs of this one go on."""
+        gpus = self._choose_gpus()
+        with deferring_signals():  # a job that is not known here yet would not be told to save
+            try:
+                job = _start_locally(self.request, config, gpus)
+            except (UserError, OSError) as error:
+                say(f"error: {error}")
+                self.statuses[config.run_dir] = UserError.exit_code
+                return
+            if job is None:
+                self.statuses[config.run_dir] = Stop.NONE.exit_code
+            else:
+                self.active[config.run_dir] = _LocalRun(config, restarts, gpus, job)
 
     def _choose_gpus(self) -> list[str]:
         """The GPUs of the next run: others than those that train have, as far as there are enough."""

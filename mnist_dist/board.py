@@ -187,7 +187,7 @@ class Board:
         if not waited:
             return _decide(store, _describe_broken(error), [])
         answers = {rank: json.loads(store.get(f"alive/{rank}")) for rank in alive}
-        stuck |= {rank for rank, answer in answers.items() if answer.get("is_elsewhere")}  # it has come since
+        stuck |= {rank for rank, answer in answers.items() if answer["is_elsewhere"]}  # it has come since
         if not stuck:
             text = (
                 f"{self.name(waited)} waited {seconds:g} s in vain for another rank, though all answer: do their hosts reach each other "

@@ -86,7 +86,7 @@ class StopSignals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         # Python puts handlers of its own back before torch is torn down. A signal then would end this process with another status.
-        atexit.register(_ignore_signals)
+        atexit.register(ignore_stop_signals)
         threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whoever started this may have held them back until here
         return self
@@ -115,7 +115,8 @@ class StopSignals:
                     _say(_FINISHED if self.is_finished else _STOPPING)
 
 
-def _ignore_signals() -> None:
+def ignore_stop_signals() -> None:
+    """Let none of them do anything in this process any more."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -33,7 +33,7 @@ from mnist_dist.config import Config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError, UserError, first_line, is_lost_worker
 from mnist_dist.machine import on_one_thread
-from mnist_dist.preemption import STOP_SIGNALS
+from mnist_dist.preemption import ignore_stop_signals
 from mnist_dist.randomness import can_read_places, derive_seed, read_places, seed_generators
 from mnist_dist.samples import is_in_memory, locate, name_sample
 from mnist_dist.source import describe_exception
@@ -329,8 +329,7 @@ def _kill_children(numbers: Collection[int]) -> None:
 def _begin_work(workers: Tensor, die_with_parent: Callable[[], None], number: int) -> None:
     """Make this process a worker that ends with the process it reads for, and never before."""
     # A signal to all processes of a job asks the run to save and stop, for which it needs its workers.
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, signal.SIG_IGN)
+    ignore_stop_signals()
     die_with_parent()
     workers[number, 0] = os.getpid()
     _reopen_files()

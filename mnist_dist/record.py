@@ -237,10 +237,10 @@ def _check_folder(run_dir: Path, config: Config) -> None:
     os.stat(run_dir / ".")  # a folder that can be listed and not entered
     if (run_dir / CONFIG_FILE).exists():
         there = read_config(run_dir, type(config.task)).recipe()
-        own = shlex.join(["--config", as_argument(run_dir / CONFIG_FILE), "--run_dir", as_argument(run_dir)])
         try:
             check_same_recipe(there, config.recipe(), f"run_dir {run_dir} holds another run; use another run_dir, or the same options:")
         except UserError as error:
+            own = shlex.join(["--config", as_argument(run_dir / CONFIG_FILE), "--run_dir", as_argument(run_dir)])
             raise UserError(f"{error}\n  to go on with what is there, as after an upgrade that has other defaults: {own}") from None
     elif has_begun(run_dir):
         if os.path.lexists(run_dir / RESULT_FILE):

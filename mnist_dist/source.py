@@ -51,7 +51,7 @@ def find_task(name: object) -> type[Task]:
         module = _load(full)
         task = _find_class(full, module)
         task.name = full
-        task.source = _hash_files(list(_list_files(module, set(sys.modules) - before)))
+        task.source = _hash_each(list(_list_files(module, set(sys.modules) - before)))
         _found[full] = task
     return _found[full]
 
@@ -168,7 +168,7 @@ def find_root(task: type[Task]) -> Path | None:
     return Path(str(top.__file__)).resolve().parents[1 if hasattr(top, "__path__") else 0]
 
 
-def _hash_files(files: list[Path]) -> str:
+def _hash_each(files: list[Path]) -> str:
     """Files and the beginning of the SHA-256 of each, in one line: `my_task.py 3f2a91c04b7d, my_layers.py ...`."""
     words = []
     for file in files:
