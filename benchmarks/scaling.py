@@ -34,7 +34,6 @@ from mnist_dist.config import Config, make_config, read_recipe, resolve_config
 from mnist_dist.distributed import Group
 from mnist_dist.errors import RunError
 from mnist_dist.exchange import Flat, TreeSum
-from mnist_dist.optimization import build_optimizer
 from mnist_dist.program import run_program
 from mnist_dist.starter import find_free_port
 from mnist_dist.state import TrainingState
@@ -201,7 +200,7 @@ class Worker:
         def make_step(shards: int) -> Step:
             model = common.make_model(accelerator)
             parameters = list(model.parameters())
-            optimizer = build_optimizer(parameters, self.config, common.name_precision(accelerator))
+            optimizer = common.build_still_optimizer(parameters, self.config, accelerator)
             tree, flat = TreeSum(shards, group), Flat(parameters, extra=1)
             images = torch.randn(batch_size // shards, 1, 28, 28, device=accelerator.device)
             labels = torch.arange(len(images), device=accelerator.device) % 10
