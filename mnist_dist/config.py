@@ -27,7 +27,7 @@ _ROWS_MAX = 900_000  # of a record: more could not be read again
 # Options that matter only while another one has one of some values.
 _MIRRORED = ("wandb", ("auto", "online", "offline"))
 _ONLY_WITH = {
-    "warmup": ("schedule", ("one_cycle",)),
+    "warmup": ("schedule", ("one_cycle", "linear")),
     "nesterov": ("optimizer", ("sgd",)),
     "wandb_project": _MIRRORED,
     "wandb_model": _MIRRORED,
@@ -84,12 +84,13 @@ class Config(Options):
         "The training", "muon", "optimizer; muon: orthogonal updates, AdamW for the biases"
     )
     learning_rate: float = _option("The training", 0.003, "highest learning rate of the schedule", gt=0, le=100)
-    schedule: Literal["one_cycle", "step", "constant"] = _option(
+    schedule: Literal["one_cycle", "linear", "step", "constant"] = _option(
         "The training",
         "one_cycle",
-        "learning rate over the steps; one_cycle: up for --warmup, then down to zero along a cosine; step: a tenth in the last quarter",
+        "learning rate over the steps; one_cycle: up for --warmup, then down to zero along a cosine; linear: down along a line instead; "
+        "step: a tenth in the last quarter",
     )
-    warmup: float = _option("The training", 0.2, "part of the steps in which one_cycle rises (fraction)", ge=0, le=1)
+    warmup: float = _option("The training", 0.2, "part of the steps in which one_cycle and linear rise (fraction)", ge=0, le=1)
     momentum: float = _option("The training", 0.9, "momentum of muon and sgd; first beta of adamw", ge=0, lt=1)
     nesterov: bool = _option("The training", True, "sgd: Nesterov's momentum, else the classical one")
     weight_decay: float = _option("The training", 0.01, "weight decay of the optimizer", ge=0, le=10)

@@ -18,13 +18,14 @@ def learning_rate_at(config: Config, step: int) -> float:
         return config.learning_rate
     if config.schedule == "step":
         return config.learning_rate * (1.0 if 4 * step < 3 * config.total_steps else 0.1)
-    # One cycle after Smith & Topin, "Super-Convergence" (2018), in its common form: up, then down to zero along a half cosine. Measured at
-    # the middle of the step, so that neither the first nor the last step is lost to a rate of zero.
+    # One cycle after Smith & Topin, "Super-Convergence" (2018): up, then down to zero, along a line as there or, in the form that became
+    # common, along a half cosine. Measured at the middle of the step, so that neither the first nor the last one is lost to a rate of zero.
     progress = (step + 0.5) / config.total_steps
     if progress < config.warmup:
         return config.learning_rate * progress / config.warmup
     descent = (progress - config.warmup) / (1 - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
+    left = 1 - descent if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * descent))
+    return config.learning_rate * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

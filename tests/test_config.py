@@ -80,10 +80,10 @@ def test_help_names_every_option_in_under_a_second_without_torch():
         (["--lr", "300"], ["learning_rate is '300'; allowed: a number, above 0, at most 100"]),
         (
             ["--schedule", "constant", "--warmup", "0.2"],
-            ["warmup has no effect with schedule constant", "use schedule one_cycle"],
+            ["warmup has no effect with schedule constant", "use schedule one_cycle or linear"],
         ),
         (["--nesterov", "false"], ["nesterov has no effect with optimizer muon"]),
-        (["--config", "fast", "--epochs", "2"], ["epochs has no effect with steps 375: leave it out, or use steps none"]),
+        (["--config", "fast", "--epochs", "2"], ["epochs has no effect with steps 168: leave it out, or use steps none"]),
         (["--steps", "9", "--epochs", "2"], ["epochs has no effect with steps 9"]),
         (["--cuda_graph", "--device", "cpu"], ["cuda_graph", "device is cpu"]),
         (["--steps", "2000000", "--log_every", "1"], ["log_every is 1", "some 2,000,000 rows", "at most 900,000"]),

@@ -261,10 +261,15 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert rates[:20] == sorted(rates[:20])
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert {learning_rate_at(config.replace(schedule="constant"), step) for step in range(100)} == {0.5}
+    linear = [learning_rate_at(config.replace(schedule="linear"), step) for step in range(100)]
+    assert linear[:20] == rates[:20]
+    assert linear[20:] == pytest.approx([0.5 * (79.5 - step) / 80 for step in range(80)])
     steps = [learning_rate_at(config.replace(schedule="step"), step) for step in range(100)]
     assert steps == pytest.approx([0.5] * 75 + [0.05] * 25)
     for warmup in (0.0, 1.0):
-        assert all(0 < learning_rate_at(config.replace(warmup=warmup), step) <= 0.5 for step in range(100))
+        for schedule in ("one_cycle", "linear"):
+            changed = config.replace(warmup=warmup, schedule=schedule)
+            assert all(0 < learning_rate_at(changed, step) <= 0.5 for step in range(100))
 
 
 @pytest.mark.parametrize(
