@@ -1652,7 +1652,7 @@ def test_a_large_vocabulary_among_the_facts_is_read_back_and_a_too_large_one_ref
     assert "is finished" in run_ranks(tmp_path / "logs", Train(arguments))
     run_ranks(tmp_path / "logs", Programs([["evaluate", str(tmp_path / "run")]]))
     write(tmp_path / "mine.py", SANE, (BUILD, facts.format(800_000)))
-    text = run_ranks(tmp_path / "logs", Train([*arguments[:-1], "bf16", "--run_dir", str(tmp_path / "other")]), expect=2)
+    text = run_ranks(tmp_path / "logs", Train([*arguments, "--run_dir", str(tmp_path / "other")]), expect=2)
     assert "find_facts returned" in text
     assert "bytes of text; allowed: 16,777,216" in text
 
