@@ -170,7 +170,7 @@ def name_precision(accelerator: Accelerator) -> str:
 def build_still_optimizer(parameters: Iterable[nn.Parameter], config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
     """The loop's optimizer at a rate that changes no weight.
 
-    A model that learned a fixed batch by heart would have gradients too small for normal numbers, and a CPU takes twice as long for these.
+    A model that learned a fixed batch by heart would come to numbers below the normal range, and a CPU takes twice as long for these.
     """
     return build_optimizer(parameters, config.replace(learning_rate=_STILL), name_precision(accelerator))
 
