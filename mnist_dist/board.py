@@ -20,7 +20,7 @@ from typing import Any
 
 from mnist_dist.errors import RunError, first_line
 from mnist_dist.files import write_atomically
-from mnist_dist.program import make_printable
+from mnist_dist.program import make_printable, start_thread
 from mnist_dist.record import STACK_NAME, make_timestamp
 from mnist_dist.rendezvous import name_with_hosts
 
@@ -59,22 +59,31 @@ class Board:
         self._for_spare: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._spare_is_free = threading.Event()
         self._spare_is_free.set()
-        threading.Thread(target=self._serve, name="spare", daemon=True).start()
+        start_thread(self._serve, "spare")
         self._hosts = dict(enumerate(hosts))
         self._thread_of_run = threading.get_ident()
         self._told = ""  # why the run fails, once the thread knows
-        self._watcher = threading.Thread(target=self._watch, name="board", daemon=True)
-        self._watcher.start()
+        self._watcher = start_thread(self._watch, "board")
 
     def name(self, ranks: Iterable[int]) -> str:
         """Ranks and their hosts, in words."""
         return name_with_hosts(ranks, self._hosts)
 
-    def close(self, store: Any) -> None:
-        """End the thread, by a connection that is no longer used: from here on this rank is gone."""
+    def close(self, store: Any, waits: bool = False) -> None:
+        """End the thread, by a connection that is no longer used: from here on this rank is gone.
+
+        Where all has gone well, rank zero `waits` until all have closed theirs: they would take it for lost.
+        """
+
+        def end() -> None:
+            store.set(f"bell/{self._rank}", "end")
+            store.add("closed", 1)
+            if waits:
+                self._linger(store, "closed", len(self._hosts))
+
         self._closed.set()
         if self._watcher.is_alive():
-            self._in_time(lambda: store.set(f"bell/{self._rank}", "end"), 1.0)
+            self._in_time(end, 1.0 + _ANSWERING_S * waits)
             self._watcher.join(1.0)
         self._for_spare.put(None)
 
@@ -86,7 +95,7 @@ class Board:
             store = self._reach()
             _decide(store, text, [])
             self._ring(store)
-            self._linger(store, set(self._hosts))
+            self._linger(store, "told", len(self._hosts))
 
         self._in_time(blame, _REACHING_S + _ANSWERING_S)
 
@@ -136,10 +145,10 @@ class Board:
             self._voice = self._connect()
         return self._voice
 
-    def _linger(self, store: Any, expected: set[int]) -> None:
-        """Rank zero has the board in its memory: let the others read before it ends."""
+    def _linger(self, store: Any, kind: str, expected: int) -> None:
+        """Rank zero has the board in its memory: before it ends, let so many have read (`told`), or ended (`closed`)."""
         end = time.monotonic() + _ANSWERING_S
-        while self._rank == 0 and time.monotonic() < end and int(store.add("told", 0)) < len(expected):
+        while self._rank == 0 and time.monotonic() < end and int(store.add(kind, 0)) < expected:
             time.sleep(0.02)
 
     def _ring(self, store: Any) -> None:
@@ -163,8 +172,7 @@ class Board:
             box.append(self._find_verdict(store, error))
         elif not box:
             box.append(self._await_verdict(store, _VERDICT_S, error)["text"])
-        alive = {rank for rank in self._hosts if store.check([f"alive/{rank}"])} if self._rank == 0 else set()
-        self._linger(store, alive)
+        self._linger(store, "told", sum(store.check([f"alive/{rank}"]) for rank in self._hosts) if self._rank == 0 else 0)
 
     def _await_verdict(self, store: Any, seconds: float, error: Exception) -> dict[str, Any]:
         """The verdict that is put up; where none is in time, since the rank that was to find it is gone as well, this rank's own."""
@@ -236,7 +244,7 @@ class Board:
             over.set()
 
         try:
-            threading.Thread(target=run, daemon=True).start()
+            start_thread(run)
         except RuntimeError:
             if self._spare_is_free.is_set():
                 self._spare_is_free.clear()

@@ -34,7 +34,7 @@ from mnist_dist.machine import (
     raise_file_limit,
     repeating_bits,
 )
-from mnist_dist.program import end_at_once_at_exit, list_variables
+from mnist_dist.program import end_at_once_at_exit, list_variables, start_thread
 from mnist_dist.rendezvous import Place, check_interfaces, describe_missed_meeting, describe_run, find_interface, meet, name_with_hosts
 from mnist_dist.world import (
     MPI_VARIABLES,
@@ -184,10 +184,8 @@ class Group:
             return
         self._is_disconnected = True
         # In a thread: what is still on its way to a silent rank would hold it up.
-        closing = threading.Thread(target=self._close, daemon=True)
         with contextlib.suppress(RuntimeError):  # where this host starts no more threads, they are closed as the process ends
-            closing.start()
-            closing.join(_CLOSING_S)
+            start_thread(self._close).join(_CLOSING_S)
 
     def _close(self) -> None:
         if self._neighbour is not None:
@@ -208,7 +206,7 @@ class _Neighbour:
         for work in (self._say(), self._hear()):  # two ranks are connected when they first talk
             work.wait(group.timeout)
         self._goodbye = self._hear()
-        threading.Thread(target=self._listen, name="neighbour", daemon=True).start()
+        start_thread(self._listen, "neighbour")
 
     def _say(self) -> Any:
         return dist.isend(torch.zeros(1), self._next, self._group)
@@ -297,7 +295,7 @@ def join_group(world: World, config: Config) -> Iterator[Group]:
             with group.sharing_failures():
                 yield group
             if board is not None:
-                board.close(store)  # before rank zero goes, and its store with it, as it may from here on
+                board.close(store, waits=True)  # before rank zero goes, and its store with it
         except BaseException as error:
             if world.size > 1:
                 # Another rank may be lost: what DDP holds, by the frames of this error, is never freed. Gloo would then wait for a thread

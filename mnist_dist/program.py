@@ -49,9 +49,11 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+_ENDING_S = 0.1
 _dropping = threading.Lock()
 _ends_at_once = threading.Event()
 _ends_alone = threading.Event()  # on Ctrl-C: nobody else handles it
+_in_torch: list[threading.Thread] = []
 
 
 @contextlib.contextmanager
@@ -98,7 +100,7 @@ def run_program(work: Callable[[], int]) -> int:
         if ends_alone:
             _ends_alone.clear()
             signal.signal(signal.SIGINT, end_at_once)  # for what Python itself does until the process has ended
-    if _ends_at_once.is_set():
+    if _ends_at_once.is_set() or _is_in_torch():
         atexit.register(_end_at_once, status)  # the caller may have something to note first
     return status
 
@@ -117,9 +119,27 @@ def run_module(name: str) -> int:
 def end_at_once_at_exit() -> None:
     """Let the process end at once when it exits, with the status that `run_program` returns.
 
-    A thread may wait in C++ for a rank that is out of reach. Python would end it in there, at which C++ aborts the process.
+    A thread of torch's own may wait for a rank that is out of reach, and what ends the process in order would wait for that thread.
     """
     _ends_at_once.set()
+
+
+def start_thread(work: Callable[[], object], name: str | None = None) -> threading.Thread:
+    """Start a daemon thread that may wait in torch's C++. Raises RuntimeError where this host starts no more threads.
+
+    Python ends such a thread when it comes back while Python itself ends. It does so in the midst of C++, which then aborts the process:
+    status 134 after a run in which all went well. So the process ends at once (`run_program`) where one is still there.
+    """
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    _in_torch[:] = [*(before for before in _in_torch if before.is_alive()), thread]
+    return thread
+
+
+def _is_in_torch() -> bool:
+    for thread in _in_torch:
+        thread.join(_ENDING_S)  # most are about to end
+    return any(thread.is_alive() for thread in _in_torch)
 
 
 def _end_at_once(status: int) -> None:

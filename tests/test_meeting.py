@@ -720,6 +720,53 @@ def test_ranks_that_listen_to_their_neighbours_end_as_others_do(tmp_path):
     assert "error" not in text
 
 
+class CloseLate(Train):
+    """Rank one is not given the processor for a second, just as the run has ended."""
+
+    def __call__(self):
+        close = board.Board.close
+
+        def close_late(own, *given, **named):
+            if os.environ["RANK"] == "1" and not own._closed.is_set():
+                time.sleep(1)
+            close(own, *given, **named)
+
+        board.Board.close = close_late
+        code = super().__call__()
+        print("threads left:", *(thread.name for thread in threading.enumerate() if "board" in thread.name or "run" in thread.name))
+        return code
+
+
+def test_the_last_to_end_does_not_look_for_rank_zero(tmp_path):
+    text = run_ranks(tmp_path, CloseLate([*TINY, "--run_dir", str(tmp_path / "run")]), 2)
+    assert text.count("threads left:\n") == 2
+
+
+IN_TORCH = """
+import sys
+import torch
+from mnist_dist.program import run_program, start_thread
+
+store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+def ask_on():
+    while True:
+        store.check(["a"])
+
+def work():
+    start_thread(ask_on)
+    return 5
+
+sys.exit(run_program(work))
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_is_still_in_torch_does_not_abort_a_process_that_ends():
+    done = subprocess.run([sys.executable, "-c", IN_TORCH], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+
+
 CLOSED = "[/source/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:5. This indicates that the remote worker"
 
 
