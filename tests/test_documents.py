@@ -292,7 +292,7 @@ def median_ratio(above, below):
 def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     accuracy, fast, gpu, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
 
-    for (name, *cells), first in ((accuracy, 101), (fast, 121)):
+    for (name, *cells), first in ((accuracy, 101), (fast, 156)):
         assert cells[1].startswith(f"{first} to {first + 4} of")
         rows = read_raw("accuracy", *range(first, first + 5), machine=("Intel(R) Xeon(R) Processor", 2, None), precision="bf16")
         assert {row["seed"] for row in rows} == {*range(5)}
@@ -311,8 +311,8 @@ def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     shown = f"{statistics.median(rates):,.0f} images/s ({len(rates)} rounds, seed 0; {min(rates):,.0f} to {max(rates):,.0f})"
     assert (row["settings"]["config"], gpu[1]) == ("gpu", shown)
 
-    assert loop[2].startswith("12 of")
-    [row] = read_raw("throughput", 12)
+    assert loop[2].startswith("14 of")
+    [row] = read_raw("throughput", 14)
     rounds = row["rounds"]
     ratio, least, most = median_ratio([each["bare"] for each in rounds], [each["loop"] for each in rounds])  # seconds an image
     assert loop[1] == f"{ratio:.2f} ({len(rounds)} rounds, seed 0; {least:.2f} to {most:.2f})"
