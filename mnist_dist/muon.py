@@ -2,9 +2,11 @@
 
 After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024, kellerjordan.github.io/posts/muon), with the step size
 of Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, 2025). torch.optim.Muon takes matrices only; here a convolution's
-kernel [out, in, height, width] counts as the matrix [out, height * width * in], and what has one dimension is left to AdamW.
+kernel [out, in, height, width] counts as the matrix [out, height * width * in], or as several, of 64 of its rows at most. What has one
+dimension is left to AdamW.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +25,10 @@ _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
 # Matrices with at most so many rows are padded to this: one product of several is as quick as that of one.
 _SMALL = 64
+# A kernel with more is cut into at most so many blocks: the work grows with the rows that are made orthogonal to each other. Each block
+# takes full steps along what all have in common, so many blocks would want a lower rate. The layers of a transformer learned worse in
+# blocks, and stay whole.
+_BLOCKS = 4
 # Matrices with at most so many rows, or columns, keep all of their digits: they need fewer products then, and each is quick anyway.
 _EXACT = 128
 
@@ -30,7 +36,7 @@ _EXACT = 128
 class Muon(torch.optim.Optimizer):
     """Muon for parameters of two dimensions or more, AdamW for the others; weight decay is decoupled in both.
 
-    `dtype` is that of the orthogonalisation of matrices with more than 128 rows and columns; smaller ones, the parameters and all of the
+    `dtype` is that of the orthogonalisation of blocks with more than 128 rows and columns; smaller ones, the parameters and all of the
     state keep their own. Every rank computes the same update from the same gradient, so nothing more is exchanged than with SGD.
     """
 
@@ -71,15 +77,27 @@ class Muon(torch.optim.Optimizer):
         # Nesterov's look ahead. The channels go last, as they lie in memory: a copy each way would cost as much as a product. The order of
         # its columns does not matter to what becomes of a matrix.
         ahead = [each.movedim(1, -1) for each in torch._foreach_lerp(gradients, averages, group["momentum"])]
-        updates = orthogonalize([self._convert(each.flatten(1)) for each in ahead], group["lr"])
+        updates = orthogonalize([self._make_blocks(each) for each in ahead], group["lr"])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for parameter, update, shaped in zip(parameters, updates, ahead, strict=True):
-            size = _UPDATE_SIZE * max(update.shape) ** 0.5
-            parameter.sub_(update.view(shaped.shape).movedim(-1, 1), alpha=size)
+            size = _UPDATE_SIZE * max(update.shape[1:]) ** 0.5
+            rows = update.flatten(0, 1)[: len(parameter)]
+            parameter.sub_(rows.view(shaped.shape).movedim(-1, 1), alpha=size)
 
-    def _convert(self, matrix: Tensor) -> Tensor:
-        """In the dtype of its orthogonalisation."""
-        return matrix.to(self._dtype) if min(matrix.shape) > _EXACT else matrix
+    def _make_blocks(self, kernel: Tensor) -> Tensor:
+        """The rows of a kernel, or a matrix, in blocks [count, rows, columns], in the dtype of their orthogonalisation.
+
+        Where they do not come out even, the last block ends in rows of zeros, which stay zeros.
+        """
+        matrix = kernel.flatten(1)
+        is_cut = len(matrix) <= matrix.shape[1] and kernel.shape[-1] < matrix.shape[1]  # of more than one position
+        count = min(math.ceil(len(matrix) / _SMALL), _BLOCKS) if is_cut else 1
+        rows = math.ceil(len(matrix) / count)
+        if missing := count * rows - len(matrix):
+            matrix = nn.functional.pad(matrix, (0, 0, 0, missing))
+        if min(rows, matrix.shape[1]) > _EXACT:
+            matrix = matrix.to(self._dtype)
+        return matrix.view(count, rows, matrix.shape[1])
 
     def _update_vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """By AdamW."""
@@ -110,15 +128,15 @@ def _find_gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 @torch.inference_mode()  # autograd's record of so many small operations would cost a twentieth of the time
 def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> list[Tensor]:
-    """Of each matrix [m, n] about the nearest with orthonormal rows (columns, where m > n), times `size`, in its dtype.
+    """Of each matrix in tensors [count, m, n] about the nearest with orthonormal rows (columns, where m > n), times `size`, in its dtype.
 
     By Newton-Schulz iteration: all but small singular values end between about 0.7 and 1.3 times `size`. That is close enough for an
     update, and takes matrix products alone. Those of matrices with as many rows are done together, and so are those of all small ones.
     """
-    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    wide = [each.mT if each.shape[1] > each.shape[2] else each for each in matrices]
     batches: dict[int, list[int]] = {}
     for place, x in enumerate(wide):
-        batches.setdefault(max(len(x), _SMALL), []).append(place)
+        batches.setdefault(max(x.shape[1], _SMALL), []).append(place)
     for side, places in batches.items():
         xs = [wide[place] for place in places]
         grams = _multiply_by_own(xs, side)
@@ -138,19 +156,24 @@ def orthogonalize(matrices: Sequence[Tensor], size: float | Tensor = 1.0) -> lis
             whole = factors.bmm(whole)
         for place, x in zip(places, _multiply(whole * (scales * size), xs), strict=True):
             wide[place] = x
-    return [x.T if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(wide, matrices, strict=True)]
+    return [x.mT if each.shape[1] > each.shape[2] else x for x, each in zip(wide, matrices, strict=True)]
 
 
 def _multiply_by_own(xs: Sequence[Tensor], side: int) -> Tensor:
-    """The product x @ x.T of each, as one tensor [len(xs), side, side], with zeros where x has fewer rows: they stay so."""
-    grams = xs[0].new_zeros(len(xs), side, side)
-    for gram, x in zip(grams, xs, strict=True):
-        torch.mm(x, x.T, out=gram[: len(x), : len(x)])
+    """The product x @ x.T of each matrix, as one tensor [matrices, side, side], with zeros where x has fewer rows: they stay so."""
+    grams = xs[0].new_zeros(sum(map(len, xs)), side, side)
+    for gram, x in zip(_split(grams, xs), xs, strict=True):
+        torch.bmm(x, x.mT, out=gram)
     return grams
 
 
 def _multiply(factors: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
-    return [factor[: len(x), : len(x)] @ x for factor, x in zip(factors, xs, strict=True)]
+    return [factor.bmm(x) for factor, x in zip(_split(factors, xs), xs, strict=True)]
+
+
+def _split(squares: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Of `squares` [matrices, side, side] what belongs to each of `xs`, without the padding."""
+    return [own[:, : x.shape[1], : x.shape[1]] for own, x in zip(torch.split(squares, [*map(len, xs)]), xs, strict=True)]
 
 
 def _normalize(grams: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mnist_dist.muon import Muon, orthogonalize
+from mnist_dist import muon
+from mnist_dist.muon import Muon
 
 
 def follow(optimizer, parameter, steps=5):
@@ -19,8 +20,13 @@ def make_parameter(*shape):
     return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
+def orthogonalize(matrices, size=1.0):
+    """What becomes of matrices [m, n]."""
+    return [result.squeeze(0) for result in muon.orthogonalize([matrix.unsqueeze(0) for matrix in matrices], size)]
+
+
 def turn(matrix):
-    """The nearest matrix with orthonormal rows or columns."""
+    """The nearest matrix with orthonormal rows or columns, of each."""
     left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     return (left @ right).to(matrix.dtype)
 
@@ -50,6 +56,29 @@ def test_a_vector_moves_as_with_torchs_adamw():
     here, there = make_parameter(20), make_parameter(20)
     moved = follow(Muon([here], lr=0.02, weight_decay=0.1), here)
     assert torch.allclose(moved, follow(torch.optim.AdamW([there], lr=0.02, betas=(0.9, 0.99), weight_decay=0.1), there), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((64, 9, 3, 3), 64),
+        ((256, 40, 3, 3), 64),
+        ((300, 40, 3, 3), 75),  # at most four blocks
+        ((131, 20, 3, 3), 44),  # which do not come out even
+        ((300, 2, 3, 3), 300),  # fewer columns than rows
+        ((70, 80, 1, 1), 70),  # no more than a matrix
+        ((70, 30, 3), 35),
+    ],
+)
+def test_a_kernel_of_many_channels_moves_a_block_at_a_time(shape, rows):
+    kernel = make_parameter(*shape)
+    blocks = [torch.nn.Parameter(block.flatten(1)) for block in kernel.detach().clone().split(rows)]
+    kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(2))
+    Muon([kernel], lr=0.1).step()
+    for block, gradient in zip(blocks, kernel.grad.split(rows), strict=True):
+        block.grad = gradient.flatten(1)
+        Muon([block], lr=0.1).step()
+    assert torch.allclose(kernel.detach().flatten(1), torch.cat(blocks), atol=1e-5)
 
 
 def test_a_kernel_moves_as_its_matrix_in_any_memory_format():
