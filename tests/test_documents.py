@@ -292,7 +292,7 @@ def median_ratio(above, below):
 def test_the_numbers_of_the_readme_are_in_the_raw_rows():
     accuracy, fast, gpu, loop, scaling = list_rows(find_section(read("README.md"), "Numbers"))[1:]
 
-    for (name, *cells), first in ((accuracy, 101), (fast, 156)):
+    for (name, *cells), first in ((accuracy, 166), (fast, 171)):
         assert cells[1].startswith(f"{first} to {first + 4} of")
         rows = read_raw("accuracy", *range(first, first + 5), machine=("Intel(R) Xeon(R) Processor", 2, None), precision="bf16")
         assert {row["seed"] for row in rows} == {*range(5)}
@@ -352,7 +352,7 @@ def test_the_raw_rows_that_the_benchmarks_name_are_of_the_machine_they_name():
 
 
 def test_the_example_of_the_readme_is_in_the_raw_rows():
-    row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[100])
+    row = json.loads(read("benchmarks/results/accuracy.jsonl").splitlines()[165])
     wrong, duration = row["test/errors"], format_duration(row["elapsed_s"])
     speed = row["step"] * row["settings"]["recipe"]["batch_size"] / row["elapsed_s"]
     line = f"finished: test accuracy {row['test/accuracy']:.2%} ({wrong} of 10000 wrong) after {row['step']} steps, "
