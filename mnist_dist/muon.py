@@ -2,8 +2,8 @@
 
 After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024, kellerjordan.github.io/posts/muon), with the step size
 of Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, 2025). torch.optim.Muon takes matrices only; here a convolution's
-kernel [out, in, height, width] counts as the matrix [out, height * width * in], or as several, of 64 of its rows at most. What has one
-dimension is left to AdamW.
+kernel [out, in, height, width] counts as the matrix [out, height * width * in], whose rows are taken in at most four blocks where they are
+more than 64. What has one dimension is left to AdamW.
 """
 
 import math
@@ -25,9 +25,9 @@ _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
 # Matrices with at most so many rows are padded to this: one product of several is as quick as that of one.
 _SMALL = 64
-# A kernel with more is cut into at most so many blocks: the work grows with the rows that are made orthogonal to each other. Each block
-# takes full steps along what all have in common, so many blocks would want a lower rate. The layers of a transformer learned worse in
-# blocks, and stay whole.
+# A kernel with more rows is cut into at most so many blocks: the work grows with the rows that are made orthogonal to each other. Each
+# block takes full steps along what all have in common, so many blocks would want a lower rate. The layers of a transformer learned worse
+# in blocks, and stay whole.
 _BLOCKS = 4
 # Matrices with at most so many rows, or columns, keep all of their digits: they need fewer products then, and each is quick anyway.
 _EXACT = 128
